@@ -1,0 +1,37 @@
+"""Sphinx configuration: MyST pages, Furo, and the docstrings of the public names."""
+
+from itertools import groupby
+
+from lightning_dp.version import __version__
+
+project = "lightning_dp"
+author = "the lightning_dp authors"
+copyright = "2026, the lightning_dp authors"
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["deflist", "dollarmath"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_inherit_docstrings = False
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"lightning_dp {release}"
+
+
+def show_tables_as_written(app, what, name, obj, options, lines):
+    """Tables of edge cases in docstrings use bars, which reStructuredText would read as something else."""
+    shown = []
+    for is_table, block in groupby(lines, key=lambda line: line.startswith("|")):
+        block = list(block)
+        shown += ["::", "", *(f"   {line}" for line in block), ""] if is_table else block
+    lines[:] = shown
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", show_tables_as_written)

@@ -1,0 +1,60 @@
+"""Train any LightningModule under differential privacy by adding one line.
+
+    dataset → Poisson draw → micro-batches → per-example gradients → clip & sum → + noise → sum over ranks
+            → ÷ expected batch → optimizer → average
+    plan ──────────────────────────────────────────────────────────→ ledger → ε, logger, statement
+
+>>> import lightning as L
+>>> trainer = L.Trainer(max_steps=875, callbacks=[DifferentialPrivacy(epsilon=8.0, delta=1e-5)], logger=False)
+
+Names are imported when first used, so that the accounting commands start without loading PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_dp.version import __version__
+
+if TYPE_CHECKING:
+    from lightning_dp.accounting import BudgetExceededError, Statement
+    from lightning_dp.callback import DifferentialPrivacy
+    from lightning_dp.ema import ExponentialMovingAverage
+    from lightning_dp.engines.select import EngineError
+    from lightning_dp.plan import PrivacyPlan
+    from lightning_dp.preflight import PreflightError
+    from lightning_dp.strategy import PrivateDDPStrategy, PrivateSingleDeviceStrategy
+
+_HOMES = {
+    "BudgetExceededError": "accounting",
+    "DifferentialPrivacy": "callback",
+    "EngineError": "engines.select",
+    "ExponentialMovingAverage": "ema",
+    "PreflightError": "preflight",
+    "PrivacyPlan": "plan",
+    "PrivateDDPStrategy": "strategy",
+    "PrivateSingleDeviceStrategy": "strategy",
+    "Statement": "accounting",
+}
+
+__all__ = [
+    "BudgetExceededError",
+    "DifferentialPrivacy",
+    "EngineError",
+    "ExponentialMovingAverage",
+    "PreflightError",
+    "PrivacyPlan",
+    "PrivateDDPStrategy",
+    "PrivateSingleDeviceStrategy",
+    "Statement",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

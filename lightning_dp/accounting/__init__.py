@@ -1,0 +1,23 @@
+"""Privacy accounting: ε as an upper bound, σ from a target ε, spent steps, and the statement. Numbers only.
+
+phase → rdp, prv → epsilon → calibrate, ledger → statement
+"""
+
+from lightning_dp.accounting.calibrate import noise_multiplier_for
+from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
+from lightning_dp.accounting.ledger import BudgetExceededError, Ledger
+from lightning_dp.accounting.phase import Phase
+from lightning_dp.accounting.rdp import rdp_epsilon
+from lightning_dp.accounting.statement import Statement
+
+__all__ = [
+    "BudgetExceededError",
+    "EpsilonBound",
+    "EpsilonCurve",
+    "Ledger",
+    "Phase",
+    "Statement",
+    "epsilon_bound",
+    "noise_multiplier_for",
+    "rdp_epsilon",
+]

@@ -1,0 +1,328 @@
+"""The ledger: the only place where spent steps are counted, and where a step can be refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
+from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
+from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta
+
+STATE_VERSION = 1
+MOST_STEPS = 10**9
+"""No count of affordable steps exceeds this."""
+
+
+class BudgetExceededError(RuntimeError):
+    """The next step would take ε above the target; it was not charged and must not be taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Consecutive steps under one set of public numbers."""
+
+    steps: int
+    noise_multiplier: float
+    sampling_probability: float
+    clip_norm: float
+    expected_batch_size: float
+    dataset_size: int
+    delta: float
+
+    @classmethod
+    def of(cls, plan: PrivacyPlan, steps: int) -> _Entry:
+        return cls(
+            steps=steps,
+            noise_multiplier=float(plan.noise_multiplier),
+            sampling_probability=float(plan.sampling_probability),
+            clip_norm=float(plan.clip_norm),
+            expected_batch_size=float(plan.expected_batch_size),
+            dataset_size=int(plan.dataset_size),
+            delta=float(plan.delta),
+        )
+
+    @classmethod
+    def read(cls, raw: object) -> _Entry:
+        fields = cls.__dataclass_fields__
+        if not isinstance(raw, Mapping) or set(raw) != set(fields):
+            found = sorted(map(str, raw)) if isinstance(raw, Mapping) else raw
+            raise ValueError(
+                f"a phase of the ledger's state has {found}: expected {sorted(fields)}. {_REMEDY}"
+            )
+        for name in fields:
+            kinds = (int,) if name in ("steps", "dataset_size") else (int, float)
+            if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
+                raise ValueError(
+                    f"{name}={raw[name]!r} in the ledger's state: expected a plain number. {_REMEDY}"
+                )
+        entry = cls(**{str(name): value for name, value in raw.items()})
+        try:
+            entry.phase()
+            check_clip_norm(entry.clip_norm)
+            check_delta(entry.delta)
+        except ValueError as error:
+            raise ValueError(f"the ledger's state is not valid: {error} {_REMEDY}") from error
+        return entry
+
+    def phase(self) -> Phase:
+        return Phase(self.noise_multiplier, self.sampling_probability, self.steps)
+
+
+def _merge(entries: Iterable[_Entry]) -> tuple[_Entry, ...]:
+    """Join neighbouring entries that differ in nothing but their steps, and leave out those without steps."""
+    merged: list[_Entry] = []
+    for entry in entries:
+        if entry.steps == 0:
+            continue
+        if merged and replace(merged[-1], steps=entry.steps) == entry:
+            merged[-1] = replace(entry, steps=merged[-1].steps + entry.steps)
+        else:
+            merged.append(entry)
+    return tuple(merged)
+
+
+_REMEDY = (
+    "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."
+)
+
+
+class Ledger:
+    """Counts the steps taken and refuses the one that would overspend.
+
+    Charge *before* the step's noise is drawn: a step that was charged and then failed has spent its budget,
+    which is the safe way round. ``plan.steps`` is read as the number of steps of the whole training, resumed
+    history included (as Lightning's ``max_steps`` counts); it only sizes the accountant's grid and limits
+    nothing.
+
+    | case | behaviour |
+    |---|---|
+    | no target_epsilon | every step can be charged |
+    | σ = 0 with a target | no step can be charged |
+    | history has already overspent the target | no step can be charged, ``epsilon()`` still tells |
+    | σ or q changed on resume | composed phase by phase, and noted |
+    | C changed on resume | noted; ε does not depend on C, because σ is relative to it |
+    | dataset size changed on resume | composed, which bounds ε for every example in all phases, and noted |
+
+    Args:
+        plan: the public numbers of the steps to come.
+
+    Example:
+        >>> plan = PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000,
+        ...                    expected_batch_size=100, steps=50, target_epsilon=8.0)
+        >>> ledger = Ledger(plan)
+        >>> ledger.charge()
+        >>> ledger.steps, ledger.phases
+        (1, (Phase(noise_multiplier=2.0, sampling_probability=0.1, steps=1),))
+    """
+
+    def __init__(self, plan: PrivacyPlan) -> None:
+        self._plan = plan
+        self._past: tuple[_Entry, ...] = ()
+        self._charged = 0
+        self._start()
+
+    def _start(self) -> None:
+        """Set up the accountant for the plan's steps after the past ones."""
+        self._past_phases = tuple(entry.phase() for entry in self._past)
+        self._past_steps = sum(entry.steps for entry in self._past)
+        planned = self._plan.steps
+        foreseen = (
+            planned - self._past_steps if planned is not None and planned > self._past_steps else planned
+        )
+        self._foreseen = foreseen
+        self._curve = EpsilonCurve(
+            self._past_phases,
+            self._plan.noise_multiplier,
+            self._plan.sampling_probability,
+            self._plan.delta,
+            foreseen,
+        )
+        self._surely_affordable: int | None = None
+        self._affordable: int | None = None
+
+    @classmethod
+    def resume(cls, plan: PrivacyPlan, state: Mapping[str, Any]) -> Ledger:
+        """A ledger that continues under ``plan`` after the steps recorded in ``state``.
+
+        Raises:
+            ValueError: the state is of another version, incomplete, or holds an impossible number.
+        """
+        ledger = cls(plan)
+        ledger.load_state_dict(state)
+        return ledger
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        """The plan of the steps to come."""
+        return self._plan
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Every step taken so far, as runs of equal σ and q in order."""
+        return merge_phases([*self._past_phases, _Entry.of(self._plan, self._charged).phase()])
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been charged, resumed history included."""
+        return self._past_steps + self._charged
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What changed between phases and a reader of the guarantee should know."""
+        entries = self._entries()
+        notes: list[str] = []
+        if any(not same_mechanism(a.phase(), b.phase()) for a, b in pairwise(entries)):
+            notes.append(
+                "the noise multiplier or the sampling probability changed during training: the phases are "
+                "composed as if chosen in advance, so the change must not depend on what earlier ones released"
+            )
+        for name, meaning in (
+            (
+                "clip_norm",
+                "the clip norm changed during training from {a:g} to {b:g}; ε does not depend on it",
+            ),
+            (
+                "dataset_size",
+                "the dataset size changed during training from {a} to {b}: ε bounds the loss of an example "
+                "present throughout, and assumes that the other examples' coming and going is public",
+            ),
+            (
+                "delta",
+                "δ changed during training from {a:g} to {b:g}: ε is stated for all steps at the last δ",
+            ),
+        ):
+            for a, b in pairwise(entries):
+                if getattr(a, name) != getattr(b, name):
+                    notes.append(meaning.format(a=getattr(a, name), b=getattr(b, name)))
+        return tuple(notes)
+
+    @property
+    def affordable_steps(self) -> int | None:
+        """How many steps in all (those taken included) fit the target ε; ``None`` without a target.
+
+        Found once, by bisection on the accountant's curve, and kept. At most 10⁹. If the history alone
+        overspends, this is the number of steps already taken.
+        """
+        if self._plan.target_epsilon is None:
+            return None
+        if self._affordable is None:
+            self._affordable = self._past_steps + self._last_affordable(self._plan.target_epsilon)
+        return max(self._affordable, self.steps)
+
+    def can_charge(self) -> bool:
+        """Whether one more step stays within the target ε (always, without a target).
+
+        A comparison of two counts, once the accountant has been asked.
+        """
+        target = self._plan.target_epsilon
+        if target is None:
+            return True
+        if self._affordable is None:
+            if self._charged < self._lower_limit(target):
+                return True
+            self._affordable = self._past_steps + self._last_affordable(target)
+        return self.steps < self._affordable
+
+    def charge(self) -> None:
+        """Count one step of the current plan.
+
+        Raises:
+            BudgetExceededError: the step would take ε above the target. Nothing is charged.
+        """
+        if not self.can_charge():
+            target = self._plan.target_epsilon
+            raise BudgetExceededError(
+                f"target_epsilon={target:g}: step {self.steps + 1} would take ε to "
+                f"{self.epsilon(self.steps + 1).epsilon:.4g} (δ = {self._plan.delta:g}), after {self.steps} "
+                f"steps at ε = {self.epsilon().epsilon:.4g}. Expected training to end here. Stop, raise "
+                "epsilon, or plan for more steps so that a larger noise multiplier is found."
+            )
+        self._charged += 1
+
+    def epsilon(self, steps: int | None = None) -> EpsilonBound:
+        """The upper bound on ε after ``steps`` steps in all, past or still to come under the current plan.
+
+        Args:
+            steps: total steps, resumed history included. Default: those taken so far.
+
+        Raises:
+            ValueError: ``steps`` is negative.
+        """
+        total = self.steps if steps is None else steps
+        if total >= self._past_steps:
+            return self._curve.at(total - self._past_steps)
+        if total < 0:
+            raise ValueError(f"steps={total}: expected a non-negative total number of steps.")
+        phases: list[Phase] = []
+        for phase in self._past_phases:
+            phases.append(replace(phase, steps=min(phase.steps, total)))
+            total -= phases[-1].steps
+        return epsilon_bound(phases, self._plan.delta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been spent and under which public numbers, as plain numbers, lists and strings."""
+        return {"version": STATE_VERSION, "phases": [asdict(entry) for entry in self._entries()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace what this ledger has counted by ``state``, and continue under this ledger's plan.
+
+        Raises:
+            ValueError: the state is of another version, incomplete, or holds an impossible number.
+        """
+        version = state.get("version")
+        if version != STATE_VERSION or isinstance(version, bool):
+            raise ValueError(
+                f"version={version!r} of the ledger's state: expected {STATE_VERSION}. {_REMEDY}"
+            )
+        phases = state.get("phases")
+        if not isinstance(phases, list):
+            raise ValueError(f"phases={phases!r} in the ledger's state: expected a list. {_REMEDY}")
+        self._past = _merge(map(_Entry.read, phases))
+        self._charged = 0
+        self._start()
+
+    def _entries(self) -> tuple[_Entry, ...]:
+        return _merge([*self._past, _Entry.of(self._plan, self._charged)])
+
+    def _holds(self, steps: int, target: float) -> bool:
+        return self._curve.at(steps).epsilon <= target
+
+    def _lower_limit(self, target: float) -> int:
+        """A number of steps of the current plan that is affordable, found without a search."""
+        if self._surely_affordable is None:
+            by_rdp = self._curve.rdp_steps(target)
+            limit = MOST_STEPS if math.isinf(by_rdp) else min(int(by_rdp), MOST_STEPS)
+            if self._foreseen is not None and self._foreseen > limit and self._holds(self._foreseen, target):
+                limit = self._foreseen
+            self._surely_affordable = limit
+        return self._surely_affordable
+
+    def _last_affordable(self, target: float) -> int:
+        """The largest number of steps of the current plan that keeps ε within the target."""
+        holds = self._lower_limit(target)
+        if holds >= MOST_STEPS:
+            return MOST_STEPS
+        stride = max(1, holds // 8)
+        fails = holds + stride
+        while fails < MOST_STEPS and self._holds(fails, target):
+            holds, stride = fails, stride * 2
+            fails = holds + stride
+        interpolate = True
+        while fails - holds > 1:
+            middle = (holds + fails) // 2
+            below, above = self._curve.at(holds).epsilon, self._curve.at(fails).epsilon
+            if interpolate and below < target < above < math.inf:
+                # The last step that fits the chord; one more, if that was it, so that the bracket closes.
+                middle = holds + int((fails - holds) * (target - below) / (above - below))
+                middle = min(max(middle, holds + 1), fails - 1)
+            width = fails - holds
+            if self._holds(middle, target):
+                holds = middle
+            else:
+                fails = middle
+            interpolate = fails - holds < width // 2 or not interpolate
+        return min(holds, MOST_STEPS)

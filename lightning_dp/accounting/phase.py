@@ -1,0 +1,62 @@
+"""A run of identical DP-SGD steps, the unit in which spent privacy is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from lightning_dp.plan import check_noise_multiplier, check_sampling_probability
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """``steps`` identical steps of the Poisson-subsampled Gaussian mechanism.
+
+    Args:
+        noise_multiplier: σ, the noise's standard deviation in units of the clip norm. 0 means no noise.
+        sampling_probability: q, the probability with which each example enters a step's sample.
+        steps: how many such steps were (or will be) taken.
+
+    Raises:
+        ValueError: σ is negative or not finite, q is outside (0, 1], or ``steps`` is negative.
+
+    Example:
+        >>> Phase(noise_multiplier=3.0, sampling_probability=4096 / 50000, steps=875).steps
+        875
+    """
+
+    noise_multiplier: float
+    sampling_probability: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_noise_multiplier(self.noise_multiplier)
+        check_sampling_probability(self.sampling_probability)
+        if self.steps < 0:
+            raise ValueError(
+                f"steps={self.steps}: expected a non-negative number. Count the steps that were taken."
+            )
+
+
+def merge_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:
+    """Join neighbouring phases of equal σ and q, and leave out those without steps.
+
+    Example:
+        >>> merge_phases([Phase(1.0, 0.1, 3), Phase(1.0, 0.1, 4), Phase(2.0, 0.1, 0)])
+        (Phase(noise_multiplier=1.0, sampling_probability=0.1, steps=7),)
+    """
+    merged: list[Phase] = []
+    for phase in phases:
+        if phase.steps == 0:
+            continue
+        last = merged[-1] if merged else None
+        if last is not None and same_mechanism(last, phase):
+            merged[-1] = replace(last, steps=last.steps + phase.steps)
+        else:
+            merged.append(phase)
+    return tuple(merged)
+
+
+def same_mechanism(a: Phase, b: Phase) -> bool:
+    """Whether one step of ``a`` and one step of ``b`` have the same privacy loss (equal σ and q)."""
+    return a.noise_multiplier == b.noise_multiplier and a.sampling_probability == b.sampling_probability

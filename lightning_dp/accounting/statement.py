@@ -1,0 +1,183 @@
+"""The statement: what was guaranteed to whom, in one line for people and one object for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from decimal import ROUND_CEILING, Decimal
+from typing import Any, Literal
+
+from lightning_dp.accounting.ledger import Ledger
+from lightning_dp.accounting.phase import Phase, same_mechanism
+from lightning_dp.plan import NEIGHBOURING_RELATION, SAMPLING
+from lightning_dp.version import __version__
+
+_ACCOUNTANTS = {
+    "PRV": "PRV accountant (upper bound)",
+    "RDP": "RDP accountant (upper bound)",
+    "exact": "exact accounting",
+}
+
+_COMPOSED = "composed of "
+
+_KNOWN_SEED = (
+    "noise and sampling were derived from a chosen seed so that the run can be repeated: whoever knows or "
+    "guesses the seed can take the noise away, and the guarantee does not hold against them"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """The guarantee of a training run, with everything needed to check it.
+
+    ``noise_multiplier``, ``sampling_probability``, ``clip_norm``, ``expected_batch_size`` and
+    ``dataset_size`` are those of the last phase; if training was resumed under other numbers, ``caveats``
+    lists the phases.
+
+    Args:
+        epsilon: upper bound on ε after ``steps`` steps, not rounded; ``math.inf`` without noise.
+        delta: δ.
+        target_epsilon: the ε that training was not to exceed, or ``None``.
+        accountant: ``"PRV"``, ``"RDP"`` or ``"exact"``.
+        neighbouring_relation: who is protected.
+        sampling: how examples are drawn.
+        sampling_probability: q.
+        dataset_size: N.
+        expected_batch_size: B.
+        noise_multiplier: σ.
+        clip_norm: C.
+        steps: steps taken, resumed history included.
+        randomness: ``"secret"`` or ``"reproducible"``.
+        version: of this package.
+        caveats: sentences without which the number should not be quoted.
+
+    Example:
+        >>> from lightning_dp.plan import PrivacyPlan
+        >>> plan = PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000,
+        ...                    expected_batch_size=100)
+        >>> ledger = Ledger(plan)
+        >>> ledger.charge()
+        >>> print(Statement.of(ledger, randomness="secret"))  # doctest: +ELLIPSIS
+        (ε = ..., δ = 1e-05)-DP, add/remove one example, Poisson sampling with q = 0.1, σ = 2.0, ...
+    """
+
+    epsilon: float
+    delta: float
+    target_epsilon: float | None
+    accountant: str
+    neighbouring_relation: str
+    sampling: str
+    sampling_probability: float
+    dataset_size: int
+    expected_batch_size: float
+    noise_multiplier: float
+    clip_norm: float
+    steps: int
+    randomness: Literal["secret", "reproducible"]
+    version: str
+    caveats: list[str]
+
+    @classmethod
+    def of(
+        cls, ledger: Ledger, *, randomness: Literal["secret", "reproducible"], caveats: Sequence[str] = ()
+    ) -> Statement:
+        """The statement for what ``ledger`` has counted so far.
+
+        Args:
+            ledger: the steps taken and the plan.
+            randomness: where noise and sampling came from; ``"reproducible"`` adds a caveat.
+            caveats: further sentences, put first.
+
+        Raises:
+            ValueError: ``randomness`` is neither of the two.
+        """
+        if randomness not in ("secret", "reproducible"):
+            raise ValueError(f"randomness={randomness!r}: expected 'secret' or 'reproducible'.")
+        plan, bound, phases = ledger.plan, ledger.epsilon(), ledger.phases
+        found = [*caveats]
+        if randomness == "reproducible":
+            found.append(_KNOWN_SEED)
+        if len(phases) > 1 or (phases and not _is_current(phases[-1], ledger)):
+            found.append(f"{_COMPOSED}{_count(len(phases), 'phase')}: " + "; ".join(map(_describe, phases)))
+        found.extend(ledger.notes)
+        if bound.note is not None:
+            found.append(bound.note)
+        return cls(
+            epsilon=bound.epsilon,
+            delta=plan.delta,
+            target_epsilon=plan.target_epsilon,
+            accountant=bound.accountant,
+            neighbouring_relation=NEIGHBOURING_RELATION,
+            sampling=SAMPLING,
+            sampling_probability=plan.sampling_probability,
+            dataset_size=plan.dataset_size,
+            expected_batch_size=plan.expected_batch_size,
+            noise_multiplier=plan.noise_multiplier,
+            clip_norm=plan.clip_norm,
+            steps=ledger.steps,
+            randomness=randomness,
+            version=__version__,
+            caveats=list(dict.fromkeys(found)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ready for strict JSON: an infinite ε or C, which JSON lacks, is ``"inf"``."""
+        return {
+            name: "inf" if isinstance(value, float) and math.isinf(value) else value
+            for name, value in asdict(self).items()
+        }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as indented JSON that every parser reads."""
+        return json.dumps(self.to_dict(), allow_nan=False, ensure_ascii=False, indent=2)
+
+    def __str__(self) -> str:
+        composed = next((caveat for caveat in self.caveats if caveat.startswith(_COMPOSED)), None)
+        mechanism = (
+            f", {composed}"
+            if composed
+            else f" with q = {_plain(self.sampling_probability)}, σ = {_plain(self.noise_multiplier)}"
+        )
+        seed = ", from a known seed" if self.randomness == "reproducible" else ""
+        return (
+            f"(ε = {round_up(self.epsilon)}, δ = {self.delta:g})-DP, {self.neighbouring_relation}, "
+            f"{self.sampling} sampling{mechanism}, C = {_plain(self.clip_norm)}, "
+            f"{_count(self.steps, 'step')}{seed}, {_ACCOUNTANTS[self.accountant]}"
+        )
+
+
+def _is_current(phase: Phase, ledger: Ledger) -> bool:
+    plan = ledger.plan
+    return same_mechanism(phase, Phase(plan.noise_multiplier, plan.sampling_probability, 0))
+
+
+def _describe(phase: Phase) -> str:
+    return (
+        f"{_count(phase.steps, 'step')} with q = {_plain(phase.sampling_probability)}, "
+        f"σ = {_plain(phase.noise_multiplier)}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _plain(value: float) -> str:
+    return "∞" if math.isinf(value) else str(float(f"{value:.6g}"))
+
+
+def round_up(value: float) -> str:
+    """``value`` rounded up to three significant digits, so that a printed ε is still an upper bound.
+
+    Example:
+        >>> round_up(3.6118), round_up(8.0), round_up(0.0), round_up(12.301)
+        ('3.62', '8.00', '0', '12.4')
+    """
+    if math.isinf(value):
+        return "∞"
+    if value == 0:
+        return "0"
+    exact = Decimal(value)
+    return f"{exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING):f}"

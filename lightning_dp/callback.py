@@ -1,0 +1,264 @@
+"""The line: a callback that makes ``trainer.fit`` differentially private and says what was spent."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_dp import preflight
+from lightning_dp.accounting import Ledger, Statement
+from lightning_dp.engines.select import EngineName, check_engine_name
+from lightning_dp.functional.randomness import RandomKey
+from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
+from lightning_dp.planning import agreed_plan, planned_steps
+from lightning_dp.private_step import PrivateStep
+from lightning_dp.report import Report
+from lightning_dp.strategy import PrivateStrategy, make_private
+
+
+class DifferentialPrivacy(pl.Callback):
+    """Train with DP-SGD: Poisson sampling, per-example clipping, Gaussian noise, and a ledger of what was spent.
+
+    Add it to ``Trainer(callbacks=[...])``; the module, the data and the optimizer stay as they are. One Lightning batch
+    becomes one private step, so ``max_steps``, ``global_step`` and schedulers count private steps, and an epoch is
+    round(1/q) of them.
+
+    Give exactly one of ``epsilon`` and ``noise_multiplier``. With ``epsilon`` the smallest noise that keeps the planned
+    number of steps (``max_steps`` or ``max_epochs`` of the Trainer) within (ε, δ) is found, and training stops rather
+    than overspend. With ``noise_multiplier`` ε is computed and grows with every step.
+
+    All arguments are public and are written to logs and checkpoints.
+
+    Args:
+        epsilon: the ε that must not be exceeded.
+        noise_multiplier: σ, the noise's standard deviation in units of ``clip_norm``. 0 trains without privacy.
+        delta: δ, well below 1 / dataset_size.
+        clip_norm: C, the L2 norm each example's gradient is clipped to.
+        expected_batch_size: B over all ranks; ``None`` for the loader's ``batch_size`` × number of ranks.
+        dataset_size: N, a public number of examples; ``None`` for ``len(dataset)``.
+        physical_batch_size: the most examples whose gradients are in memory at once; ``None`` chooses. Changes memory
+            and speed, never the result.
+        engine: ``"auto"``, ``"vmap"`` or ``"loop"``: how per-example gradients are computed.
+        seed: ``None`` (the default) takes sampling and noise from 256 secret bits of the operating system, which no
+            ``seed_everything`` fixes. A number makes them reproducible, for tests, and the statement says so.
+        log_train_metrics: ``False`` keeps what ``training_step`` logs from the loggers: those numbers are computed from
+            private examples without noise.
+
+    Raises:
+        ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
+        PreflightError: while ``fit`` is being set up, if module, data or Trainer cannot be trained privately.
+        BudgetExceededError: if a step would overspend although training could not be stopped (``min_steps``).
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(max_steps=875, callbacks=[DifferentialPrivacy(epsilon=8.0, delta=1e-5)], logger=False)
+
+    Source: Abadi et al. 2016, Algorithm 1 (arXiv 1607.00133); De, Berrada, Hayes, Smith, Balle 2022 (arXiv 2204.13650).
+    """
+
+    def __init__(
+        self,
+        epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        delta: float = 1e-5,
+        clip_norm: float = 1.0,
+        expected_batch_size: int | None = None,
+        dataset_size: int | None = None,
+        physical_batch_size: int | None = None,
+        engine: EngineName = "auto",
+        seed: int | None = None,
+        log_train_metrics: bool = True,
+    ) -> None:
+        if (epsilon is None) == (noise_multiplier is None):
+            raise ValueError(
+                f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: expected exactly one of them. Give epsilon to "
+                "have the noise found for a budget, or noise_multiplier to have ε computed."
+            )
+        if epsilon is not None:
+            check_epsilon(epsilon)
+        if noise_multiplier is not None:
+            check_noise_multiplier(noise_multiplier)
+        check_delta(delta)
+        check_clip_norm(clip_norm)
+        check_engine_name(engine)
+        for name, value in (
+            ("expected_batch_size", expected_batch_size),
+            ("dataset_size", dataset_size),
+            ("physical_batch_size", physical_batch_size),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1, or None for the default.")
+        if math.isinf(clip_norm) and noise_multiplier != 0:
+            raise ValueError(
+                f"clip_norm={clip_norm}: expected a finite number. Without clipping no finite noise protects anybody; only "
+                "noise_multiplier=0 (no privacy) goes with it."
+            )
+        self.epsilon = epsilon
+        self.noise_multiplier = noise_multiplier
+        self.delta = delta
+        self.clip_norm = clip_norm
+        self.expected_batch_size = expected_batch_size
+        self.dataset_size = dataset_size
+        self.physical_batch_size = physical_batch_size
+        self.engine: EngineName = engine
+        self.seed = seed
+        self.log_train_metrics = log_train_metrics
+        self.ledger: Ledger | None = None
+        self._report: Report | None = None
+        self._spent: dict[str, Any] | None = None
+        self._global_step_at_start = 0
+        self._steps_at_start = 0
+
+    @property
+    def plan(self) -> PrivacyPlan | None:
+        """The plan in force, once the training data are known."""
+        return None if self.ledger is None else self.ledger.plan
+
+    def statement(self) -> Statement:
+        """What has been spent so far, as a statement that can be published.
+
+        Raises:
+            RuntimeError: training has not been set up yet.
+        """
+        if self._report is None:
+            raise RuntimeError("statement() before fit: expected a run whose data are known. Call trainer.fit first.")
+        return self._report.statement()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        preflight.check_trainer(trainer)
+        preflight.check_module(pl_module)
+        strategy = make_private(trainer.strategy)
+        self._spent = None if self.ledger is None else self.ledger.state_dict()
+        self._global_step_at_start = trainer.global_step
+        strategy.private_step = PrivateStep(
+            lambda loader: self._plan(trainer, strategy, loader),
+            engine=self.engine,
+            physical_batch_size=self.physical_batch_size,
+            log_train_metrics=self.log_train_metrics,
+        )
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        preflight.check_module(pl_module)  # again: configure_model may have added layers
+        preflight.check_optimizers(pl_module, trainer.optimizers)
+        trainer.fit_loop.setup_data()  # plans, calibrates and refuses before the first (validation) batch
+        if self.ledger is None:
+            return  # limit_train_batches=0: nothing will be trained
+        strategy = make_private(trainer.strategy)
+        assert strategy.private_step is not None
+        assert self._report is not None
+        selection = strategy.private_step.choose_engine(strategy)
+        self._report.start(trainer, strategy.private_step, selection)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_if_spent(trainer)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        assert self._report is not None
+        for name, value in self._report.metrics(trainer.log_every_n_steps).items():
+            self.log(name, value, prog_bar=name == "dp/epsilon", batch_size=1)
+        self._stop_if_spent(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._report is not None:
+            self._report.write(trainer)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._report is not None:
+            rank_zero_info(str(self._report.statement()))
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._report is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._report.write(trainer)  # what was released is spent, however the run ended
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and getattr(trainer.strategy, "private_step", None) is not None:
+            trainer.strategy.private_step = None  # the key goes with it
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.ledger is None else {"ledger": self.ledger.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._spent = state_dict.get("ledger")
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._global_step_at_start = int(checkpoint.get("global_step", 0))
+        if not checkpoint.get("callbacks", {}).get(self.state_key, {}).get("ledger"):
+            raise preflight.PreflightError(
+                "ckpt_path without a privacy ledger: expected a checkpoint of a private run. Its steps saw the data without "
+                "protection, which no later step can undo. To start from public weights, load them into the module "
+                "(for instance with load_from_checkpoint) and call fit without ckpt_path."
+            )
+
+    def _plan(
+        self, trainer: pl.Trainer, strategy: PrivateStrategy, loader: DataLoader[Any]
+    ) -> tuple[Ledger, RandomKey]:
+        plan = agreed_plan(
+            strategy,
+            loader,
+            epsilon=self.epsilon,
+            noise_multiplier=self.noise_multiplier,
+            delta=self.delta,
+            clip_norm=self.clip_norm,
+            expected_batch_size=self.expected_batch_size,
+            dataset_size=self.dataset_size,
+            spent=self._spent,
+            remaining_steps=lambda per_epoch: planned_steps(trainer, per_epoch, self._global_step_at_start),
+        )
+        preflight.check_delta_for(plan)
+        if self.ledger is not None and self._report is not None and self._report.running:
+            if self.ledger.plan != plan:  # reload_dataloaders_every_n_epochs
+                raise preflight.PreflightError(
+                    f"the training data changed during the run: planned {self.ledger.plan}, now {plan}: expected the same "
+                    "dataset size and batch size throughout. Keep them fixed, or give dataset_size and "
+                    "expected_batch_size."
+                )
+            return self.ledger, self._report.key
+        self.ledger = Ledger(plan) if self._spent is None else Ledger.resume(plan, self._spent)
+        self._steps_at_start = self.ledger.steps
+        key = RandomKey.from_seed(self.seed) if self.seed is not None else _shared_secret(strategy)
+        self._report = Report(self.ledger, key)
+        return self.ledger, key
+
+    def _stop_if_spent(self, trainer: pl.Trainer) -> None:
+        """Stop before a step that would overspend, unless the Trainer is about to end by itself."""
+        assert self.ledger is not None
+        if self.ledger.can_charge() or trainer.should_stop:
+            return
+        planned = planned_steps(trainer, self.ledger.plan.steps_per_epoch, self._global_step_at_start)
+        if planned is not None and self.ledger.steps - self._steps_at_start >= planned:
+            return
+        trainer.should_stop = True
+        rank_zero_warn(
+            f"The privacy budget is spent: one more step would pass ε = {self.epsilon} at δ = {self.delta} "
+            f"({self.ledger.steps} steps are charged). Training stops here. A new model needs a DifferentialPrivacy of its "
+            "own."
+        )
+
+
+def _shared_secret(strategy: PrivateStrategy) -> RandomKey:
+    """Rank 0's operating-system entropy, the same on every rank, never written anywhere."""
+    mine = RandomKey.fresh()
+    return RandomKey(strategy.broadcast(mine.reveal()), "secret")

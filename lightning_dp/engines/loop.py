@@ -1,0 +1,66 @@
+"""Per-example gradients one backward pass at a time: slow, and works for everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_dp.functional.clip import accumulation_dtype, clip_and_sum
+from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
+from lightning_dp.functional.microbatch import batch_of_one, check_batch_axis
+
+
+class LoopEngine:
+    """A batch-of-one backward pass per example: the oracle of the tests and the fallback for what vmap refuses.
+
+    Memory: one gradient of every parameter, whatever the micro-batch. Time: one forward and backward per example.
+    """
+
+    name = "loop"
+
+    def clipped_sum(
+        self,
+        loss_function: LossFunction,
+        parameters: Mapping[str, Tensor],
+        batch: Any,
+        examples: int,
+        clip_norm: float,
+    ) -> ClippedSum:
+        """See :class:`lightning_dp.functional.gradient.Engine`."""
+        check_batch_axis(batch, examples)
+        total = {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters.items()}
+        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        norms, losses, outputs = [], [], []
+        for index in range(examples):
+            with torch.enable_grad():
+                loss, output = loss_function(leaves, batch_of_one(batch, index, examples))
+                loss = scalar_loss(loss)
+                gradients = torch.autograd.grad(
+                    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+                ) if loss.requires_grad else [torch.zeros_like(leaf) for leaf in leaves.values()]
+            rows = {name: g.detach().unsqueeze(0) for name, g in zip(leaves, gradients, strict=True)}
+            clipped, norm = clip_and_sum(rows, clip_norm)
+            for name, gradient in clipped.items():
+                total[name] += gradient
+            norms.append(norm)
+            losses.append(loss.detach())
+            outputs.append(pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output))
+        return ClippedSum(total, torch.cat(norms), torch.stack(losses), _stack(outputs))
+
+
+def _stack(outputs: list[Any]) -> Any:
+    """Per-example outputs with a leading axis of examples, as vmap would give them."""
+    flattened = [pytree.tree_flatten(output) for output in outputs]
+    structures = {str(structure) for _, structure in flattened}
+    if len(structures) > 1:
+        raise ValueError(
+            f"outputs of {len(structures)} different structures: expected training_step to log and return the same "
+            "things for every example. Log unconditionally, or log in a hook such as on_train_batch_end."
+        )
+    columns = zip(*(leaves for leaves, _ in flattened), strict=True)
+    stacked = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return pytree.tree_unflatten(stacked, flattened[0][1])

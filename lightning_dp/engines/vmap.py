@@ -1,0 +1,56 @@
+"""Per-example gradients by ``torch.func``: any loss it can trace, all examples of a micro-batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+from torch.utils import _pytree as pytree
+
+from lightning_dp.functional.clip import clip_and_sum
+from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
+from lightning_dp.functional.microbatch import batch_of_one, check_batch_axis
+
+
+class VmapEngine:
+    """``vmap(grad(loss))`` over the examples of a micro-batch; the reference engine.
+
+    Memory: one gradient of every parameter per example of the micro-batch. The loss function sees batches of one
+    (each tensor keeps its first axis, with length 1); anything in it that depends on an example's *values* in
+    Python (``.item()``, ``if tensor:``) cannot be traced, and in-place changes of buffers are refused by torch.func.
+    Random layers draw independently for each example. Leaves that are not tensors are shared by all examples.
+    """
+
+    name = "vmap"
+
+    def clipped_sum(
+        self,
+        loss_function: LossFunction,
+        parameters: Mapping[str, Tensor],
+        batch: Any,
+        examples: int,
+        clip_norm: float,
+    ) -> ClippedSum:
+        """See :class:`lightning_dp.functional.gradient.Engine`."""
+        check_batch_axis(batch, examples)
+        leaves, structure = pytree.tree_flatten(batch)
+        if examples > 1 and pytree.tree_structure(batch_of_one(batch, 0, examples)) != structure:
+            raise TypeError("the batch holds a list of strings or numbers, one per example, which vmap cannot map over")
+        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+
+        def loss_of_one(params: dict[str, Tensor], rows: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Any]]:
+            remaining = iter(rows)
+            example = [
+                next(remaining).unsqueeze(0) if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)
+            ]
+            loss, outputs = loss_function(params, pytree.tree_unflatten(example, structure))
+            return scalar_loss(loss), outputs
+
+        per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness="different")
+        detached = {name: parameter.detach() for name, parameter in parameters.items()}
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        gradients, (losses, outputs) = per_example(detached, tensors)
+        gradient, norms = clip_and_sum(gradients, clip_norm)
+        return ClippedSum(gradient=gradient, norms=norms, losses=losses.detach(), outputs=outputs)

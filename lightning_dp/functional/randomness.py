@@ -1,0 +1,85 @@
+"""One key, separate counter-based streams: who draws what, at which step, without any generator state to save."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from enum import Enum
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+KEY_BYTES = 32
+
+
+class Stream(Enum):
+    """What random numbers are for. Streams of one key never share a number."""
+
+    SAMPLING = "sampling"
+    NOISE = "noise"
+    VIEWS = "views"
+    DROPOUT = "dropout"
+
+
+class RandomKey:
+    """A 256-bit key from which every stream of every step is derived by keyed BLAKE2b.
+
+    The key is **secret** in the default mode: it is never printed, logged, pickled or saved. Knowing it, anybody
+    could subtract the noise.
+
+    Args:
+        material: 32 bytes.
+        mode: ``"secret"`` (operating-system entropy) or ``"reproducible"`` (derived from a seed somebody knows).
+
+    Example:
+        >>> key = RandomKey.from_seed(0)
+        >>> int(key.generator(Stream.SAMPLING, 0).integers(10)) == int(key.generator(Stream.SAMPLING, 0).integers(10))
+        True
+        >>> RandomKey.fresh()
+        RandomKey(secret)
+    """
+
+    def __init__(self, material: bytes, mode: Literal["secret", "reproducible"]) -> None:
+        if len(material) != KEY_BYTES:
+            raise ValueError(f"material of {len(material)} bytes: expected {KEY_BYTES}, as from RandomKey.fresh().")
+        self._material = material
+        self.mode: Literal["secret", "reproducible"] = mode
+
+    @classmethod
+    def fresh(cls) -> RandomKey:
+        """A key of 256 bits of the operating system's entropy; no seeding of any library influences it."""
+        return cls(secrets.token_bytes(KEY_BYTES), "secret")
+
+    @classmethod
+    def from_seed(cls, seed: int) -> RandomKey:
+        """A key anybody can rebuild from ``seed``: for tests and debugging, not for releases."""
+        material = hashlib.blake2b(str(int(seed)).encode(), digest_size=KEY_BYTES, person=b"lightning_dp/sd").digest()
+        return cls(material, "reproducible")
+
+    def reveal(self) -> bytes:
+        """The raw key, for the one purpose of sharing it among the ranks of a run."""
+        return self._material
+
+    def derive(self, stream: Stream, *counters: int, size: int = 32) -> bytes:
+        """``size`` (at most 64) pseudorandom bytes for this stream at these counters (step, then rank or part)."""
+        message = ":".join([stream.value, *(str(int(counter)) for counter in counters)]).encode()
+        return hashlib.blake2b(message, key=self._material, digest_size=size, person=b"lightning_dp").digest()
+
+    def generator(self, stream: Stream, *counters: int) -> np.random.Generator:
+        """A NumPy generator (Philox 4×64, Salmon et al. 2011) with a 128-bit key of its own."""
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(self.derive(stream, *counters, size=16), "big")))
+
+    def torch_seed(self, stream: Stream, *counters: int) -> int:
+        """63 bits to seed a ``torch.Generator``. Note that PyTorch's CPU generator keeps only 32 bits of a seed."""
+        return int.from_bytes(self.derive(stream, *counters, size=8), "big") >> 1
+
+    def __repr__(self) -> str:
+        return f"RandomKey({self.mode})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A RandomKey is never pickled: it would put the noise's secret into a file.")
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, RandomKey) and secrets.compare_digest(self._material, other._material)
+
+    __hash__ = None  # type: ignore[assignment]  # a key must not end up in a dict or a set

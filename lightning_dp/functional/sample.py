@@ -1,0 +1,43 @@
+"""Poisson sampling: which examples take part in a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+
+def poisson_sample(
+    generator: np.random.Generator, dataset_size: int, sampling_probability: float
+) -> npt.NDArray[np.int64]:
+    """Draw every one of ``dataset_size`` examples independently with probability ``sampling_probability``.
+
+    The size is drawn from Binomial(N, q), then a uniform subset of that size: the same law as N independent coins,
+    at a cost that grows with the sample and not with N.
+
+    Args:
+        generator: source of randomness; the same generator state gives the same draw.
+        dataset_size: N, the actual number of examples to draw from.
+        sampling_probability: q in (0, 1].
+
+    Returns:
+        Sorted indices, shape ``(n,)`` with E[n] = q·N. ``n`` may be 0: an empty draw is a valid step.
+
+    Guarantee:
+        An example's membership is Bernoulli(q) and independent of every other's, which is what the accountant
+        assumes (Mironov, Talwar, Zhang 2019, arXiv 1908.10530).
+
+    Example:
+        >>> len(poisson_sample(np.random.default_rng(0), 1000, 1.0))
+        1000
+    """
+    size = int(generator.binomial(dataset_size, sampling_probability))
+    drawn = generator.choice(dataset_size, size=size, replace=False, shuffle=False)
+    return np.sort(drawn.astype(np.int64, copy=False))
+
+
+def rank_slice(indices: npt.NDArray[np.int64], rank: int, world_size: int) -> npt.NDArray[np.int64]:
+    """Rank ``rank``'s part of the one global draw: every ``world_size``-th index.
+
+    The slices of all ranks are disjoint and together are the draw, so an example is processed exactly once.
+    """
+    return indices[rank::world_size]

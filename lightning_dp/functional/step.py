@@ -1,0 +1,115 @@
+"""The whole private step on one page. The Lightning strategy must give what this gives.
+
+    sample → micro-batches → per-example gradients → clip & sum → + noise (once) → sum over ranks → ÷ expected batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.functional.clip import accumulation_dtype
+from lightning_dp.functional.noise import add_gaussian_noise
+from lightning_dp.functional.randomness import RandomKey
+from lightning_dp.functional.reduce import AllReduceSum, flatten, no_reduce, unflatten
+from lightning_dp.plan import PrivacyPlan
+
+
+@dataclass
+class Accumulated:
+    """What a rank has of a step before anything is released. All of it is **private**.
+
+    Attributes:
+        gradient: parameter name → sum of clipped gradients, in the accumulation type.
+        losses: per-example losses, one ``(B_i,)`` tensor per micro-batch.
+        norms: per-example gradient norms before clipping, likewise.
+        outputs: what the loss function handed out beside the loss, per micro-batch.
+    """
+
+    gradient: dict[str, Tensor]
+    losses: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+    @property
+    def examples(self) -> int:
+        """How many examples this rank has seen in this step (private)."""
+        return sum(len(losses) for losses in self.losses)
+
+    @property
+    def not_finite(self) -> int:
+        """How many of them had a gradient that was not finite and contributed zero (private)."""
+        return sum(int((~torch.isfinite(norms)).sum()) for norms in self.norms)
+
+
+def accumulate(
+    engine: Engine,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    micro_batches: Iterable[tuple[Any, int]],
+    clip_norm: float,
+) -> Accumulated:
+    """Sum of the clipped per-example gradients of a step's micro-batches. No noise yet, nothing may be released.
+
+    Args:
+        engine: how per-example gradients are computed; any engine gives the same sum.
+        loss_function: ``(parameters, batch of one) -> (loss, outputs)``.
+        parameters: the trainable parameters by name.
+        micro_batches: pairs of a batch and its number of examples. None at all is fine: the sum is zero.
+        clip_norm: C.
+    """
+    total = Accumulated(
+        {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters.items()}
+    )
+    for batch, examples in micro_batches:
+        clipped = engine.clipped_sum(loss_function, parameters, batch, examples, clip_norm)
+        for name, gradient in clipped.gradient.items():
+            total.gradient[name] += gradient
+        total.losses.append(clipped.losses)
+        total.norms.append(clipped.norms)
+        total.outputs.append(clipped.outputs)
+    return total
+
+
+def release(
+    gradient: Mapping[str, Tensor],
+    plan: PrivacyPlan,
+    key: RandomKey,
+    step: int,
+    *,
+    rank: int = 0,
+    all_reduce_sum: AllReduceSum = no_reduce,
+) -> dict[str, Tensor]:
+    """Turn the ranks' sums of clipped gradients into the one noisy gradient that may be used and published.
+
+    Rank 0 adds N(0, (σC)²) to its own sum before the ranks' sums are added up, so the total holds the noise exactly
+    once at any number of ranks, and every rank ends up with the very same numbers. The only division is by the public
+    expected batch size.
+
+    Guarantee:
+        The Gaussian mechanism with noise multiplier σ on a sum of L2 sensitivity C; (ε, δ) over steps by the ledger.
+    """
+    flat = flatten(gradient)
+    if rank == 0:
+        add_gaussian_noise(flat, noise_std=plan.noise_std, key=key, step=step)
+    flat = all_reduce_sum(flat)
+    return unflatten(flat.div_(plan.expected_batch_size), gradient)
+
+
+def private_gradient(
+    engine: Engine,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    micro_batches: Iterable[tuple[Any, int]],
+    plan: PrivacyPlan,
+    key: RandomKey,
+    step: int,
+) -> dict[str, Tensor]:
+    """One DP-SGD step's gradient on a single rank, from micro-batches to what the optimizer gets."""
+    total = accumulate(engine, loss_function, parameters, micro_batches, plan.clip_norm)
+    return release(total.gradient, plan, key, step)

@@ -1,0 +1,196 @@
+"""dataset → Poisson draw → logical batches: the training loader under differential privacy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_dp.functional.microbatch import split
+from lightning_dp.functional.randomness import RandomKey, Stream
+from lightning_dp.functional.sample import poisson_sample, rank_slice
+from lightning_dp.plan import PrivacyPlan
+
+Indices = npt.NDArray[np.int64]
+
+
+class LogicalBatchConsumedError(RuntimeError):
+    """A step's sample was about to be used a second time."""
+
+
+@dataclass
+class LogicalBatch:
+    """One step's sample on this rank: what Lightning's loops see as *the* batch.
+
+    Attributes:
+        step: number of the step in the run's life, from 0.
+        indices: dataset indices drawn for this rank, ``(n,)``; ``n`` may be 0. **Private**.
+        global_size: how many examples all ranks together have in this step. **Private**.
+        source: where the micro-batches come from.
+    """
+
+    step: int
+    indices: Tensor
+    global_size: int
+    source: _MicroBatchSource
+
+    def micro_batches(self) -> Iterator[tuple[Any, int]]:
+        """Yield (collated micro-batch, number of examples in it), once.
+
+        Raises:
+            LogicalBatchConsumedError: on a second pass. Every pass would be a further release of the same sample.
+        """
+        return self.source.take(self.step)
+
+
+class PoissonLoader:
+    """Replaces the user's training loader: the same dataset, collate_fn and workers, but Poisson sampling.
+
+    Its items are :class:`LogicalBatch` objects, one for each DP step; its length is the number of steps in an epoch,
+    round(1/q). Step t's sample depends on the key and t alone: all ranks make the same global draw and each takes its
+    own slice of it.
+
+    Args:
+        loader: the user's loader, whose shuffling, sampler and ``drop_last`` play no part any more.
+        plan: gives the sampling probability. The divisor of the step is the plan's, never a realised size.
+        key: its SAMPLING stream is used.
+        rank: this process's rank.
+        world_size: the number of ranks.
+        physical_batch_size: the most examples in a micro-batch. Changes memory and nothing else.
+        next_step: says the number of the next step when an epoch begins (how many the ledger has charged).
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        plan: PrivacyPlan,
+        key: RandomKey,
+        *,
+        rank: int,
+        world_size: int,
+        physical_batch_size: int,
+        next_step: Callable[[], int],
+    ) -> None:
+        self.dataset = loader.dataset
+        self.collate_fn = loader.collate_fn
+        self.plan = plan
+        self.physical_batch_size = physical_batch_size
+        self._next_step = next_step
+        self._draws = _Draws(len(loader.dataset), plan, key, rank, world_size)  # type: ignore[arg-type]
+        self._schedule = _Schedule(self._draws, physical_batch_size)
+        self._micro_batch_loader = _rebuild(loader, self._schedule)
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def __iter__(self) -> Iterator[LogicalBatch]:
+        first = self._next_step()
+        steps = range(first, first + len(self))
+        self._schedule.steps = steps
+        self._draws.forget()
+        source = _MicroBatchSource(iter(self._micro_batch_loader), self._draws, self.physical_batch_size, first)
+        for step in steps:
+            mine, global_size = self._draws.at(step)
+            yield LogicalBatch(step, torch.from_numpy(mine), global_size, source)
+
+    def first_examples(self, count: int) -> tuple[Any, int]:
+        """The dataset's first ``count`` examples (fewer if it is smaller), collated: for trying an engine out."""
+        count = min(count, len(self.dataset))  # type: ignore[arg-type]
+        return self.collate_fn([self.dataset[index] for index in range(count)]), count
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: where to go on is in the ledger. Its presence tells Lightning that this loader can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load; see :meth:`state_dict`."""
+
+
+class _Draws:
+    """The global draw of each step, made once and shared by the schedule of workers and the loop."""
+
+    def __init__(self, dataset_size: int, plan: PrivacyPlan, key: RandomKey, rank: int, world_size: int) -> None:
+        self._dataset_size, self._plan, self._key = dataset_size, plan, key
+        self._rank, self._world_size = rank, world_size
+        self._made: dict[int, tuple[Indices, int]] = {}
+
+    def at(self, step: int) -> tuple[Indices, int]:
+        if step not in self._made:
+            drawn = poisson_sample(
+                self._key.generator(Stream.SAMPLING, step), self._dataset_size, self._plan.sampling_probability
+            )
+            self._made[step] = (rank_slice(drawn, self._rank, self._world_size), len(drawn))
+        return self._made[step]
+
+    def forget(self, before: int | None = None) -> None:
+        self._made = {} if before is None else {step: made for step, made in self._made.items() if step >= before}
+
+
+class _Schedule:
+    """The batch sampler of the inner loader: all micro-batches of all steps of an epoch, one after the other.
+
+    Workers that prefetch therefore read ahead into the next logical batch.
+    """
+
+    def __init__(self, draws: _Draws, physical_batch_size: int) -> None:
+        self.steps = range(0)
+        self._draws, self._physical_batch_size = draws, physical_batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            for piece in split(self._draws.at(step)[0], self._physical_batch_size):
+                yield piece.tolist()
+
+
+class _MicroBatchSource:
+    """Hands out the micro-batches of each step in turn and keeps loop and schedule in step."""
+
+    def __init__(self, iterator: Iterator[Any], draws: _Draws, physical_batch_size: int, first: int) -> None:
+        self._iterator, self._draws, self._physical_batch_size = iterator, draws, physical_batch_size
+        self._step = first
+
+    def take(self, step: int) -> Iterator[tuple[Any, int]]:
+        if step < self._step:
+            raise LogicalBatchConsumedError(
+                f"The sample of step {step} has been used already: expected one pass over each step's sample. Every "
+                "pass releases a further noisy gradient of it. Use an optimizer that calls its closure once (not LBFGS)."
+            )
+        while self._step < step:  # a batch that Lightning fetched but nobody used
+            for _ in self._of_step(self._step):
+                pass
+            self._step += 1
+        self._step += 1
+        return self._of_step(step)
+
+    def _of_step(self, step: int) -> Iterator[tuple[Any, int]]:
+        for piece in split(self._draws.at(step)[0], self._physical_batch_size):
+            yield next(self._iterator), len(piece)
+        self._draws.forget(before=step + 1)
+
+
+def _rebuild(loader: DataLoader[Any], schedule: _Schedule) -> DataLoader[Any]:
+    """The user's loader with all its settings but the sampling."""
+    worker_init = loader.worker_init_fn
+    if worker_init is None and loader.num_workers > 0 and int(os.environ.get("PL_SEED_WORKERS", 0)):
+        worker_init = pl_worker_init_function  # what Lightning does for loaders under seed_everything(workers=True)
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=schedule,  # type: ignore[arg-type]
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=worker_init,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )

@@ -1,0 +1,129 @@
+"""The one source of privacy numbers: sampler, clipping, noise and ledger all read a :class:`PrivacyPlan`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+NEIGHBOURING_RELATION = "add/remove one example"
+SAMPLING = "Poisson"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrivacyPlan:
+    """Everything the mechanism is, as plain public numbers.
+
+    One step draws every example independently with probability :attr:`sampling_probability`, clips each drawn
+    example's gradient to L2 norm ``clip_norm``, sums, adds Gaussian noise of standard deviation
+    :attr:`noise_std` to every coordinate of the sum, and divides by ``expected_batch_size`` (Abadi et al. 2016,
+    Algorithm 1, with Poisson sampling).
+
+    All fields are public: none may be computed from the private records themselves. ``dataset_size`` is treated as
+    public, as usual under add/remove-one accounting.
+
+    Args:
+        noise_multiplier: σ, the noise's standard deviation in units of ``clip_norm``. 0 means no noise (ε = ∞).
+        clip_norm: C, the L2 norm to which each example's gradient is clipped. ``math.inf`` means no clipping, and
+            is accepted only together with ``noise_multiplier=0``.
+        delta: δ of the (ε, δ) guarantee, in (0, 1).
+        dataset_size: N, the public number of examples.
+        expected_batch_size: B, the expected size of a step's sample over all ranks. ``0 < B <= N``.
+        steps: T, the number of steps planned, or ``None`` if the end is not known in advance.
+        target_epsilon: the ε that training must not exceed, or ``None`` if σ was given instead.
+
+    Raises:
+        ValueError: a field is outside its range; the message names the value, what was expected and the remedy.
+
+    Example:
+        >>> plan = PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000,
+        ...                    expected_batch_size=100, steps=50)
+        >>> plan.sampling_probability, plan.noise_std, plan.steps_per_epoch
+        (0.1, 2.0, 10)
+    """
+
+    noise_multiplier: float
+    clip_norm: float
+    delta: float
+    dataset_size: int
+    expected_batch_size: float
+    steps: int | None = None
+    target_epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        check_noise_multiplier(self.noise_multiplier)
+        check_clip_norm(self.clip_norm)
+        check_delta(self.delta)
+        if self.target_epsilon is not None:
+            check_epsilon(self.target_epsilon)
+        if self.dataset_size < 1:
+            raise ValueError(
+                f"dataset_size={self.dataset_size}: expected at least one example. "
+                "Check that the training dataset is not empty."
+            )
+        if not 0 < self.expected_batch_size <= self.dataset_size:
+            raise ValueError(
+                f"expected_batch_size={self.expected_batch_size} with dataset_size={self.dataset_size} gives a "
+                f"sampling probability of {self.expected_batch_size / self.dataset_size:.4g}: expected a value in "
+                "(0, 1]. Lower the loader's batch_size (it is multiplied by the number of ranks) or pass "
+                f"DifferentialPrivacy(expected_batch_size=...) at most {self.dataset_size}."
+            )
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"steps={self.steps}: expected a non-negative number of steps, or None if unknown.")
+        if math.isinf(self.clip_norm) and self.noise_multiplier > 0:
+            raise ValueError(
+                f"clip_norm=inf with noise_multiplier={self.noise_multiplier}: without clipping no finite noise "
+                "protects anybody. Give a finite clip_norm, or noise_multiplier=0 to train without privacy."
+            )
+
+    @property
+    def sampling_probability(self) -> float:
+        """q = B / N, the probability with which each example enters a step's sample."""
+        return self.expected_batch_size / self.dataset_size
+
+    @property
+    def noise_std(self) -> float:
+        """σ·C, the standard deviation of the noise added to each coordinate of the *sum* of clipped gradients."""
+        return self.noise_multiplier * self.clip_norm if self.noise_multiplier > 0 else 0.0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """round(1/q): the number of steps in which each example is drawn once on average."""
+        return max(1, round(1 / self.sampling_probability))
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise ``ValueError`` unless ``epsilon`` is a finite positive number."""
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        raise ValueError(f"epsilon={epsilon}: expected a finite number above 0, such as 8.0.")
+
+
+def check_delta(delta: float) -> None:
+    """Raise ``ValueError`` unless ``delta`` lies in (0, 1)."""
+    if not 0 < delta < 1:
+        raise ValueError(
+            f"delta={delta}: expected a number in (0, 1), well below 1 / dataset_size, such as 1e-5."
+        )
+
+
+def check_clip_norm(clip_norm: float) -> None:
+    """Raise ``ValueError`` unless ``clip_norm`` is above 0 (``inf`` is accepted)."""
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm={clip_norm}: expected a number above 0, such as 1.0.")
+
+
+def check_noise_multiplier(noise_multiplier: float) -> None:
+    """Raise ``ValueError`` unless ``noise_multiplier`` is finite and at least 0."""
+    if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
+        raise ValueError(
+            f"noise_multiplier={noise_multiplier}: expected a finite number of at least 0, such as 1.0 "
+            "(0 means no noise and no privacy)."
+        )
+
+
+def check_sampling_probability(sampling_probability: float) -> None:
+    """Raise ``ValueError`` unless ``sampling_probability`` lies in (0, 1]."""
+    if not 0 < sampling_probability <= 1:
+        raise ValueError(
+            f"sampling_probability={sampling_probability}: expected a number in (0, 1], "
+            "the expected batch size divided by the dataset size."
+        )

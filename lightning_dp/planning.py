@@ -1,0 +1,125 @@
+"""From Trainer, loader and arguments to one plan, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import Strategy
+from torch.utils.data import DataLoader
+
+from lightning_dp.accounting import Ledger, noise_multiplier_for
+from lightning_dp.plan import PrivacyPlan
+from lightning_dp.preflight import PreflightError
+
+
+def planned_steps(trainer: pl.Trainer, steps_per_epoch: int, already: int) -> int | None:
+    """How many further private steps ``fit`` will take, or ``None`` if nothing but time bounds them.
+
+    Args:
+        trainer: its ``max_steps``, ``max_epochs`` and ``limit_train_batches`` are read.
+        steps_per_epoch: round(1/q).
+        already: optimizer steps taken before this ``fit`` (of the checkpoint, when resuming).
+    """
+    limit = trainer.limit_train_batches
+    per_epoch = min(steps_per_epoch, limit) if isinstance(limit, int) else int(steps_per_epoch * limit)
+    bounds = []
+    if trainer.max_steps != -1:
+        bounds.append(trainer.max_steps)
+    if trainer.max_epochs is not None and trainer.max_epochs != -1:
+        bounds.append(trainer.max_epochs * per_epoch)
+    return max(0, min(bounds) - already) if bounds else None
+
+
+def agreed_plan(
+    strategy: Strategy,
+    loader: DataLoader[Any],
+    *,
+    epsilon: float | None,
+    noise_multiplier: float | None,
+    delta: float,
+    clip_norm: float,
+    expected_batch_size: int | None,
+    dataset_size: int | None,
+    spent: dict[str, Any] | None,
+    remaining_steps: Callable[[int], int | None],
+) -> PrivacyPlan:
+    """The plan of a run, computed on rank 0 and checked to suit every rank's data.
+
+    Args:
+        strategy: for its number of ranks and its broadcast.
+        loader: the user's training loader; ``batch_size`` × ranks is the expected batch size unless given.
+        epsilon: target ε, or ``None``.
+        noise_multiplier: σ, or ``None`` to have it found.
+        delta: δ.
+        clip_norm: C.
+        expected_batch_size: B, or ``None``.
+        dataset_size: N, or ``None``.
+        spent: the state of a ledger that this run continues, or ``None``.
+        remaining_steps: further steps this ``fit`` will take, given the steps of an epoch.
+
+    Raises:
+        PreflightError: the number of steps is unknown although σ must be found, or ranks disagree.
+        ValueError: a number is out of range, or no σ reaches ε.
+    """
+    world_size = int(getattr(strategy, "world_size", 1))
+    size = dataset_size if dataset_size is not None else len(loader.dataset)  # type: ignore[arg-type]
+    batch = expected_batch_size if expected_batch_size is not None else (loader.batch_size or 1) * world_size
+
+    def plan(sigma: float) -> PrivacyPlan:
+        probe = PrivacyPlan(
+            noise_multiplier=sigma, clip_norm=clip_norm, delta=delta, dataset_size=size, expected_batch_size=batch
+        )
+        history = Ledger.resume(probe, spent) if spent else Ledger(probe)
+        remaining = remaining_steps(probe.steps_per_epoch)
+        return PrivacyPlan(
+            noise_multiplier=sigma,
+            clip_norm=clip_norm,
+            delta=delta,
+            dataset_size=size,
+            expected_batch_size=batch,
+            steps=None if remaining is None else history.steps + remaining,
+            target_epsilon=epsilon,
+        )
+
+    def found() -> float:
+        assert epsilon is not None
+        probe = plan(1.0)
+        history = Ledger.resume(probe, spent) if spent else Ledger(probe)
+        if probe.steps is None:
+            raise PreflightError(
+                f"epsilon={epsilon} without an end: expected Trainer(max_steps=...) or Trainer(max_epochs=...). The noise "
+                "is found for a planned number of steps; training may still stop earlier, for instance by max_time."
+            )
+        last = history.phases[-1] if history.phases else None
+        remaining = probe.steps - history.steps
+        if last is not None and (last.sampling_probability == probe.sampling_probability or remaining == 0):
+            return last.noise_multiplier  # go on as before; the ledger stops the run before it overspends
+        return noise_multiplier_for(
+            epsilon, delta, probe.sampling_probability, max(remaining, 1), history=history.phases
+        )
+
+    agreed = _on_rank_zero(strategy, lambda: plan(found() if noise_multiplier is None else noise_multiplier))
+    mine = plan(agreed.noise_multiplier)
+    if mine != agreed:
+        raise PreflightError(
+            f"ranks disagree: rank 0 planned {agreed}, this rank {mine}: expected the same data and arguments on every "
+            "rank. Load the whole dataset on each rank; sampling divides it among them."
+        )
+    return agreed
+
+
+def _on_rank_zero(strategy: Strategy, make: Callable[[], PrivacyPlan]) -> PrivacyPlan:
+    """Rank 0's result on every rank, or rank 0's error on every rank."""
+    outcome: PrivacyPlan | ValueError | None = None
+    if strategy.is_global_zero:
+        try:
+            outcome = make()
+        except ValueError as error:
+            outcome = error
+    outcome = strategy.broadcast(outcome)
+    if isinstance(outcome, ValueError):
+        raise outcome
+    assert outcome is not None
+    return outcome

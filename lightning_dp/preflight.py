@@ -1,0 +1,238 @@
+"""Every refusal, before the first batch: what would break the guarantee, or quietly not do what it says."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import SequentialSampler
+
+from lightning_dp.plan import PrivacyPlan
+
+SUPPORTED_PRECISION = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+
+
+class PreflightError(ValueError):
+    """Training cannot be private as configured. The message names the value, the expectation and the remedy."""
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse Trainer settings that differential privacy cannot honour. Called when ``fit`` is being set up.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    if trainer.gradient_clip_val:
+        raise PreflightError(
+            f"gradient_clip_val={trainer.gradient_clip_val}: expected None. It would clip the gradient that is already "
+            "clipped per example and noisy. Remove it; the clip norm is DifferentialPrivacy(clip_norm=...)."
+        )
+    if trainer.accumulate_grad_batches != 1 or _has(trainer, GradientAccumulationScheduler):
+        raise PreflightError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: expected 1 (and no "
+            "GradientAccumulationScheduler). One Lightning batch is one private step, whatever its size: raise the "
+            "loader's batch_size, and limit memory with DifferentialPrivacy(physical_batch_size=...)."
+        )
+    if trainer.overfit_batches:
+        raise PreflightError(
+            f"overfit_batches={trainer.overfit_batches}: expected 0. It replaces the training sampler by one that "
+            "always takes the same examples. Train on a torch.utils.data.Subset instead."
+        )
+    if trainer.precision not in SUPPORTED_PRECISION:
+        raise PreflightError(
+            f"precision={trainer.precision!r}: expected one of {', '.join(SUPPORTED_PRECISION)}. Loss scaling and the "
+            "narrow range of fp16 turn gradients into inf before they can be clipped; use 'bf16-mixed'."
+        )
+    if _has(trainer, LearningRateFinder) or _has(trainer, BatchSizeFinder):
+        raise PreflightError(
+            "Tuner (LearningRateFinder or BatchSizeFinder): expected none together with DifferentialPrivacy. Every "
+            "trial run reads the private data and spends budget that no ledger counts. Tune on public data, or set the "
+            "value by hand."
+        )
+
+
+def check_module(module: pl.LightningModule) -> None:
+    """Refuse modules whose layers mix examples or have nothing to train. Called once the module is complete.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    if not module.automatic_optimization:
+        raise PreflightError(
+            "automatic_optimization=False: expected True. With manual optimization this release cannot tell which "
+            "backward passes read private data. Return the loss from training_step and let Lightning optimize."
+        )
+    parameters = inspect.signature(module.training_step).parameters
+    if "dataloader_iter" in parameters:
+        raise PreflightError(
+            "training_step(dataloader_iter): expected training_step(batch, batch_idx). A step that fetches its own "
+            "batches cannot be sampled by Poisson. Take the batch as the argument."
+        )
+    for hook in ("backward",):
+        if is_overridden(hook, module, parent=pl.LightningModule):
+            raise PreflightError(
+                f"{type(module).__name__}.{hook} is overridden: expected Lightning's own. Per-example gradients are "
+                "not taken by a backward pass over the batch, so the override would never run. Remove it."
+            )
+    mixing = [name for name, layer in module.named_modules() if _mixes_examples(layer)]
+    if mixing:
+        raise PreflightError(
+            f"BatchNorm in {', '.join(mixing[:5])}{' and more' if len(mixing) > 5 else ''}: expected layers that treat "
+            "every example on its own. Batch statistics let one example change every other's gradient, so clipping "
+            "bounds nothing. Replace them, for instance with opacus.validators.ModuleValidator.fix(module), which puts "
+            "GroupNorm in their place; or, for a frozen pre-trained part, call .eval() and .requires_grad_(False) on it."
+        )
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise PreflightError(
+            "no trainable parameter: expected at least one with requires_grad=True. Unfreeze what should be trained."
+        )
+    complex_ones = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.is_complex()]
+    if complex_ones:
+        raise PreflightError(
+            f"complex parameters {', '.join(complex_ones[:5])}: expected real ones. Store real and imaginary parts as "
+            "real parameters (torch.view_as_real)."
+        )
+
+
+def check_optimizers(module: pl.LightningModule, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Refuse optimizers that would step more than once, or outside the reach of the noise.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    if len(optimizers) != 1:
+        raise PreflightError(
+            f"{len(optimizers)} optimizers: expected exactly one. Return a single optimizer from configure_optimizers "
+            "(it may have several parameter groups)."
+        )
+    optimizer = optimizers[0]
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise PreflightError(
+            "optimizer=LBFGS: expected one that evaluates its closure once per step. Every further evaluation would be "
+            "an unaccounted release. Use SGD or Adam."
+        )
+    known = {id(parameter) for parameter in module.parameters()}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    strangers = len(held - known)
+    if strangers:
+        raise PreflightError(
+            f"{strangers} of the optimizer's parameters are not parameters of the module: expected all of them to be. "
+            "They would get no private gradient and never move. Register them on the LightningModule."
+        )
+    idle = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    if idle:
+        warnings.warn(
+            f"Trainable parameters that no optimizer holds: {', '.join(idle[:5])}. They count in the clip norm and "
+            "never move. Freeze them with requires_grad_(False) or give them to the optimizer.",
+            stacklevel=2,
+        )
+
+
+def check_strategy(strategy: Strategy, convertible: tuple[type[Strategy], ...]) -> None:
+    """Refuse strategies that have no private twin.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    if type(strategy) not in convertible:
+        raise PreflightError(
+            f"strategy={type(strategy).__module__}.{type(strategy).__name__}: expected Lightning's single-device or DDP "
+            "strategy, imported from 'lightning' (not 'pytorch_lightning'). Use strategy='auto', 'ddp', 'private' or "
+            "'private_ddp'; DeepSpeed, FSDP and XLA shard gradients before they could be clipped per example."
+        )
+    hooks = [name for name in ("_ddp_comm_hook", "_ddp_comm_state", "_model_averaging_period") if getattr(strategy, name, None)]
+    if hooks:
+        raise PreflightError(
+            f"DDPStrategy({hooks[0].removeprefix('_')}=...): expected none. The ranks' clipped gradients are added up once "
+            "a step without DistributedDataParallel, so it would never run. Remove it."
+        )
+
+
+def check_loader(loader: object) -> DataLoader[Any]:
+    """Refuse training loaders whose sampling cannot be replaced by Poisson sampling without changing their meaning.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    if not isinstance(loader, DataLoader):
+        raise PreflightError(
+            f"train_dataloader of type {type(loader).__name__}: expected a torch.utils.data.DataLoader. Poisson sampling "
+            "needs to reach every example by its index; wrap the dataset in a DataLoader."
+        )
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise PreflightError(
+            f"train_dataloader of type {type(loader).__name__}, which iterates in its own way: expected torch's "
+            "DataLoader. Its own iteration would not take place; put that logic into the dataset or collate_fn."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise PreflightError(
+            f"dataset={type(loader.dataset).__name__} is an IterableDataset: expected a map-style dataset with "
+            "__getitem__ and __len__. A stream cannot be sampled by Poisson; index the data."
+        )
+    if not hasattr(loader.dataset, "__len__"):
+        raise PreflightError(
+            f"dataset={type(loader.dataset).__name__} has no length: expected __len__. Poisson sampling needs to know "
+            "how many examples there are to draw from."
+        )
+    if loader.batch_sampler is None or loader.batch_size is None:
+        given = "batch_size=None"
+        if loader.batch_sampler is not None:
+            within = getattr(loader.batch_sampler, "sampler", None)
+            given = f"{type(loader.batch_sampler).__name__}({type(within).__name__})"
+        raise PreflightError(
+            f"train_dataloader with {given}: expected DataLoader(dataset, batch_size=...). A custom batch sampler would "
+            "be replaced by Poisson sampling; remove it, and let the dataset return single examples."
+        )
+    if type(loader.batch_sampler) not in (BatchSampler, _IndexBatchSamplerWrapper):
+        raise PreflightError(
+            f"batch_sampler={type(loader.batch_sampler).__name__}: expected none. Poisson sampling, which the "
+            "accountant assumes, would replace it; remove it."
+        )
+    sampler = loader.sampler
+    custom = type(sampler) not in (RandomSampler, SequentialSampler, DistributedSampler)
+    if isinstance(sampler, RandomSampler):
+        custom = sampler.replacement or sampler.num_samples != len(loader.dataset)
+    if custom:
+        wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning's wrapper under DDP
+        raise PreflightError(
+            f"sampler={type(wrapped).__name__}: expected none (shuffle=True or False). Every example must be drawn with "
+            "the same probability, or the ε reported is wrong for the examples drawn more often. Remove the sampler; to "
+            "weight examples, weight their losses."
+        )
+    return loader
+
+
+def check_delta_for(plan: PrivacyPlan) -> None:
+    """Warn when δ is so large that publishing one whole record would satisfy it."""
+    if plan.delta >= 1 / plan.dataset_size:
+        warnings.warn(
+            f"delta={plan.delta} with dataset_size={plan.dataset_size}: expected well below 1/{plan.dataset_size} = "
+            f"{1 / plan.dataset_size:.2g}. At this δ, publishing a random record in the clear would count as private.",
+            stacklevel=2,
+        )
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The BatchNorm layers of ``module`` that are there but harmless now (frozen and in eval mode)."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
+def _mixes_examples(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return layer.training and layer.track_running_stats
+    if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return False
+    return layer.training or any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def _has(trainer: pl.Trainer, callback: type[pl.Callback]) -> bool:
+    return any(isinstance(one, callback) for one in trainer.callbacks)  # type: ignore[attr-defined]

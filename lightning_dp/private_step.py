@@ -1,0 +1,295 @@
+"""The private step inside Lightning: what both private strategies delegate to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader
+
+from lightning_dp import preflight
+from lightning_dp.accounting import Ledger
+from lightning_dp.capture import StepCapture
+from lightning_dp.engines.select import EngineName, Selection, select_engine
+from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.functional.randomness import RandomKey, Stream
+from lightning_dp.functional.step import Accumulated, accumulate, release
+from lightning_dp.loader import LogicalBatch, PoissonLoader
+from lightning_dp.plan import PrivacyPlan
+
+Planner = Callable[[DataLoader[Any]], tuple[Ledger, RandomKey]]
+"""Turns the user's training loader into a ledger (which holds the plan) and the key of the run."""
+
+TRIAL_EXAMPLES = 2
+
+
+class PrivateStep:
+    """From a logical batch to a noisy gradient in ``p.grad``, in the order in which Lightning asks for it.
+
+    :meth:`process_dataloader` → :meth:`choose_engine` → for each step :meth:`training_step`, then :meth:`backward`.
+    The step itself is :mod:`lightning_dp.functional.step`; this class only feeds it and carries its result home.
+
+    Args:
+        planner: makes the plan when the training loader is known.
+        engine: name of the engine, see :data:`lightning_dp.engines.select.EngineName`.
+        physical_batch_size: the most examples in a micro-batch, or ``None`` for a size that suits the module.
+        log_train_metrics: whether what training_step logs reaches the loggers.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        *,
+        engine: EngineName = "auto",
+        physical_batch_size: int | None = None,
+        log_train_metrics: bool = True,
+    ) -> None:
+        self._planner = planner
+        self._engine_name: EngineName = engine
+        self._physical_batch_size = physical_batch_size
+        self._log_train_metrics = log_train_metrics
+        self._loader: PoissonLoader | None = None
+        self._selection: Selection | None = None
+        self._ledger: Ledger | None = None
+        self._key: RandomKey | None = None
+        self._capture: StepCapture | None = None
+        self._pending: tuple[Accumulated, dict[str, nn.Parameter]] | None = None
+        self.not_finite = 0
+
+    def process_dataloader(self, strategy: Strategy, dataloader: object) -> PoissonLoader:
+        """Replace the user's training loader by one of Poisson-sampled logical batches.
+
+        Raises:
+            PreflightError: the loader cannot be sampled by Poisson, or there are several of them.
+        """
+        module = _module(strategy)
+        loader = preflight.check_loader(dataloader)
+        if self._loader is not None and module.trainer.fit_loop._combined_loader is None:
+            raise preflight.PreflightError(
+                "several training loaders: expected exactly one. Each would need a budget of its own; join the datasets "
+                "with torch.utils.data.ConcatDataset."
+            )
+        ledger, key = self._planner(loader)
+        self._ledger, self._key = ledger, key
+        size = self._physical_batch_size or _default_physical_batch_size(module, ledger.plan, strategy)
+        self._loader = PoissonLoader(
+            loader,
+            ledger.plan,
+            key,
+            rank=_rank(strategy),
+            world_size=_world_size(strategy),
+            physical_batch_size=size,
+            next_step=lambda: ledger.steps,
+        )
+        return self._loader
+
+    def choose_engine(self, strategy: Strategy) -> Selection:
+        """Try engines on two examples and keep the one to train with. Nothing of the trial is kept or released.
+
+        Raises:
+            EngineError: the engine asked for cannot run this training_step.
+            PreflightError: training_step changes a buffer, or returns no loss.
+        """
+        module, loader = _module(strategy), self._loader
+        assert loader is not None
+        buffers = _buffer_versions(module)
+        self._capture = StepCapture(module)
+
+        def trial(engine: Engine) -> None:
+            batch, examples = loader.first_examples(TRIAL_EXAMPLES)
+            batch = _to_device(strategy, batch)
+            loss_function = self._loss_function(strategy, (0,))
+            engine.clipped_sum(loss_function, _trainable(module), batch, examples, loader.plan.clip_norm)
+
+        with isolate_rng(), torch.enable_grad():
+            self._selection = select_engine(self._engine_name, trial)
+        _check_buffers(module, buffers)
+        if self._selection.reason:
+            rank_zero_info(
+                f"lightning_dp: engine '{self._selection.engine.name}': {self._selection.reason}. "
+                "It takes one backward pass per example and is slow."
+            )
+        return self._selection
+
+    def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
+        """Sum this rank's clipped per-example gradients over the logical batch; keep them for :meth:`backward`.
+
+        Returns:
+            What the user's training_step would return for the whole batch: the mean loss, detached, or a dict with it.
+            With no example on this rank the loss is 0.
+        """
+        module, ledger, key, capture = _module(strategy), self._ledger, self._key, self._capture
+        assert ledger is not None
+        assert key is not None
+        assert capture is not None
+        assert self._selection is not None
+        if not isinstance(batch, LogicalBatch):
+            raise RuntimeError(
+                f"batch of type {type(batch).__name__}: expected a LogicalBatch. Something replaced the private training "
+                "loader; pass the data to trainer.fit as usual and do not touch trainer.fit_loop."
+            )
+        if batch.step != ledger.steps:
+            raise RuntimeError(
+                f"The sample of step {batch.step} arrived when {ledger.steps} steps are charged: expected one release for "
+                "each sample. An override of optimizer_step or a callback left a batch unused; step on every batch."
+            )
+        mode = [layer for layer in preflight.batch_norms(module) if layer.training]
+        if mode:
+            raise preflight.PreflightError(
+                f"{len(mode)} BatchNorm layers were switched to train mode during training: expected eval mode. Do not "
+                "call .train() on a frozen part; batch statistics mix the examples."
+            )
+        parameters, buffers = _trainable(module), _buffer_versions(module)
+        with _forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, batch.step, _rank(strategy))):
+            total = accumulate(
+                self._selection.engine,
+                self._loss_function(strategy, rest),
+                parameters,
+                ((_to_device(strategy, micro_batch), size) for micro_batch, size in batch.micro_batches()),
+                ledger.plan.clip_norm,
+            )
+        _check_buffers(module, buffers)
+        self._pending = total, parameters
+        self.not_finite += total.not_finite
+
+        extras: dict[str, Any] = {}
+        if self._log_train_metrics:
+            some_rank_is_empty = 0 < batch.global_size < _world_size(strategy)
+            extras = capture.replay(total.outputs, total.examples, strategy.broadcast if some_rank_is_empty else None)
+        loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
+        return {"loss": loss, **extras} if extras else loss
+
+    def backward(self, strategy: Strategy, closure_loss: Tensor) -> Tensor:
+        """Charge the ledger, release the noisy gradient, and put it into ``p.grad`` of the trainable parameters.
+
+        Raises:
+            BudgetExceededError: the step would overspend the target ε. Nothing is released.
+        """
+        ledger, key, pending = self._ledger, self._key, self._pending
+        if pending is None or ledger is None or key is None:
+            raise RuntimeError(
+                "backward without a private training_step: expected one training_step for each backward. "
+                "Use automatic optimization and an optimizer that calls its closure once per step."
+            )
+        total, parameters = pending
+        self._pending = None
+        module = _module(strategy)
+        strategy.pre_backward(closure_loss)
+        strategy.precision_plugin.pre_backward(closure_loss, module)
+        step = ledger.steps
+        ledger.charge()
+        gradient = release(
+            total.gradient,
+            ledger.plan,
+            key,
+            step,
+            rank=_rank(strategy),
+            all_reduce_sum=lambda flat: strategy.reduce(flat, reduce_op="sum"),
+        )
+        for name, parameter in parameters.items():
+            parameter.grad = gradient[name].to(parameter.dtype)
+        closure_loss = strategy.precision_plugin.post_backward(closure_loss, module)
+        strategy.post_backward(closure_loss)
+        return closure_loss
+
+    @property
+    def physical_batch_size(self) -> int | None:
+        """The most examples in a micro-batch, once the loader is known."""
+        return self._physical_batch_size if self._loader is None else self._loader.physical_batch_size
+
+    def _loss_function(self, strategy: Strategy, rest: tuple[Any, ...]) -> LossFunction:
+        """The user's own training_step on a batch of one, as a function of the parameters."""
+        module, capture = _module(strategy), self._capture
+        assert capture is not None
+        stepper = _TrainingStep(module)
+
+        def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
+            named = {f"module.{name}": parameter for name, parameter in parameters.items()}
+            with strategy.precision_plugin.train_step_context():
+                return capture.run(lambda: functional_call(stepper, named, (example, *rest)))
+
+        return loss_function
+
+
+class _TrainingStep(nn.Module):
+    """``functional_call`` calls ``forward``; this makes that the module's ``training_step``."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return self.module.training_step(*args)
+
+
+def _module(strategy: Strategy) -> pl.LightningModule:
+    module = strategy.lightning_module
+    assert module is not None
+    return module
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _rank(strategy: Strategy) -> int:
+    return int(getattr(strategy, "global_rank", 0))
+
+
+def _world_size(strategy: Strategy) -> int:
+    return int(getattr(strategy, "world_size", 1))
+
+
+def _to_device(strategy: Strategy, batch: Any) -> Any:
+    """What Lightning does to a batch before training_step, hooks included, for one micro-batch."""
+    module = _module(strategy)
+    batch = strategy.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
+
+
+def _default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: Strategy) -> int:
+    """One micro-batch for nearly every step if its per-example gradients fit in 512 MiB (8 GiB on an accelerator).
+
+    At most 512 examples, because their activations take memory too.
+    """
+    parameters = sum(parameter.numel() for parameter in _trainable(module).values())
+    room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
+    share = plan.expected_batch_size / _world_size(strategy)
+    return max(1, min(room, 512, math.ceil(share + 4 * math.sqrt(share))))
+
+
+def _buffer_versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    return {name: (buffer, buffer._version) for name, buffer in module.named_buffers()}
+
+
+def _check_buffers(module: nn.Module, before: dict[str, tuple[Tensor, int]]) -> None:
+    changed = [
+        name
+        for name, buffer in module.named_buffers()
+        if name not in before or before[name][0] is not buffer or before[name][1] != buffer._version
+    ]
+    if changed:
+        raise preflight.PreflightError(
+            f"training_step changes the buffers {', '.join(changed[:5])}: expected buffers that stay as they are. What a "
+            "buffer learns from private examples leaves with the checkpoint, without noise. Make it a parameter, update "
+            "it outside training_step from public values, or switch the tracking off."
+        )
+
+
+@contextmanager
+def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's global generators seeded for this step's random layers, and put back afterwards."""
+    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

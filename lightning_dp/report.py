@@ -1,0 +1,102 @@
+"""ledger → logger, privacy.json and the sentence at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+
+from lightning_dp.accounting import Ledger, Statement
+from lightning_dp.engines.select import Selection
+from lightning_dp.functional.randomness import RandomKey
+from lightning_dp.private_step import PrivateStep
+
+FILE_NAME = "privacy.json"
+CAVEATS = (
+    "the noise is pseudorandom floating point, not a discrete Gaussian",
+    "choosing hyperparameters on the same data, and metrics computed from private examples, are not accounted for",
+)
+
+
+class Report:
+    """Tells loggers and people what a run plans, spends and has spent. Holds the run's key, and never shows it.
+
+    Args:
+        ledger: where the spent steps are counted.
+        key: the run's key; only its mode is reported.
+    """
+
+    def __init__(self, ledger: Ledger, key: RandomKey) -> None:
+        self.ledger = ledger
+        self.key = key
+        self.running = False
+        self._folder: Path | None = None
+        self._step: PrivateStep | None = None
+
+    def start(self, trainer: pl.Trainer, step: PrivateStep, selection: Selection) -> None:
+        """Announce the plan to people and loggers. Called on every rank before training."""
+        self.running = True
+        self._step = step
+        folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to the other ranks
+        self._folder = None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]
+        plan = self.ledger.plan
+        steps = "an open number of steps" if plan.steps is None else f"{plan.steps} steps"
+        bound = f"ε ≤ {plan.target_epsilon:g}" if plan.target_epsilon is not None else self._foreseen()
+        rank_zero_info(
+            f"Differential privacy: {bound} at δ = {plan.delta:g} over {steps}: noise multiplier "
+            f"{plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}, expected batch {plan.expected_batch_size:g} of "
+            f"{plan.dataset_size} (q = {plan.sampling_probability:.4g}), engine {selection.engine.name}, micro-batches of "
+            f"up to {step.physical_batch_size}, {self.key.mode} randomness."
+        )
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"dp": {**dataclasses.asdict(plan), "engine": selection.engine.name}})
+
+    def metrics(self, every_n_steps: int) -> dict[str, float]:
+        """The ``dp/...`` metrics after a step. All are functions of public numbers alone.
+
+        ε is exact on the steps that loggers record and an upper bound in between (ε at the next recorded step).
+        """
+        steps, plan = self.ledger.steps, self.ledger.plan
+        ahead = math.ceil(steps / every_n_steps) * every_n_steps if every_n_steps else steps
+        if plan.steps is not None:
+            ahead = max(steps, min(ahead, plan.steps))
+        return {
+            "dp/epsilon": self.ledger.epsilon(ahead).epsilon,
+            "dp/delta": plan.delta,
+            "dp/noise_multiplier": plan.noise_multiplier,
+            "dp/steps": float(steps),
+        }
+
+    def statement(self) -> Statement:
+        """What has been spent so far."""
+        return Statement.of(self.ledger, randomness=self.key.mode, caveats=CAVEATS)
+
+    @rank_zero_only
+    def write(self, trainer: pl.Trainer) -> None:
+        """Write ``privacy.json`` and the statement into the summary of W&B runs."""
+        self.running = False
+        broken = 0 if self._step is None else self._step.not_finite
+        if broken:
+            rank_zero_warn(
+                f"{broken} per-example gradients on rank 0 were not finite and contributed zero. (This count is private: it "
+                "is not covered by the guarantee.) Look for divisions by zero or logarithms in the loss, or lower the rate."
+            )
+        statement = self.statement()
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / FILE_NAME).write_text(statement.to_json() + "\n", encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.summary["dp/statement"] = str(statement)
+                logger.experiment.summary["privacy"] = statement.to_dict()
+
+    def _foreseen(self) -> str:
+        plan = self.ledger.plan
+        if plan.noise_multiplier == 0:
+            return "no noise, so ε = ∞ (no privacy)"
+        return "ε grows" if plan.steps is None else f"ε = {self.ledger.epsilon(plan.steps).epsilon:.3g} at the end"

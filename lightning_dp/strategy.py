@@ -1,0 +1,171 @@
+"""The private twins of Lightning's single-device and DDP strategies.
+
+Each has its stock class as its only base (so that a stock strategy can be turned into its twin by assigning
+``__class__``) and delegates to one :class:`~lightning_dp.private_step.PrivateStep`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dp.loader import LogicalBatch
+from lightning_dp.preflight import PreflightError, check_strategy
+from lightning_dp.private_step import PrivateStep
+
+
+class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
+    """Lightning's single-device strategy with private training steps; ``strategy="private"``.
+
+    Validation, testing, prediction, checkpoints and precision are the stock strategy's. It needs the
+    :class:`~lightning_dp.DifferentialPrivacy` callback and refuses to fit without it.
+    """
+
+    strategy_name = "private"
+    private_step: PrivateStep | None = None
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """The one device; Lightning's connector sets it when the strategy is asked for by name."""
+        return []
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) != 1:
+            raise PreflightError(
+                f"strategy='private' with {len(devices)} devices: expected one. Use strategy='private_ddp' for several."
+            )
+        self._root_device = devices[0]
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        _require(self, trainer)
+        super().setup(trainer)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        return _process_dataloader(self, dataloader)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        return batch if isinstance(batch, LogicalBatch) else super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        return _step(self).training_step(self, *args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        return _step(self).backward(self, closure_loss)
+
+
+class PrivateDDPStrategy(DDPStrategy):
+    """Lightning's DDP strategy with private training steps; ``strategy="private_ddp"``.
+
+    The module is not wrapped in ``DistributedDataParallel``: the ranks' sums of clipped gradients are added up once a
+    step, in one all-reduce, so ranks may hold different numbers of examples. It needs the
+    :class:`~lightning_dp.DifferentialPrivacy` callback and refuses to fit without it.
+    """
+
+    strategy_name = "private_ddp"
+    private_step: PrivateStep | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        _require(self, trainer)
+        super().setup(trainer)
+
+    @override
+    def configure_ddp(self) -> None:
+        """Start all ranks from rank 0's parameters and buffers, which is all that is needed of the DDP wrapper."""
+        assert self.model is not None
+        _sync_module_states(self.model)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        return _process_dataloader(self, dataloader)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        return batch if isinstance(batch, LogicalBatch) else super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        return _step(self).training_step(self, *args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        return _step(self).backward(self, closure_loss)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        for name, start_method in (
+            ("private_ddp", "popen"),
+            ("private_ddp_spawn", "spawn"),
+            ("private_ddp_fork", "fork"),
+            ("private_ddp_notebook", "fork"),
+        ):
+            strategy_registry.register(
+                name, cls, description=f"Private DDP with start_method '{start_method}'", start_method=start_method
+            )
+
+
+PrivateStrategy = PrivateSingleDeviceStrategy | PrivateDDPStrategy
+
+TWINS: dict[type[Strategy], type[PrivateSingleDeviceStrategy] | type[PrivateDDPStrategy]] = {
+    SingleDeviceStrategy: PrivateSingleDeviceStrategy,
+    DDPStrategy: PrivateDDPStrategy,
+}
+
+
+def make_private(strategy: Strategy) -> PrivateStrategy:
+    """Turn a stock strategy object into its private twin, in place; a private strategy stays as it is.
+
+    Raises:
+        PreflightError: the strategy has no private twin.
+    """
+    check_strategy(strategy, (*TWINS, *TWINS.values()))
+    if type(strategy) in TWINS:
+        strategy.__class__ = TWINS[type(strategy)]
+    return cast(PrivateStrategy, strategy)
+
+
+def register_strategies() -> None:
+    """Make the names ``private``, ``private_ddp`` and their start methods known to ``Trainer(strategy=...)``."""
+    for twin in TWINS.values():
+        if twin.strategy_name not in StrategyRegistry:
+            twin.register_strategies(StrategyRegistry)
+
+
+def _step(strategy: PrivateStrategy) -> PrivateStep:
+    if strategy.private_step is None:
+        raise PreflightError(
+            f"strategy={strategy.strategy_name!r} without DifferentialPrivacy: expected the callback, which holds the "
+            "plan. Add lightning_dp.DifferentialPrivacy(...) to Trainer(callbacks=[...]), or use a stock strategy."
+        )
+    return strategy.private_step
+
+
+def _require(strategy: PrivateStrategy, trainer: pl.Trainer) -> None:
+    if trainer.state.fn == TrainerFn.FITTING:
+        _step(strategy)
+
+
+def _process_dataloader(strategy: PrivateStrategy, dataloader: object) -> object:
+    module = strategy.lightning_module
+    if module is None or not module.trainer.training:
+        return dataloader
+    return _step(strategy).process_dataloader(strategy, dataloader)
+
+
+register_strategies()

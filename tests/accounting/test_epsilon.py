@@ -1,0 +1,281 @@
+"""ε against an independent accountant (dp_accounting's PLD), and the laws that any ε obeys."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from dp_accounting.pld import privacy_loss_distribution
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from lightning_dp.accounting import EpsilonBound, EpsilonCurve, Phase, epsilon_bound, rdp_epsilon
+from lightning_dp.accounting.epsilon import gaussian_epsilon
+from lightning_dp.accounting.prv import PrvFailureError, PrvGrid
+
+CIFAR = Phase(3.0, 4096 / 50000, 875)
+IMAGENET = Phase(2.5, 16384 / 1281167, 72000)
+
+
+def pld_epsilon(phases: list[Phase], delta: float, interval: float = 1e-4) -> float:
+    """ε of both directions by dp_accounting's privacy loss distributions ("connect the dots")."""
+    composed = None
+    for phase in phases:
+        one = privacy_loss_distribution.from_gaussian_mechanism(
+            phase.noise_multiplier,
+            sampling_prob=phase.sampling_probability,
+            value_discretization_interval=interval,
+        )
+        many = one.self_compose(phase.steps)
+        composed = many if composed is None else composed.compose(many)
+    assert composed is not None
+    return float(composed.get_epsilon_for_delta(delta))
+
+
+@pytest.mark.parametrize(
+    ("phase", "delta", "pld", "rdp"),
+    [
+        (CIFAR, 1e-5, 3.6016, 3.9102),
+        (Phase(4.0, 4096 / 50000, 2000), 1e-5, 4.0627, 4.3988),
+        (Phase(1.0, 0.01, 1000), 1e-5, 1.8282, 2.1014),
+        (IMAGENET, 8e-7, 7.4652, 7.9537),
+    ],
+)
+def test_reference_table(phase: Phase, delta: float, pld: float, rdp: float) -> None:
+    """dp_accounting 0.6's figures: PRV's upper bound is above PLD's ε by at most its stated error."""
+    bound = epsilon_bound([phase], delta)
+    assert bound.accountant == "PRV"
+    assert pld - 2e-4 < bound.epsilon < pld + 0.0115
+    assert rdp_epsilon([phase], delta) == pytest.approx(rdp, rel=2e-3)
+
+
+def test_the_cifar_plan() -> None:
+    assert 3.601 <= epsilon_bound([CIFAR], 1e-5).epsilon <= 3.62
+
+
+def test_rdp_of_a_published_test() -> None:
+    """jax_privacy's own test: σ = 4, q = 1024/50000, 10,000 steps, δ = 1e-5 spend 2.27535 by RDP."""
+    assert rdp_epsilon([Phase(4.0, 1024 / 50000, 10_000)], 1e-5) == pytest.approx(2.27535, rel=2e-3)
+
+
+MECHANISMS = st.tuples(
+    st.sampled_from([0.8, 1.0, 1.5, 2.5, 5.0]),
+    st.sampled_from([0.001, 0.01, 0.05, 0.2, 0.6, 0.95]),
+    st.sampled_from([1, 3, 20, 120]),
+)
+DELTAS = st.sampled_from([1e-3, 1e-5, 1e-7])
+
+
+@settings(max_examples=20)
+@given(mechanism=MECHANISMS, delta=DELTAS)
+def test_prv_lies_between_pld_and_rdp(mechanism: tuple[float, float, int], delta: float) -> None:
+    phases = [Phase(*mechanism)]
+    pld = pld_epsilon(phases, delta, interval=1e-4)
+    bound = epsilon_bound(phases, delta)
+    assert pld - 2e-4 <= bound.epsilon <= pld + 0.0115
+    assert bound.epsilon <= rdp_epsilon(phases, delta) + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("phases", "delta"),
+    [
+        ([Phase(1.0, 0.01, 300), Phase(2.0, 0.1, 200)], 1e-5),
+        ([Phase(2.0, 0.2, 50), Phase(8.0, 1.0, 3), Phase(1.5, 0.02, 100)], 1e-6),
+    ],
+)
+def test_heterogeneous_composition_agrees_with_pld(phases: list[Phase], delta: float) -> None:
+    pld = pld_epsilon(phases, delta)
+    bound = epsilon_bound(phases, delta)
+    assert bound.accountant == "PRV"
+    assert pld - 2e-4 <= bound.epsilon <= pld + 0.0115
+    assert epsilon_bound(phases[::-1], delta).epsilon == pytest.approx(bound.epsilon, abs=1e-6)
+
+
+def test_splitting_a_phase_changes_nothing() -> None:
+    split = [Phase(2.0, 0.1, 40), Phase(2.0, 0.1, 0), Phase(2.0, 0.1, 60)]
+    assert epsilon_bound(split, 1e-5) == epsilon_bound([Phase(2.0, 0.1, 100)], 1e-5)
+
+
+@pytest.mark.parametrize("direction", [0, 1], ids=["remove", "add"])
+@pytest.mark.parametrize(("sigma", "q", "delta"), [(0.7, 0.3, 1e-3), (2.0, 0.9, 1e-2), (1.0, 0.05, 1e-4)])
+def test_one_step_of_each_direction_has_its_closed_form(
+    direction: int, sigma: float, q: float, delta: float
+) -> None:
+    """The hockey-stick divergence of one step is two normal tails, in either direction."""
+    grid = PrvGrid([], sigma, q, delta, 1)
+    epsilon = grid._epsilon_of(grid._spectra[direction], 1)
+    assert epsilon > 2 * grid.epsilon_error
+
+    def exact_delta(eps: float) -> float:
+        x = sigma**2 * math.log((math.exp(eps if direction == 0 else -eps) - (1 - q)) / q) + 0.5
+        if direction == 0:  # (1 - q)·N(0) + q·N(1) against N(0): outputs above x
+            without = norm.sf(x / sigma)
+            p = (1 - q) * without + q * norm.sf((x - 1) / sigma)
+            return float(p - math.exp(eps) * without)
+        p = norm.cdf(x / sigma)  # N(0) against the mixture: outputs below x
+        return float(p - math.exp(eps) * ((1 - q) * p + q * norm.cdf((x - 1) / sigma)))
+
+    assert exact_delta(epsilon + grid.epsilon_error) <= delta <= exact_delta(epsilon - grid.epsilon_error)
+
+
+def test_full_batch_is_the_gaussian_mechanism() -> None:
+    """q = 1 is exact, PRV at q = 1 - 1e-9 agrees with it, and δ(ε) gives back δ."""
+    phases = [Phase(2.0, 1.0, 3), Phase(5.0, 1.0, 10)]
+    bound = epsilon_bound(phases, 1e-5)
+    assert bound == EpsilonBound(gaussian_epsilon(phases, 1e-5), "exact")
+    mu, eps = math.sqrt(3 / 4 + 10 / 25), bound.epsilon
+    delta = norm.cdf(mu / 2 - eps / mu) - math.exp(eps) * norm.cdf(-mu / 2 - eps / mu)
+    assert delta == pytest.approx(1e-5, rel=1e-6)
+    assert delta <= 1e-5
+    almost = [Phase(p.noise_multiplier, 1 - 1e-9, p.steps) for p in phases]
+    assert eps - 1e-4 < epsilon_bound(almost, 1e-5).epsilon < eps + 0.0115
+
+
+@pytest.mark.parametrize("q", [0.01, 0.3, 1.0])
+def test_laws_of_order(q: float) -> None:
+    """ε falls as σ or δ grows, and rises with q and with the number of steps."""
+
+    @cache
+    def eps(sigma: float = 1.0, prob: float = q, steps: int = 50, delta: float = 1e-5) -> float:
+        return epsilon_bound([Phase(sigma, prob, steps)], delta).epsilon
+
+    assert eps(sigma=0.7) > eps() > eps(sigma=1.4) > eps(sigma=20.0) >= 0
+    assert eps(prob=q / 2) < eps()
+    assert eps(steps=25) < eps() < eps(steps=100)
+    assert eps(delta=1e-7) > eps() > eps(delta=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("phase", "delta"),
+    [
+        (Phase(1.0, 0.01, 1000), 1e-18),
+        (Phase(0.3, 0.01, 1000), 1e-5),
+        (Phase(0.3, 0.5, 10**6), 1e-5),
+        (Phase(0.02, 0.01, 10), 1e-5),
+        (Phase(1e6, 0.01, 10**6), 1e-5),
+        (Phase(1e6, 1.0, 1), 1e-5),
+        (Phase(1.0, 1e-9, 1000), 1e-5),
+        (Phase(1.0, 0.01, 10**6), 1e-5),
+        (Phase(1.0, 0.2, 500), 1e-5),
+        (Phase(4.0, 0.00033, 10_000), 1.13e-18),
+        (Phase(1.0, 0.999, 1), 0.9),
+    ],
+    ids=str,
+)
+def test_extreme_plans_have_an_answer(phase: Phase, delta: float) -> None:
+    """Finite, never negative, never above RDP; where PRV gives up, the note says why."""
+    bound = epsilon_bound([phase], delta)
+    assert 0 <= bound.epsilon < math.inf
+    assert bound.epsilon <= rdp_epsilon([phase], delta) * (1 + 1e-12)
+    if bound.accountant == "RDP":
+        assert bound.note is not None
+        assert "RDP" in bound.note
+
+
+def test_fallback_is_flagged() -> None:
+    bound = epsilon_bound([Phase(1.0, 0.01, 1000)], 1e-18)
+    assert bound.accountant == "RDP"
+    assert bound.epsilon == rdp_epsilon([Phase(1.0, 0.01, 1000)], 1e-18)
+    assert "δ = 1e-18 is too small" in str(bound.note)
+
+
+def test_a_failing_discretisation_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What prv_accountant raises when its mean check fails becomes a flagged RDP bound, not a crash."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("Discrete mean differs from continuous mean significantly.")
+
+    monkeypatch.setattr("lightning_dp.accounting.prv.CellCentred.discretise", fail)
+    bound = EpsilonCurve([], 1.25, 0.1, 1e-5, 10).at(10)
+    assert bound.accountant == "RDP"
+    assert bound.epsilon == rdp_epsilon([Phase(1.25, 0.1, 10)], 1e-5)
+    assert "Discrete mean" in str(bound.note)
+
+
+def test_numpy_trouble_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_a_number(*_: object) -> float:
+        return float(np.log(np.array([-1.0]))[0])
+
+    monkeypatch.setattr("lightning_dp.accounting.prv._invert", not_a_number)
+    bound = EpsilonCurve([], 1.25, 0.1, 1e-5, 10).at(10)
+    assert bound.accountant == "RDP"
+    assert "nan" in str(bound.note)
+
+
+def test_grid_too_large_gets_coarser_and_stays_above() -> None:
+    """A million steps: the discretisation error grows and is stated; past any useful ε the grid refuses."""
+    bound = epsilon_bound([Phase(1.0, 0.01, 10**6)], 1e-5)
+    assert bound.accountant == "PRV"
+    assert "discretisation error" in str(bound.note)
+    with pytest.raises(PrvFailureError, match="beyond what PRV's grid can hold"):
+        PrvGrid([], 0.3, 0.5, 1e-5, 10**6)
+
+
+def test_no_steps_and_no_noise() -> None:
+    assert epsilon_bound([], 1e-5) == EpsilonBound(0.0, "exact")
+    assert epsilon_bound([Phase(0.0, 0.1, 0)], 1e-5).epsilon == 0
+    assert epsilon_bound([Phase(1.0, 0.1, 5), Phase(0.0, 0.1, 1)], 1e-5).epsilon == math.inf
+    assert rdp_epsilon([Phase(0.0, 0.1, 1)], 1e-5) == math.inf
+    assert rdp_epsilon([], 1e-5) == 0
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+def test_delta_outside_its_range(delta: float) -> None:
+    with pytest.raises(ValueError, match="delta="):
+        epsilon_bound([CIFAR], delta)
+    with pytest.raises(ValueError, match="delta="):
+        rdp_epsilon([CIFAR], delta)
+    with pytest.raises(ValueError, match="delta="):
+        EpsilonCurve([], 1.0, 0.1, delta, 10)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "name"),
+    [
+        ((-1.0, 0.1, 1), "noise_multiplier"),
+        ((math.inf, 0.1, 1), "noise_multiplier"),
+        ((1.0, 0.0, 1), "sampling_probability"),
+        ((1.0, 1.1, 1), "sampling_probability"),
+        ((1.0, 0.1, -1), "steps"),
+    ],
+)
+def test_phases_outside_their_range(numbers: tuple[float, float, int], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}="):
+        Phase(*numbers)
+
+
+def test_curve_never_falls_in_whatever_order_it_is_asked() -> None:
+    curve = EpsilonCurve([Phase(1.5, 0.05, 30)], 2.0, 0.1, 1e-5, 200)
+    order = np.random.default_rng(0).permutation(261)
+    for steps in order:  # 260 is beyond the foreseen 200: the grid grows on the way
+        curve.at(int(steps))
+    values = [curve.at(steps).epsilon for steps in range(261)]
+    assert all(a <= b for a, b in pairwise(values))
+    assert values[0] == pytest.approx(epsilon_bound([Phase(1.5, 0.05, 30)], 1e-5).epsilon, abs=0.012)
+    assert values[-1] > values[0] + 1
+
+
+@pytest.mark.parametrize("steps", [1, 10, 100, 875])
+def test_curve_stays_an_upper_bound_before_its_end(steps: int) -> None:
+    """One grid serves all steps: each value is at least PLD's ε and at most 0.0115 above it."""
+    curve = EpsilonCurve([], CIFAR.noise_multiplier, CIFAR.sampling_probability, 1e-5, CIFAR.steps)
+    pld = pld_epsilon([Phase(CIFAR.noise_multiplier, CIFAR.sampling_probability, steps)], 1e-5)
+    assert pld - 2e-4 <= curve.at(steps).epsilon <= pld + 0.0115
+
+
+def test_curve_agrees_with_the_bound() -> None:
+    """The same number, whether the equal steps before are history or not, and foreseen or not."""
+    bound = epsilon_bound([Phase(2.0, 0.1, 90)], 1e-5)
+    assert EpsilonCurve([], 2.0, 0.1, 1e-5, 90).at(90) == bound
+    assert EpsilonCurve([Phase(2.0, 0.1, 50)], 2.0, 0.1, 1e-5, 40).at(40) == bound
+    unforeseen = EpsilonCurve([], 2.0, 0.1, 1e-5, None).at(90)
+    assert unforeseen.epsilon == pytest.approx(bound.epsilon, abs=1e-3)
+
+
+def test_curve_refuses_negative_steps() -> None:
+    with pytest.raises(ValueError, match="steps=-1"):
+        EpsilonCurve([], 2.0, 0.1, 1e-5, 90).at(-1)

@@ -1,0 +1,222 @@
+"""The ledger: every step counted once, none beyond the budget, nothing forgotten on resume."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_dp.accounting import BudgetExceededError, Ledger, Phase, epsilon_bound
+from lightning_dp.plan import PrivacyPlan
+
+
+def make_plan(**changes: Any) -> PrivacyPlan:
+    numbers: dict[str, Any] = {
+        "noise_multiplier": 2.0,
+        "clip_norm": 1.0,
+        "delta": 1e-5,
+        "dataset_size": 1000,
+        "expected_batch_size": 100,
+        "steps": 50,
+        "target_epsilon": 2.5,
+    }
+    return PrivacyPlan(**{**numbers, **changes})
+
+
+def charged_ledger(plan: PrivacyPlan, steps: int) -> Ledger:
+    ledger = Ledger(plan)
+    for _ in range(steps):
+        ledger.charge()
+    return ledger
+
+
+def charge_all(ledger: Ledger) -> int:
+    charged = 0
+    while ledger.can_charge():
+        ledger.charge()
+        charged += 1
+    return charged
+
+
+@pytest.mark.parametrize("steps", [None, 3, 50, 5000])
+def test_charges_up_to_the_budget_and_stops(steps: int | None) -> None:
+    """Whatever was planned, charging ends at the last step whose ε is within the target."""
+    ledger = Ledger(make_plan(steps=steps))
+    charged = charge_all(ledger)
+    assert ledger.steps == charged == ledger.affordable_steps
+    assert ledger.epsilon().epsilon <= 2.5 < ledger.epsilon(charged + 1).epsilon
+    with pytest.raises(BudgetExceededError, match=rf"target_epsilon=2.5: step {charged + 1} would take ε to"):
+        ledger.charge()
+    assert ledger.steps == charged
+
+
+def test_without_a_target_every_step_is_charged() -> None:
+    ledger = Ledger(make_plan(target_epsilon=None, noise_multiplier=0.0))
+    assert ledger.epsilon().epsilon == 0
+    ledger.charge()
+    assert ledger.can_charge()
+    assert ledger.affordable_steps is None
+    assert ledger.epsilon().epsilon == math.inf
+
+
+def test_without_noise_no_step_fits_a_target() -> None:
+    ledger = Ledger(make_plan(noise_multiplier=0.0))
+    assert not ledger.can_charge()
+    assert ledger.affordable_steps == 0
+    with pytest.raises(BudgetExceededError):
+        ledger.charge()
+
+
+def test_an_almost_free_mechanism_has_a_finite_count() -> None:
+    assert Ledger(make_plan(noise_multiplier=1e6, steps=None)).affordable_steps == 10**9
+
+
+def test_epsilon_at_any_number_of_steps() -> None:
+    ledger = Ledger.resume(
+        make_plan(noise_multiplier=3.0, target_epsilon=None), charged_ledger(make_plan(), 20).state_dict()
+    )
+    past = Phase(2.0, 0.1, 20)
+    assert ledger.epsilon(0).epsilon == 0
+    assert ledger.epsilon(7).epsilon == epsilon_bound([Phase(2.0, 0.1, 7)], 1e-5).epsilon
+    assert ledger.epsilon(20).epsilon == pytest.approx(epsilon_bound([past], 1e-5).epsilon, abs=0.012)
+    assert ledger.epsilon(50) == epsilon_bound([past, Phase(3.0, 0.1, 30)], 1e-5)
+    assert ledger.epsilon() == ledger.epsilon(20)
+    with pytest.raises(ValueError, match="steps=-1"):
+        ledger.epsilon(-1)
+
+
+@given(cut=st.integers(0, 50))
+def test_resuming_is_as_if_never_interrupted(cut: int) -> None:
+    whole = charged_ledger(make_plan(), 50)
+    first = charged_ledger(make_plan(), cut)
+    second = Ledger.resume(make_plan(), json.loads(json.dumps(first.state_dict())))
+    assert second.steps == cut
+    for _ in range(50 - cut):
+        second.charge()
+    assert second.phases == whole.phases
+    assert second.epsilon().epsilon == pytest.approx(whole.epsilon().epsilon, abs=1e-9)
+    assert second.affordable_steps == whole.affordable_steps
+    assert second.state_dict() == whole.state_dict()
+    assert second.notes == ()
+
+
+def test_spent_budget_survives_a_resume() -> None:
+    full = Ledger(make_plan())
+    charge_all(full)
+    resumed = Ledger.resume(make_plan(), full.state_dict())
+    assert not resumed.can_charge()
+    assert resumed.affordable_steps == full.steps
+    with pytest.raises(BudgetExceededError):
+        resumed.charge()
+
+
+def test_a_smaller_target_after_the_fact_stops_at_once() -> None:
+    spent = charged_ledger(make_plan(), 30)
+    resumed = Ledger.resume(make_plan(target_epsilon=0.5), spent.state_dict())
+    assert not resumed.can_charge()
+    assert resumed.epsilon().epsilon > 0.5
+
+
+def test_a_changed_mechanism_is_composed() -> None:
+    first = charged_ledger(make_plan(), 20)
+    resumed = Ledger.resume(
+        make_plan(noise_multiplier=4.0, expected_batch_size=200, steps=60, target_epsilon=6.0),
+        first.state_dict(),
+    )
+    for _ in range(40):
+        resumed.charge()
+    assert resumed.phases == (Phase(2.0, 0.1, 20), Phase(4.0, 0.2, 40))
+    assert resumed.epsilon() == epsilon_bound(resumed.phases, 1e-5)
+    assert any("changed during training" in note and "in advance" in note for note in resumed.notes)
+    third = Ledger.resume(make_plan(target_epsilon=6.0, steps=None), resumed.state_dict())
+    third.charge()
+    assert third.phases == (Phase(2.0, 0.1, 20), Phase(4.0, 0.2, 40), Phase(2.0, 0.1, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"clip_norm": 2.0}, "clip norm changed during training from 1 to 2"),
+        (
+            {"dataset_size": 2000, "expected_batch_size": 200},
+            "dataset size changed during training from 1000",
+        ),
+        ({"delta": 1e-6}, "δ changed during training from 1e-05 to 1e-06"),
+    ],
+)
+def test_changes_that_do_not_change_the_mechanism_are_noted(changes: dict[str, Any], said: str) -> None:
+    resumed = Ledger.resume(make_plan(**changes), charged_ledger(make_plan(), 20).state_dict())
+    assert resumed.notes == ()
+    resumed.charge()
+    assert resumed.phases == (Phase(2.0, 0.1, 21),)
+    assert resumed.epsilon().epsilon == pytest.approx(
+        epsilon_bound(resumed.phases, resumed.plan.delta).epsilon, abs=0.012
+    )
+    assert len(resumed.notes) == 1
+    assert said in resumed.notes[0]
+    assert len(resumed.state_dict()["phases"]) == 2
+
+
+def test_state_is_plain_numbers() -> None:
+    state = charged_ledger(make_plan(), 3).state_dict()
+    assert state == {
+        "version": 1,
+        "phases": [
+            {
+                "steps": 3,
+                "noise_multiplier": 2.0,
+                "sampling_probability": 0.1,
+                "clip_norm": 1.0,
+                "expected_batch_size": 100.0,
+                "dataset_size": 1000,
+                "delta": 1e-5,
+            }
+        ],
+    }
+    assert all(type(value) in (int, float) for value in state["phases"][0].values())
+
+
+def broken(path: str, value: Any) -> dict[str, Any]:
+    state = copy.deepcopy(charged_ledger(make_plan(), 3).state_dict())
+    if path in state:
+        state[path] = value
+    elif value is KeyError:
+        del state["phases"][0][path]
+    else:
+        state["phases"][0][path] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("version", 2, "version=2"),
+        ("version", None, "version=None"),
+        ("phases", None, "phases=None"),
+        ("phases", [3], "expected"),
+        ("steps", -3, "steps=-3"),
+        ("steps", 3.5, "steps=3.5"),
+        ("steps", True, "steps=True"),
+        ("steps", KeyError, "expected"),
+        ("surprise", 1, "surprise"),
+        ("noise_multiplier", -1.0, "noise_multiplier=-1.0"),
+        ("noise_multiplier", "2", "noise_multiplier='2'"),
+        ("noise_multiplier", math.nan, "noise_multiplier=nan"),
+        ("sampling_probability", 1.5, "sampling_probability=1.5"),
+        ("clip_norm", 0.0, "clip_norm=0.0"),
+        ("delta", 2.0, "delta=2.0"),
+    ],
+)
+def test_a_bad_state_is_refused_and_changes_nothing(path: str, value: Any, said: str) -> None:
+    ledger = charged_ledger(make_plan(), 2)
+    with pytest.raises(ValueError, match=said) as caught:
+        ledger.load_state_dict(broken(path, value))
+    assert "Resume from a checkpoint" in str(caught.value)
+    assert ledger.steps == 2
+    with pytest.raises(ValueError, match="version=None"):
+        ledger.load_state_dict({})

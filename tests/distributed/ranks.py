@@ -1,0 +1,91 @@
+"""Run as a script: trains with 1, 2 and 3 gloo ranks and saves what each run gave. Used by test_ranks.py."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp import DifferentialPrivacy
+from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
+
+
+class Mute(Regressor):
+    """Its gradient is zero, so a step of SGD with rate 1 shows the released noise itself."""
+
+    def __init__(self) -> None:
+        super().__init__(hidden=4000, lr=1.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 0.0 * super().training_step(batch, batch_idx)
+
+
+class Synchronised(Regressor):
+    """Logs with sync_dist, which is a collective call: every rank must make it or none."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.mse_loss(self.net(batch[0]).squeeze(-1), batch[1])
+        self.log("train/loss", loss, sync_dist=True, on_step=True, on_epoch=True)
+        return loss
+
+
+def on_ranks(ranks: int, **options: Any) -> Any:
+    strategy = options.pop("strategy", "ddp_fork")
+    return trainer(devices=ranks, strategy="auto" if ranks == 1 else strategy, **options)
+
+
+def run(folder: Path, case: str, ranks: int) -> None:
+    module: Any = None
+    torch.manual_seed(0)  # the same initial weights at every number of ranks
+    if case == "equal":
+        module = regressor()
+        private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16)
+        fit = on_ranks(ranks, max_steps=6)
+    elif case == "by_name":
+        module = regressor()
+        private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16)
+        fit = on_ranks(ranks, max_steps=6, strategy="private_ddp_fork")
+    elif case == "different_start":  # every rank would initialise differently: rank 0's weights must win
+        module = regressor()
+        module.on_fit_start = lambda: None
+        module.setup = lambda stage: torch.nn.init.constant_(module.net[0].bias, 0.1 * module.trainer.global_rank)  # type: ignore[assignment]
+        private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16)
+        fit = on_ranks(ranks, max_steps=6)
+    elif case == "noise":
+        module = Mute()
+        private = DifferentialPrivacy(noise_multiplier=2.0, clip_norm=0.5, expected_batch_size=16)
+        fit = on_ranks(ranks, max_steps=1)
+    elif case == "storm":  # about one example a step: most ranks are empty most of the time
+        module = Synchronised(lr=0.02)
+        private = DifferentialPrivacy(noise_multiplier=0.5, seed=7, expected_batch_size=1)
+        fit = on_ranks(ranks, max_steps=30)
+    elif case == "secret":
+        module = regressor()
+        private = DifferentialPrivacy(noise_multiplier=0.5)
+        fit = on_ranks(ranks, max_steps=3)
+    else:
+        raise ValueError(case)
+    before = weights(module)
+    state: dict[str, Any] = {}
+
+
+    def remember() -> None:
+        rank = module.trainer.global_rank
+        state.update(weights=weights(module).cpu(), before=before, plan_batch=private.plan.expected_batch_size)  # type: ignore[union-attr]
+        state.update(steps=private.ledger.steps, epsilon=private.statement().epsilon)  # type: ignore[union-attr]
+        torch.save(state, folder / f"{case}-{ranks}-{rank}.pt")
+
+    module.on_train_end = remember
+    fit.callbacks.append(private)
+    fit.fit(module, loader(regression_data()))
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    for case in sys.argv[2].split(","):
+        for ranks in (1, 2, 3):
+            run(Path(sys.argv[1]), case, ranks)

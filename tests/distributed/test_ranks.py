@@ -1,0 +1,91 @@
+"""One, two and three gloo processes: the same weights for the same key, and noise exactly once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+RANKS = [1, 2, 3]
+FALSE_ALARM = 1e-6
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = "equal,by_name,different_start,noise,storm,secret"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def load(case: str, ranks: int, rank: int = 0) -> dict[str, Any]:
+        return torch.load(folder / f"{case}-{ranks}-{rank}.pt", weights_only=True)
+
+    return load
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "noise", "storm", "secret"])
+def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) -> None:
+    first = results(case, ranks)["weights"]
+    assert not torch.equal(first, results(case, ranks)["before"])
+    for rank in range(1, ranks):
+        assert torch.equal(first, results(case, ranks, rank)["weights"])
+
+
+@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "storm"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str, ranks: int) -> None:
+    torch.testing.assert_close(
+        results(case, ranks)["weights"], results(case, 1)["weights"], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_rank_takes_and_charges_every_step_even_without_examples(results: Any, ranks: int) -> None:
+    assert {results("storm", ranks, rank)["steps"] for rank in range(ranks)} == {30}
+    assert len({results("storm", ranks, rank)["epsilon"] for rank in range(ranks)}) == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_epsilon_does_not_depend_on_the_number_of_ranks(results: Any, ranks: int) -> None:
+    assert results("equal", ranks)["epsilon"] == results("equal", 1)["epsilon"]
+
+
+def test_the_batch_of_the_loader_is_per_rank(results: Any) -> None:
+    assert [results("secret", ranks)["plan_batch"] for ranks in RANKS] == [16, 32, 48]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_applied_noise_has_the_law_of_the_plan(results: Any, ranks: int) -> None:
+    """The module's gradient is zero, so the weights moved by N(0, (σC/B)²) = N(0, (2·0.5/16)²), at any world size."""
+    result = results("noise", ranks)
+    noise = (result["before"] - result["weights"]).double().numpy() * 16
+    assert len(noise) > 20_000
+    assert stats.kstest(noise, stats.norm(scale=1.0).cdf).pvalue > FALSE_ALARM
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], len(noise))
+    assert low < float(np.square(noise).sum()) < high
+
+
+@pytest.mark.parametrize(
+    "scale", [np.sqrt(2.0), np.sqrt(3.0), 1 / np.sqrt(2.0), 0.5, 1.06],
+    ids=["two ranks add noise", "three ranks add noise", "mean of two ranks' noises", "mean instead of sum", "6% too much"],
+)  # fmt: skip
+def test_a_wrong_scale_of_noise_is_rejected(results: Any, scale: float) -> None:
+    result = results("noise", 2)
+    noise = (result["before"] - result["weights"]).double().numpy() * 16 * scale
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], len(noise))
+    assert not low < float(np.square(noise).sum()) < high
+
+
+def test_secret_runs_differ_whatever_the_number_of_ranks(results: Any) -> None:
+    assert not torch.allclose(results("secret", 1)["weights"], results("secret", 2)["weights"], atol=1e-4)
