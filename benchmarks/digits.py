@@ -2,9 +2,9 @@
 
     uv run python benchmarks/digits.py --seeds 5
 
-Each run is a process of its own in an empty folder, so its seconds include start-up, the search for σ and validation.
-A seed fixes the initial weights only; sampling and noise are secret and differ from run to run, so accuracies vary
-also between two runs with one seed. Prints a Markdown table: mean and sample standard deviation over the seeds.
+Each run is a process of its own in an empty folder, so its seconds include start-up, the search for σ and
+validation. A seed fixes the initial weights; sampling and noise are secret and differ from run to run, so two private
+runs with one seed differ too. Prints a Markdown table: mean and sample standard deviation over the seeds.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def run_recipe(recipe: Path, seed: int) -> Run:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - started
         if done.returncode:
-            raise RuntimeError(
-                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-            )
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
         (metrics,) = Path(folder).rglob("metrics.csv")
         with metrics.open(encoding="utf-8", newline="") as file:
             accuracies = [float(row["val/accuracy"]) for row in csv.DictReader(file) if row["val/accuracy"]]
@@ -102,9 +100,7 @@ def table_row(name: str, runs: list[Run]) -> str:
 
 def main() -> None:
     """Run what the command line asks for and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. SEEDS-1 for each recipe (default 5)")
     parser.add_argument(
         "--recipes",
@@ -126,9 +122,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
-    print(
-        f"\n{arguments.seeds} seeds; {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
-    )
+    print(f"\n{arguments.seeds} seeds; {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing_extensions import override
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.select import EngineName, check_engine_name
-from lightning_dp.functional.randomness import RandomKey
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, planned_steps
 from lightning_dp.private_step import PrivateStep
@@ -114,6 +113,7 @@ class DifferentialPrivacy(pl.Callback):
         self._spent: dict[str, Any] | None = None
         self._global_step_at_start = 0
         self._steps_at_start = 0
+        self._planned = False
 
     @property
     def plan(self) -> PrivacyPlan | None:
@@ -139,8 +139,10 @@ class DifferentialPrivacy(pl.Callback):
         strategy = make_private(trainer.strategy)
         self._spent = None if self.ledger is None else self.ledger.state_dict()
         self._global_step_at_start = trainer.global_step
+        self._planned = False
         strategy.private_step = PrivateStep(
             lambda loader: self._plan(trainer, strategy, loader),
+            seed=self.seed,
             engine=self.engine,
             physical_batch_size=self.physical_batch_size,
             log_train_metrics=self.log_train_metrics,
@@ -166,14 +168,16 @@ class DifferentialPrivacy(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert self._report is not None
-        for name, value in self._report.metrics(trainer.log_every_n_steps).items():
-            self.log(name, value, prog_bar=name == "dp/epsilon", batch_size=1)
+        settings: Any = trainer  # Lightning sets log_every_n_steps where type checkers do not see it
+        for name, value in self._report.metrics(settings.log_every_n_steps).items():
+            pl_module.log(name, value, prog_bar=name == "dp/epsilon", batch_size=1)
         self._stop_if_spent(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._report is not None:
-            self._report.write(trainer)
+            step = make_private(trainer.strategy).private_step
+            self._report.write(trainer, broken=0 if step is None else step.not_finite)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -184,11 +188,6 @@ class DifferentialPrivacy(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._report is not None and trainer.state.fn == TrainerFn.FITTING:
             self._report.write(trainer)  # what was released is spent, however the run ended
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and getattr(trainer.strategy, "private_step", None) is not None:
-            trainer.strategy.private_step = None  # the key goes with it
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -212,14 +211,12 @@ class DifferentialPrivacy(pl.Callback):
                 "(for instance with load_from_checkpoint) and call fit without ckpt_path."
             )
 
-    def _plan(
-        self, trainer: pl.Trainer, strategy: PrivateStrategy, loader: DataLoader[Any]
-    ) -> tuple[Ledger, RandomKey]:
+    def _plan(self, trainer: pl.Trainer, strategy: PrivateStrategy, loader: DataLoader[Any]) -> Ledger:
         plan = agreed_plan(
             strategy,
             loader,
             epsilon=self.epsilon,
-            noise_multiplier=self.noise_multiplier,
+            noise_multiplier=self.plan.noise_multiplier if self._planned and self.plan else self.noise_multiplier,
             delta=self.delta,
             clip_norm=self.clip_norm,
             expected_batch_size=self.expected_batch_size,
@@ -227,20 +224,20 @@ class DifferentialPrivacy(pl.Callback):
             spent=self._spent,
             remaining_steps=lambda per_epoch: planned_steps(trainer, per_epoch, self._global_step_at_start),
         )
-        preflight.check_delta_for(plan)
-        if self.ledger is not None and self._report is not None and self._report.running:
-            if self.ledger.plan != plan:  # reload_dataloaders_every_n_epochs
+        if self._planned and self.ledger is not None:  # reload_dataloaders_every_n_epochs
+            if self.ledger.plan != plan:
                 raise preflight.PreflightError(
                     f"the training data changed during the run: planned {self.ledger.plan}, now {plan}: expected the same "
                     "dataset size and batch size throughout. Keep them fixed, or give dataset_size and "
                     "expected_batch_size."
                 )
-            return self.ledger, self._report.key
+            return self.ledger
+        preflight.check_delta_for(plan)
         self.ledger = Ledger(plan) if self._spent is None else Ledger.resume(plan, self._spent)
         self._steps_at_start = self.ledger.steps
-        key = RandomKey.from_seed(self.seed) if self.seed is not None else _shared_secret(strategy)
-        self._report = Report(self.ledger, key)
-        return self.ledger, key
+        self._report = Report(self.ledger, "secret" if self.seed is None else "reproducible")
+        self._planned = True
+        return self.ledger
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         """Stop before a step that would overspend, unless the Trainer is about to end by itself."""
@@ -256,9 +253,3 @@ class DifferentialPrivacy(pl.Callback):
             f"({self.ledger.steps} steps are charged). Training stops here. A new model needs a DifferentialPrivacy of its "
             "own."
         )
-
-
-def _shared_secret(strategy: PrivateStrategy) -> RandomKey:
-    """Rank 0's operating-system entropy, the same on every rank, never written anywhere."""
-    mine = RandomKey.fresh()
-    return RandomKey(strategy.broadcast(mine.reveal()), "secret")

@@ -48,7 +48,11 @@ class _Recording:
 
     def take_tensors(self) -> list[Tensor]:
         """Everything tensor-valued that an example contributed; :meth:`put_back` is the inverse."""
-        nest = [[call.arguments for call in self.metric_calls], [call.value for call in self.log_calls], self.extras]
+        nest = [
+            [call.arguments for call in self.metric_calls],
+            [call.value for call in self.log_calls],
+            self.extras,
+        ]
         self._leaves, self._structure = pytree.tree_flatten(nest)
         return [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
 
@@ -84,6 +88,11 @@ class StepCapture:
         loss, recording.extras = split_output(output)
         self._recording = recording
         return loss, recording.take_tensors()
+
+    @property
+    def logged_names(self) -> list[str]:
+        """What training_step logs, as seen in the last pass through it."""
+        return [] if self._recording is None else [call.name for call in self._recording.log_calls]
 
     def replay(
         self, outputs: list[list[Tensor]], examples: int, share: Callable[[Any], Any] | None = None

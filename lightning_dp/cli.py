@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command == "calibrate":
         _calibrate(words[1:])
     else:
-        from lightning_dp.recipe_cli import run  # Lightning takes seconds to import; the calculators do without
+        from lightning_dp.recipe_cli import (
+            run,
+        )  # Lightning takes seconds to import; the calculators do without
 
         run(words)
 
@@ -77,7 +79,11 @@ def _calibrate(words: Sequence[str]) -> None:
         parser.error(str(error))
     if args.json:
         _print_json(
-            noise_multiplier=sigma, epsilon=bound.epsilon, delta=args.delta, accountant=bound.accountant, note=bound.note
+            noise_multiplier=sigma,
+            epsilon=bound.epsilon,
+            delta=args.delta,
+            accountant=bound.accountant,
+            note=bound.note,
         )
         return
     print(
@@ -92,7 +98,11 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def _parse_common(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
-        "--sampling-probability", type=float, required=True, metavar="Q", help="q, expected batch size / dataset size"
+        "--sampling-probability",
+        type=float,
+        required=True,
+        metavar="Q",
+        help="q, expected batch size / dataset size",
     )
     parser.add_argument("--steps", type=int, required=True, metavar="T", help="number of private steps")
     parser.add_argument("--delta", type=float, required=True, metavar="D", help="δ, well below 1 / dataset size")

@@ -125,7 +125,9 @@ class _Draws:
     def at(self, step: int) -> tuple[Indices, int]:
         if step not in self._made:
             drawn = poisson_sample(
-                self._key.generator(Stream.SAMPLING, step), self._dataset_size, self._plan.sampling_probability
+                self._key.generator(Stream.SAMPLING, step),
+                self._dataset_size,
+                self._plan.sampling_probability,
             )
             self._made[step] = (rank_slice(drawn, self._rank, self._world_size), len(drawn))
         return self._made[step]
@@ -183,7 +185,7 @@ def _rebuild(loader: DataLoader[Any], schedule: _Schedule) -> DataLoader[Any]:
         worker_init = pl_worker_init_function  # what Lightning does for loaders under seed_everything(workers=True)
     return DataLoader(
         loader.dataset,
-        batch_sampler=schedule,  # type: ignore[arg-type]
+        batch_sampler=schedule,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

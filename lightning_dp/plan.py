@@ -77,7 +77,7 @@ class PrivacyPlan:
 
     @property
     def sampling_probability(self) -> float:
-        """q = B / N, the probability with which each example enters a step's sample."""
+        """Q = B / N, the probability with which each example enters a step's sample."""
         return self.expected_batch_size / self.dataset_size
 
     @property
@@ -100,9 +100,7 @@ def check_epsilon(epsilon: float) -> None:
 def check_delta(delta: float) -> None:
     """Raise ``ValueError`` unless ``delta`` lies in (0, 1)."""
     if not 0 < delta < 1:
-        raise ValueError(
-            f"delta={delta}: expected a number in (0, 1), well below 1 / dataset_size, such as 1e-5."
-        )
+        raise ValueError(f"delta={delta}: expected a number in (0, 1), well below 1 / dataset_size, such as 1e-5.")
 
 
 def check_clip_norm(clip_norm: float) -> None:

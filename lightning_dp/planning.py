@@ -69,7 +69,11 @@ def agreed_plan(
 
     def plan(sigma: float) -> PrivacyPlan:
         probe = PrivacyPlan(
-            noise_multiplier=sigma, clip_norm=clip_norm, delta=delta, dataset_size=size, expected_batch_size=batch
+            noise_multiplier=sigma,
+            clip_norm=clip_norm,
+            delta=delta,
+            dataset_size=size,
+            expected_batch_size=batch,
         )
         history = Ledger.resume(probe, spent) if spent else Ledger(probe)
         remaining = remaining_steps(probe.steps_per_epoch)

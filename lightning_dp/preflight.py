@@ -13,8 +13,14 @@ from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
-from torch.utils.data import SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from lightning_dp.plan import PrivacyPlan
 
@@ -42,9 +48,10 @@ def check_trainer(trainer: pl.Trainer) -> None:
             "GradientAccumulationScheduler). One Lightning batch is one private step, whatever its size: raise the "
             "loader's batch_size, and limit memory with DifferentialPrivacy(physical_batch_size=...)."
         )
-    if trainer.overfit_batches:
+    settings: Any = trainer  # Lightning sets overfit_batches where type checkers do not see it
+    if settings.overfit_batches:
         raise PreflightError(
-            f"overfit_batches={trainer.overfit_batches}: expected 0. It replaces the training sampler by one that "
+            f"overfit_batches={settings.overfit_batches}: expected 0. It replaces the training sampler by one that "
             "always takes the same examples. Train on a torch.utils.data.Subset instead."
         )
     if trainer.precision not in SUPPORTED_PRECISION:
@@ -95,7 +102,9 @@ def check_module(module: pl.LightningModule) -> None:
         raise PreflightError(
             "no trainable parameter: expected at least one with requires_grad=True. Unfreeze what should be trained."
         )
-    complex_ones = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.is_complex()]
+    complex_ones = [
+        name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.is_complex()
+    ]
     if complex_ones:
         raise PreflightError(
             f"complex parameters {', '.join(complex_ones[:5])}: expected real ones. Store real and imaginary parts as "
@@ -149,7 +158,11 @@ def check_strategy(strategy: Strategy, convertible: tuple[type[Strategy], ...]) 
             "strategy, imported from 'lightning' (not 'pytorch_lightning'). Use strategy='auto', 'ddp', 'private' or "
             "'private_ddp'; DeepSpeed, FSDP and XLA shard gradients before they could be clipped per example."
         )
-    hooks = [name for name in ("_ddp_comm_hook", "_ddp_comm_state", "_model_averaging_period") if getattr(strategy, name, None)]
+    hooks = [
+        name
+        for name in ("_ddp_comm_hook", "_ddp_comm_state", "_model_averaging_period")
+        if getattr(strategy, name, None)
+    ]
     if hooks:
         raise PreflightError(
             f"DDPStrategy({hooks[0].removeprefix('_')}=...): expected none. The ranks' clipped gradients are added up once "

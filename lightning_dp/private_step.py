@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -27,8 +27,8 @@ from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.loader import LogicalBatch, PoissonLoader
 from lightning_dp.plan import PrivacyPlan
 
-Planner = Callable[[DataLoader[Any]], tuple[Ledger, RandomKey]]
-"""Turns the user's training loader into a ledger (which holds the plan) and the key of the run."""
+Planner = Callable[[DataLoader[Any]], Ledger]
+"""Turns the user's training loader into the ledger of the run, which holds the plan."""
 
 TRIAL_EXAMPLES = 2
 
@@ -40,7 +40,8 @@ class PrivateStep:
     The step itself is :mod:`lightning_dp.functional.step`; this class only feeds it and carries its result home.
 
     Args:
-        planner: makes the plan when the training loader is known.
+        planner: makes the plan when the training loader is known; called again if Lightning reloads it.
+        seed: ``None`` for secret randomness, a number for a reproducible run.
         engine: name of the engine, see :data:`lightning_dp.engines.select.EngineName`.
         physical_batch_size: the most examples in a micro-batch, or ``None`` for a size that suits the module.
         log_train_metrics: whether what training_step logs reaches the loggers.
@@ -50,11 +51,13 @@ class PrivateStep:
         self,
         planner: Planner,
         *,
+        seed: int | None = None,
         engine: EngineName = "auto",
         physical_batch_size: int | None = None,
         log_train_metrics: bool = True,
     ) -> None:
         self._planner = planner
+        self._seed = seed
         self._engine_name: EngineName = engine
         self._physical_batch_size = physical_batch_size
         self._log_train_metrics = log_train_metrics
@@ -64,6 +67,7 @@ class PrivateStep:
         self._key: RandomKey | None = None
         self._capture: StepCapture | None = None
         self._pending: tuple[Accumulated, dict[str, nn.Parameter]] | None = None
+        self._told = False
         self.not_finite = 0
 
     def process_dataloader(self, strategy: Strategy, dataloader: object) -> PoissonLoader:
@@ -79,8 +83,8 @@ class PrivateStep:
                 "several training loaders: expected exactly one. Each would need a budget of its own; join the datasets "
                 "with torch.utils.data.ConcatDataset."
             )
-        ledger, key = self._planner(loader)
-        self._ledger, self._key = ledger, key
+        ledger = self._ledger = self._planner(loader)
+        key = self._key = self._key or _shared_key(strategy, self._seed)
         size = self._physical_batch_size or _default_physical_batch_size(module, ledger.plan, strategy)
         self._loader = PoissonLoader(
             loader,
@@ -102,6 +106,7 @@ class PrivateStep:
         """
         module, loader = _module(strategy), self._loader
         assert loader is not None
+        _let_logical_batches_through(module)
         buffers = _buffer_versions(module)
         self._capture = StepCapture(module)
 
@@ -166,6 +171,7 @@ class PrivateStep:
         if self._log_train_metrics:
             some_rank_is_empty = 0 < batch.global_size < _world_size(strategy)
             extras = capture.replay(total.outputs, total.examples, strategy.broadcast if some_rank_is_empty else None)
+            self._say_once_that_metrics_are_private(capture.logged_names)
         loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
         return {"loss": loss, **extras} if extras else loss
 
@@ -202,10 +208,30 @@ class PrivateStep:
         strategy.post_backward(closure_loss)
         return closure_loss
 
+    def teardown(self, strategy: Strategy) -> None:
+        """Forget the key and leave the module as it was found."""
+        self._key = None
+        self._pending = None
+        _module(strategy).__dict__.pop("_on_before_batch_transfer", None)
+
+    @property
+    def randomness(self) -> Literal["secret", "reproducible"]:
+        """Where sampling and noise come from."""
+        return "secret" if self._seed is None else "reproducible"
+
     @property
     def physical_batch_size(self) -> int | None:
         """The most examples in a micro-batch, once the loader is known."""
         return self._physical_batch_size if self._loader is None else self._loader.physical_batch_size
+
+    def _say_once_that_metrics_are_private(self, names: list[str]) -> None:
+        if names and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"lightning_dp: training_step logs {', '.join(names[:5])}: computed from private examples without noise, so "
+                "the guarantee does not cover them. Keep such logs private, or use "
+                "DifferentialPrivacy(log_train_metrics=False)."
+            )
 
     def _loss_function(self, strategy: Strategy, rest: tuple[Any, ...]) -> LossFunction:
         """The user's own training_step on a batch of one, as a function of the parameters."""
@@ -230,6 +256,23 @@ class _TrainingStep(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self.module.training_step(*args)
+
+
+def _shared_key(strategy: Strategy, seed: int | None) -> RandomKey:
+    """The run's key, the same on every rank: from the seed, or rank 0's operating-system entropy, written nowhere."""
+    if seed is not None:
+        return RandomKey.from_seed(seed)
+    return RandomKey(strategy.broadcast(RandomKey.fresh().reveal()), "secret")
+
+
+def _let_logical_batches_through(module: pl.LightningModule) -> None:
+    """Spare the user's ``on_before_batch_transfer`` the logical batch; its micro-batches go through it one by one."""
+    original = type(module)._on_before_batch_transfer
+
+    def hook(batch: Any, dataloader_idx: int = 0) -> Any:
+        return batch if isinstance(batch, LogicalBatch) else original(module, batch, dataloader_idx)
+
+    module.__dict__["_on_before_batch_transfer"] = hook
 
 
 def _module(strategy: Strategy) -> pl.LightningModule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.select import Selection
-from lightning_dp.functional.randomness import RandomKey
 from lightning_dp.private_step import PrivateStep
 
 FILE_NAME = "privacy.json"
@@ -24,24 +23,20 @@ CAVEATS = (
 
 
 class Report:
-    """Tells loggers and people what a run plans, spends and has spent. Holds the run's key, and never shows it.
+    """Tells loggers and people what a run plans, spends and has spent.
 
     Args:
         ledger: where the spent steps are counted.
-        key: the run's key; only its mode is reported.
+        randomness: ``"secret"`` or ``"reproducible"``.
     """
 
-    def __init__(self, ledger: Ledger, key: RandomKey) -> None:
+    def __init__(self, ledger: Ledger, randomness: Literal["secret", "reproducible"]) -> None:
         self.ledger = ledger
-        self.key = key
-        self.running = False
+        self.randomness: Literal["secret", "reproducible"] = randomness
         self._folder: Path | None = None
-        self._step: PrivateStep | None = None
 
     def start(self, trainer: pl.Trainer, step: PrivateStep, selection: Selection) -> None:
         """Announce the plan to people and loggers. Called on every rank before training."""
-        self.running = True
-        self._step = step
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to the other ranks
         self._folder = None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]
         plan = self.ledger.plan
@@ -51,7 +46,7 @@ class Report:
             f"Differential privacy: {bound} at δ = {plan.delta:g} over {steps}: noise multiplier "
             f"{plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}, expected batch {plan.expected_batch_size:g} of "
             f"{plan.dataset_size} (q = {plan.sampling_probability:.4g}), engine {selection.engine.name}, micro-batches of "
-            f"up to {step.physical_batch_size}, {self.key.mode} randomness."
+            f"up to {step.physical_batch_size}, {self.randomness} randomness."
         )
         for logger in trainer.loggers:
             logger.log_hyperparams({"dp": {**dataclasses.asdict(plan), "engine": selection.engine.name}})
@@ -74,13 +69,16 @@ class Report:
 
     def statement(self) -> Statement:
         """What has been spent so far."""
-        return Statement.of(self.ledger, randomness=self.key.mode, caveats=CAVEATS)
+        return Statement.of(self.ledger, randomness=self.randomness, caveats=CAVEATS)
 
     @rank_zero_only
-    def write(self, trainer: pl.Trainer) -> None:
-        """Write ``privacy.json`` and the statement into the summary of W&B runs."""
-        self.running = False
-        broken = 0 if self._step is None else self._step.not_finite
+    def write(self, trainer: pl.Trainer, broken: int = 0) -> None:
+        """Write ``privacy.json`` and the statement into the summary of W&B runs.
+
+        Args:
+            trainer: whose loggers to tell.
+            broken: how many gradients were not finite (private: it is told to whoever watches, and not written).
+        """
         if broken:
             rank_zero_warn(
                 f"{broken} per-example gradients on rank 0 were not finite and contributed zero. (This count is private: it "

@@ -67,6 +67,11 @@ class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         return _step(self).backward(self, closure_loss)
 
+    @override
+    def teardown(self) -> None:
+        _forget(self)
+        super().teardown()
+
 
 class PrivateDDPStrategy(DDPStrategy):
     """Lightning's DDP strategy with private training steps; ``strategy="private_ddp"``.
@@ -106,6 +111,11 @@ class PrivateDDPStrategy(DDPStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         return _step(self).backward(self, closure_loss)
 
+    @override
+    def teardown(self) -> None:
+        _forget(self)
+        super().teardown()
+
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -116,7 +126,10 @@ class PrivateDDPStrategy(DDPStrategy):
             ("private_ddp_notebook", "fork"),
         ):
             strategy_registry.register(
-                name, cls, description=f"Private DDP with start_method '{start_method}'", start_method=start_method
+                name,
+                cls,
+                description=f"Private DDP with start_method '{start_method}'",
+                start_method=start_method,
             )
 
 
@@ -154,6 +167,12 @@ def _step(strategy: PrivateStrategy) -> PrivateStep:
             "plan. Add lightning_dp.DifferentialPrivacy(...) to Trainer(callbacks=[...]), or use a stock strategy."
         )
     return strategy.private_step
+
+
+def _forget(strategy: PrivateStrategy) -> None:
+    if strategy.private_step is not None:
+        strategy.private_step.teardown(strategy)
+        strategy.private_step = None
 
 
 def _require(strategy: PrivateStrategy, trainer: pl.Trainer) -> None:

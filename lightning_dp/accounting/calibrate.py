@@ -70,9 +70,7 @@ def noise_multiplier_for(
 class _Search:
     """One calibration: the target, and ε as a function of σ."""
 
-    def __init__(
-        self, epsilon: float, delta: float, q: float, steps: int, history: tuple[Phase, ...]
-    ) -> None:
+    def __init__(self, epsilon: float, delta: float, q: float, steps: int, history: tuple[Phase, ...]) -> None:
         self.target, self.delta, self.q, self.steps, self.history = epsilon, delta, q, steps, history
 
     def phases(self, sigma: float) -> list[Phase]:

@@ -165,7 +165,7 @@ class EpsilonCurve:
             p for p in pooled if (p.noise_multiplier, p.sampling_probability) != (self._sigma, self._q)
         )
         self._spent_alike = sum(p.steps for p in pooled) - sum(p.steps for p in self._history)
-        self._foreseen = current.steps + self._spent_alike if current.steps else None
+        self._foreseen = current.steps + self._spent_alike if max_steps is not None else None
         self._grid: PrvGrid | None = None
         self._failures: dict[int, str] = {}
         self._known: dict[int, EpsilonBound] = {}
@@ -217,15 +217,9 @@ class EpsilonCurve:
         except PrvFailureError as failure:
             return EpsilonBound(by_rdp, "RDP", f"ε is an RDP (Rényi) upper bound, because {failure}")
         if by_rdp <= by_prv:
-            return EpsilonBound(
-                by_rdp, "RDP", "ε is an RDP (Rényi) upper bound: it is below PRV's upper bound here"
-            )
+            return EpsilonBound(by_rdp, "RDP", "ε is an RDP (Rényi) upper bound: it is below PRV's upper bound here")
         coarse = grid.epsilon_error > EPSILON_ERROR * (1 + 1e-9)
-        note = (
-            f"PRV's upper bound includes a discretisation error of {grid.epsilon_error:.2g}"
-            if coarse
-            else None
-        )
+        note = f"PRV's upper bound includes a discretisation error of {grid.epsilon_error:.2g}" if coarse else None
         return EpsilonBound(by_prv, "PRV", note)
 
     def _grid_for(self, steps: int) -> PrvGrid:

@@ -50,15 +50,11 @@ class _Entry:
         fields = cls.__dataclass_fields__
         if not isinstance(raw, Mapping) or set(raw) != set(fields):
             found = sorted(map(str, raw)) if isinstance(raw, Mapping) else raw
-            raise ValueError(
-                f"a phase of the ledger's state has {found}: expected {sorted(fields)}. {_REMEDY}"
-            )
+            raise ValueError(f"a phase of the ledger's state has {found}: expected {sorted(fields)}. {_REMEDY}")
         for name in fields:
             kinds = (int,) if name in ("steps", "dataset_size") else (int, float)
             if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
-                raise ValueError(
-                    f"{name}={raw[name]!r} in the ledger's state: expected a plain number. {_REMEDY}"
-                )
+                raise ValueError(f"{name}={raw[name]!r} in the ledger's state: expected a plain number. {_REMEDY}")
         entry = cls(**{str(name): value for name, value in raw.items()})
         try:
             entry.phase()
@@ -85,9 +81,7 @@ def _merge(entries: Iterable[_Entry]) -> tuple[_Entry, ...]:
     return tuple(merged)
 
 
-_REMEDY = (
-    "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."
-)
+_REMEDY = "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."
 
 
 class Ledger:
@@ -130,9 +124,7 @@ class Ledger:
         self._past_phases = tuple(entry.phase() for entry in self._past)
         self._past_steps = sum(entry.steps for entry in self._past)
         planned = self._plan.steps
-        foreseen = (
-            planned - self._past_steps if planned is not None and planned > self._past_steps else planned
-        )
+        foreseen = planned - self._past_steps if planned is not None and planned >= self._past_steps else planned
         self._foreseen = foreseen
         self._curve = EpsilonCurve(
             self._past_phases,
@@ -178,7 +170,7 @@ class Ledger:
         if any(not same_mechanism(a.phase(), b.phase()) for a, b in pairwise(entries)):
             notes.append(
                 "the noise multiplier or the sampling probability changed during training: the phases are "
-                "composed as if chosen in advance, so the change must not depend on what earlier ones released"
+                "composed as if chosen in advance, and a change must not depend on what earlier ones released"
             )
         for name, meaning in (
             (
@@ -275,9 +267,7 @@ class Ledger:
         """
         version = state.get("version")
         if version != STATE_VERSION or isinstance(version, bool):
-            raise ValueError(
-                f"version={version!r} of the ledger's state: expected {STATE_VERSION}. {_REMEDY}"
-            )
+            raise ValueError(f"version={version!r} of the ledger's state: expected {STATE_VERSION}. {_REMEDY}")
         phases = state.get("phases")
         if not isinstance(phases, list):
             raise ValueError(f"phases={phases!r} in the ledger's state: expected a list. {_REMEDY}")

@@ -33,9 +33,7 @@ class Phase:
         check_noise_multiplier(self.noise_multiplier)
         check_sampling_probability(self.sampling_probability)
         if self.steps < 0:
-            raise ValueError(
-                f"steps={self.steps}: expected a non-negative number. Count the steps that were taken."
-            )
+            raise ValueError(f"steps={self.steps}: expected a non-negative number. Count the steps that were taken.")
 
 
 def merge_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:

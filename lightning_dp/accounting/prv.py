@@ -153,15 +153,11 @@ class PrvGrid:
         delta_error = _DELTA_SHARE * delta
         largest_loss = self._largest_loss([*history, current], delta_error, total)
         if largest_loss > _MAX_LOSS:
-            raise PrvFailureError(
-                f"the privacy loss may exceed {_MAX_LOSS:g}, beyond what PRV's grid can hold"
-            )
+            raise PrvFailureError(f"the privacy loss may exceed {_MAX_LOSS:g}, beyond what PRV's grid can hold")
         # Cells per unit of loss and of 1 / epsilon_error: Gopi, Lee and Wutschitz (2021), Theorem 5.5.
         density = math.sqrt(total / 2.0 * math.log(12.0 / delta_error))
         cells = 2.0 * largest_loss * density
-        refined = max(
-            epsilon_error * min(1.0, rdp_epsilon([*history, current], delta)), cells / _MAX_REFINED_GRID
-        )
+        refined = max(epsilon_error * min(1.0, rdp_epsilon([*history, current], delta)), cells / _MAX_REFINED_GRID)
         self.epsilon_error = max(min(epsilon_error, refined), cells / _MAX_GRID)
         self._cell = self.epsilon_error / density
         half = math.ceil(largest_loss / self._cell)
@@ -180,9 +176,7 @@ class PrvGrid:
         """Half the grid's width: Gopi, Lee and Wutschitz (2021), Remark 5.6."""
         composed = rdp_epsilon(phases, delta_error / 4.0)
         single = max(
-            rdp_epsilon(
-                [Phase(phase.noise_multiplier, phase.sampling_probability, 1)], delta_error / 8.0 / total
-            )
+            rdp_epsilon([Phase(phase.noise_multiplier, phase.sampling_probability, 1)], delta_error / 8.0 / total)
             for phase in phases
         )
         return max(composed, single) + 3.0
@@ -229,17 +223,12 @@ class PrvGrid:
         exponent = spectrum.history.real + steps * spectrum.step.real
         kept = np.flatnonzero(exponent > _NEGLIGIBLE_LOG)
         composed = np.zeros_like(spectrum.step)
-        composed[kept] = np.exp(
-            exponent[kept] + 1j * (spectrum.history.imag[kept] + steps * spectrum.step.imag[kept])
-        )
-        rounding = (
-            _ROUNDING * (self._history_steps + steps) * math.sqrt(2.0 * float(np.sum(np.abs(composed) ** 2)))
-        )
+        composed[kept] = np.exp(exponent[kept] + 1j * (spectrum.history.imag[kept] + steps * spectrum.step.imag[kept]))
+        rounding = _ROUNDING * (self._history_steps + steps) * math.sqrt(2.0 * float(np.sum(np.abs(composed) ** 2)))
         target = self._delta * (1.0 - _DELTA_SHARE) - rounding
         if target < self._delta / 2.0:
             raise PrvFailureError(
-                f"δ = {self._delta:.3g} is too small for double precision after "
-                f"{self._history_steps + steps} steps"
+                f"δ = {self._delta:.3g} is too small for double precision after {self._history_steps + steps} steps"
             )
         pmf: FloatArray = np.fft.fftshift(np.asarray(scipy.fft.irfft(composed, self._size), dtype=np.float64))
         total = float(np.sum(pmf))

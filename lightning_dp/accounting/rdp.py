@@ -17,10 +17,11 @@ FloatArray = npt.NDArray[np.float64]
 
 _SHIFTED_ORDERS: FloatArray = np.concatenate(
     [
-        np.geomspace(0.01, 1.0, 20),
-        np.geomspace(1.0, 10.0, 60)[1:],
-        np.arange(10.5, 24.0, 0.5),
-        np.geomspace(24.0, 1e6, 90),
+        np.geomspace(0.01, 0.9, 20),
+        np.arange(1.0, 4.0, 0.1),
+        np.arange(4.0, 12.0, 0.25),
+        np.arange(12.0, 64.0),
+        np.geomspace(64.0, 1e6, 90),
     ]
 )
 """λ = α - 1 for every Rényi order α in use."""
@@ -93,8 +94,8 @@ def _conversion(delta: float) -> FloatArray:
 def epsilon_of_log_moments(moments: FloatArray, delta: float) -> float:
     """The smallest ε over all orders; 0 at least, ``inf`` if no order is finite.
 
-    It is 0 as well where δ exceeds the total variation distance, which is at most √(1 - exp(-divergence)) for the
-    divergence of any order above 1 (Bretagnolle and Huber 1979).
+    It is 0 as well where δ exceeds the total variation distance, which is at most √(1 - exp(-divergence)) for
+    the divergence of any order above 1 (Bretagnolle and Huber 1979).
     """
     if delta**2 >= -math.expm1(-float(np.min(moments / _SHIFTED_ORDERS))):
         return 0.0

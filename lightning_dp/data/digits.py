@@ -51,9 +51,7 @@ class DigitsDataModule(L.LightningDataModule):
         super().__init__()
         for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value < 1:
-                raise ValueError(
-                    f"{name}={value}: expected at least 1. Give the examples in a batch, such as 256."
-                )
+                raise ValueError(f"{name}={value}: expected at least 1. Give the examples in a batch, such as 256.")
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size
         self.train_set: TensorDataset

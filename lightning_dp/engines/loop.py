@@ -37,11 +37,13 @@ class LoopEngine:
         norms, losses, outputs = [], [], []
         for index in range(examples):
             with torch.enable_grad():
-                loss, output = loss_function(leaves, batch_of_one(batch, index, examples))
+                loss, output = loss_function(leaves, batch_of_one(batch, index))
                 loss = scalar_loss(loss)
-                gradients = torch.autograd.grad(
-                    loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-                ) if loss.requires_grad else [torch.zeros_like(leaf) for leaf in leaves.values()]
+                gradients = (
+                    torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+                    if loss.requires_grad
+                    else [torch.zeros_like(leaf) for leaf in leaves.values()]
+                )
             rows = {name: g.detach().unsqueeze(0) for name, g in zip(leaves, gradients, strict=True)}
             clipped, norm = clip_and_sum(rows, clip_norm)
             for name, gradient in clipped.items():

@@ -36,7 +36,7 @@ class VmapEngine:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
         check_batch_axis(batch, examples)
         leaves, structure = pytree.tree_flatten(batch)
-        if examples > 1 and pytree.tree_structure(batch_of_one(batch, 0, examples)) != structure:
+        if examples > 1 and pytree.tree_structure(batch_of_one(batch, 0)) != structure:
             raise TypeError("the batch holds a list of strings or numbers, one per example, which vmap cannot map over")
         is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
 

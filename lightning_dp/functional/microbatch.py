@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -30,36 +29,64 @@ def split(indices: npt.NDArray[np.int64], physical_batch_size: int) -> list[npt.
 
 
 def check_batch_axis(batch: Any, examples: int) -> None:
-    """Raise :class:`BatchAxisError` unless every tensor in ``batch`` has ``examples`` rows.
+    """Raise :class:`BatchAxisError` unless it is clear which part of ``batch`` belongs to which example.
 
-    Per-example clipping is only as good as the knowledge of which row belongs to whom, so a batch in which that is
-    unclear is refused rather than guessed at.
+    Per-example clipping is only as good as that knowledge: an example that sees a part of another's data changes its
+    gradient too, and no clip norm bounds that. So what is unclear is refused rather than guessed at. Clear are
+
+    - tensors with ``examples`` rows,
+    - lists and tuples of ``examples`` strings or numbers (what PyTorch's default collate makes of strings),
+    - ``None`` and single strings and numbers, which all examples share and which must not depend on the data,
+
+    in any nest of dicts, lists, tuples and named tuples.
+
+    Example:
+        >>> check_batch_axis({"image": torch.zeros(4, 3), "name": ["a", "b", "c", "d"]}, 4)
     """
-    tensors = [(path, leaf) for path, leaf in pytree.tree_leaves_with_path(batch) if isinstance(leaf, Tensor)]
-    if not tensors:
+    leaves = pytree.tree_leaves_with_path(batch, is_leaf=_is_list_of_values)
+    for path, leaf in leaves:
+        where = f"batch{pytree.keystr(path)}"
+        if isinstance(leaf, Tensor):
+            if leaf.ndim == 0 or leaf.shape[0] != examples:
+                raise BatchAxisError(
+                    f"{where} has shape {tuple(leaf.shape)}: expected {examples} rows, one for each of the {examples} "
+                    "examples drawn. Let collate_fn put the examples on the first axis, one row each."
+                )
+        elif _is_list_of_values(leaf):
+            if len(leaf) != examples:
+                raise BatchAxisError(
+                    f"{where} is a {type(leaf).__name__} of {len(leaf)} strings or numbers: expected {examples}, one for "
+                    f"each of the {examples} examples drawn. Let collate_fn return one each, or a tensor with one row "
+                    "each; keep constants on the module."
+                )
+        elif not (leaf is None or isinstance(leaf, _VALUES)):
+            raise BatchAxisError(
+                f"{where} is of type {type(leaf).__name__}: expected tensors with {examples} rows in dicts, lists and "
+                "tuples. Nobody can tell which example a part of it belongs to; let collate_fn turn it into tensors, or "
+                "leave it out."
+            )
+    if not any(isinstance(leaf, Tensor) for _, leaf in leaves):
         raise BatchAxisError(
             f"batch={type(batch).__name__} holds no tensor: expected at least one tensor with {examples} rows. "
             "Let the dataset or collate_fn return tensors."
         )
-    for path, leaf in tensors:
-        if leaf.ndim == 0 or leaf.shape[0] != examples:
-            raise BatchAxisError(
-                f"batch{pytree.keystr(path)} has shape {tuple(leaf.shape)}: expected {examples} rows, one for each of "
-                f"the {examples} examples drawn. Let collate_fn put the examples on the first axis, one row each."
-            )
 
 
-def batch_of_one(batch: Any, index: int, examples: int) -> Any:
+def batch_of_one(batch: Any, index: int) -> Any:
     """The ``index``-th example of ``batch`` as a batch of one: tensors keep their first axis, with length 1.
 
-    A list of ``examples`` strings or numbers (what PyTorch's default collate makes of non-tensor fields) becomes a
-    list of one; other leaves are shared by all examples.
+    A list of strings or numbers becomes a list of one; ``None`` and single strings and numbers are shared by all
+    examples. See :func:`check_batch_axis` for what a batch may hold.
     """
-    if isinstance(batch, (list, tuple)) and type(batch) in (list, tuple):
-        if len(batch) == examples and all(isinstance(item, (str, bytes, int, float)) for item in batch):
-            return type(batch)(batch[index : index + 1])
-        return type(batch)(batch_of_one(item, index, examples) for item in batch)
-    if type(batch) is dict:
-        return {name: batch_of_one(item, index, examples) for name, item in batch.items()}
-    return pytree.tree_map(lambda leaf: leaf[index : index + 1] if isinstance(leaf, Tensor) else leaf, batch)
 
+    def one(leaf: Any) -> Any:
+        return leaf[index : index + 1] if isinstance(leaf, Tensor) or _is_list_of_values(leaf) else leaf
+
+    return pytree.tree_map(one, batch, is_leaf=_is_list_of_values)
+
+
+_VALUES = (str, bytes, int, float)
+
+
+def _is_list_of_values(node: Any) -> bool:
+    return type(node) in (list, tuple) and len(node) > 0 and all(isinstance(item, _VALUES) for item in node)

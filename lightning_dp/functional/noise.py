@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +25,9 @@ def add_gaussian_noise(total: Tensor, *, noise_std: float, key: RandomKey, step:
     Returns:
         ``total``.
 
+    Raises:
+        TypeError: ``total`` is of another type: a complex one would get no noise in its imaginary part.
+
     Guarantee:
         With L2 sensitivity C this is the Gaussian mechanism with noise multiplier σ (Dwork and Roth 2014, Appendix A),
         up to floating point: the noise is a pseudorandom float, not a discrete Gaussian.
@@ -28,11 +35,22 @@ def add_gaussian_noise(total: Tensor, *, noise_std: float, key: RandomKey, step:
     On the CPU the numbers are NumPy's Philox under a 128-bit key (PyTorch's CPU generator would keep 32 bits of it);
     on CUDA they are PyTorch's Philox under a 63-bit key, drawn on the device.
     """
+    if total.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"total of dtype={total.dtype}: expected torch.float32 or torch.float64. Sum in the accumulation type of "
+            "lightning_dp.functional.clip, and store complex parameters as real ones (torch.view_as_real)."
+        )
     if noise_std == 0 or total.numel() == 0:
         return total
     if total.device.type == "cuda":
-        generator = torch.Generator(device=total.device).manual_seed(key.torch_seed(Stream.NOISE, step))
-        return total.add_(torch.randn(total.shape, generator=generator, dtype=total.dtype, device=total.device), alpha=noise_std)
-    dtype = "float64" if total.dtype == torch.float64 else "float32"
-    normal = key.generator(Stream.NOISE, step).standard_normal(total.numel(), dtype=dtype)
+        on_device = torch.Generator(device=total.device).manual_seed(key.torch_seed(Stream.NOISE, step))
+        drawn = torch.randn(total.shape, generator=on_device, dtype=total.dtype, device=total.device)
+        return total.add_(drawn, alpha=noise_std)
+    generator = key.generator(Stream.NOISE, step)
+    size = total.numel()
+    normal: npt.NDArray[Any]
+    if total.dtype == torch.float64:
+        normal = generator.standard_normal(size, dtype=np.float64)
+    else:
+        normal = generator.standard_normal(size, dtype=np.float32)
     return total.add_(torch.from_numpy(normal).to(device=total.device, dtype=total.dtype), alpha=noise_std)

@@ -23,8 +23,7 @@ def flatten(tensors: Mapping[str, Tensor]) -> Tensor:
 
 def unflatten(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`flatten`, shaped and typed like ``like``."""
-    parts = flat.split([tensor.numel() for tensor in like.values()])
+    parts = torch.split(flat, [tensor.numel() for tensor in like.values()])
     return {
-        name: part.view(tensor.shape).to(tensor.dtype)
-        for (name, tensor), part in zip(like.items(), parts, strict=True)
+        name: part.view(tensor.shape).to(tensor.dtype) for (name, tensor), part in zip(like.items(), parts, strict=True)
     }

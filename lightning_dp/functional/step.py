@@ -1,6 +1,6 @@
 """The whole private step on one page. The Lightning strategy must give what this gives.
 
-    sample → micro-batches → per-example gradients → clip & sum → + noise (once) → sum over ranks → ÷ expected batch
+sample → micro-batches → per-example gradients → clip & sum → + noise (once) → sum over ranks → ÷ expected batch
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.clip import accumulation_dtype
+from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.noise import add_gaussian_noise
 from lightning_dp.functional.randomness import RandomKey
 from lightning_dp.functional.reduce import AllReduceSum, flatten, no_reduce, unflatten

@@ -40,7 +40,7 @@ def test_the_imagenet_plan() -> None:
     assert 7.99 < epsilon_bound([Phase(sigma, q, steps)], 8e-7).epsilon <= 8.0
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     epsilon=st.sampled_from([0.3, 1.0, 4.0, 12.0]),
     q=st.sampled_from([0.001, 0.03, 0.3]),
@@ -74,15 +74,11 @@ def test_a_ledger_affords_exactly_what_was_calibrated() -> None:
 
 
 def test_targets_out_of_reach() -> None:
-    with pytest.raises(
-        ValueError, match=r"epsilon=1 .* 1000 steps already taken have spent .* Raise epsilon"
-    ):
+    with pytest.raises(ValueError, match=r"epsilon=1 .* 1000 steps already taken have spent .* Raise epsilon"):
         noise_multiplier_for(1.0, 1e-5, 0.1, 100, [Phase(0.5, 0.1, 1000)])
     with pytest.raises(ValueError, match=r"spent ε = inf"):
         noise_multiplier_for(1.0, 1e-5, 0.1, 100, [Phase(0.0, 0.1, 1)])
-    with pytest.raises(
-        ValueError, match=r"noise multiplier up to 1e\+06 reaches, but none does\. Raise epsilon"
-    ):
+    with pytest.raises(ValueError, match=r"noise multiplier up to 1e\+06 reaches, but none does\. Raise epsilon"):
         noise_multiplier_for(1e-9, 1e-30, 1.0, 10**9)
 
 

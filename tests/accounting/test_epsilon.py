@@ -37,19 +37,20 @@ def pld_epsilon(phases: list[Phase], delta: float, interval: float = 1e-4) -> fl
 
 
 @pytest.mark.parametrize(
-    ("phase", "delta", "pld", "rdp"),
+    ("phase", "delta", "pld", "upper", "rdp"),
     [
-        (CIFAR, 1e-5, 3.6016, 3.9102),
-        (Phase(4.0, 4096 / 50000, 2000), 1e-5, 4.0627, 4.3988),
-        (Phase(1.0, 0.01, 1000), 1e-5, 1.8282, 2.1014),
-        (IMAGENET, 8e-7, 7.4652, 7.9537),
+        (CIFAR, 1e-5, 3.6016, 3.6118, 3.9102),
+        (Phase(4.0, 4096 / 50000, 2000), 1e-5, 4.0627, 4.0729, 4.3988),
+        (Phase(1.0, 0.01, 1000), 1e-5, 1.8282, 1.8384, 2.1014),
+        (IMAGENET, 8e-7, 7.4652, 7.4753, 7.9537),
     ],
 )
-def test_reference_table(phase: Phase, delta: float, pld: float, rdp: float) -> None:
-    """dp_accounting 0.6's figures: PRV's upper bound is above PLD's ε by at most its stated error."""
+def test_reference_table(phase: Phase, delta: float, pld: float, upper: float, rdp: float) -> None:
+    """Figures of dp_accounting 0.6 (PLD, RDP) and prv_accountant 0.2 (upper bound at an error of 0.01)."""
     bound = epsilon_bound([phase], delta)
     assert bound.accountant == "PRV"
-    assert pld - 2e-4 < bound.epsilon < pld + 0.0115
+    assert bound.epsilon == pytest.approx(upper, abs=1e-3)
+    assert pld < bound.epsilon
     assert rdp_epsilon([phase], delta) == pytest.approx(rdp, rel=2e-3)
 
 
@@ -70,7 +71,7 @@ MECHANISMS = st.tuples(
 DELTAS = st.sampled_from([1e-3, 1e-5, 1e-7])
 
 
-@settings(max_examples=20)
+@settings(max_examples=16)
 @given(mechanism=MECHANISMS, delta=DELTAS)
 def test_prv_lies_between_pld_and_rdp(mechanism: tuple[float, float, int], delta: float) -> None:
     phases = [Phase(*mechanism)]
@@ -102,16 +103,17 @@ def test_splitting_a_phase_changes_nothing() -> None:
 
 @pytest.mark.parametrize("direction", [0, 1], ids=["remove", "add"])
 @pytest.mark.parametrize(("sigma", "q", "delta"), [(0.7, 0.3, 1e-3), (2.0, 0.9, 1e-2), (1.0, 0.05, 1e-4)])
-def test_one_step_of_each_direction_has_its_closed_form(
-    direction: int, sigma: float, q: float, delta: float
-) -> None:
+def test_one_step_of_each_direction_has_its_closed_form(direction: int, sigma: float, q: float, delta: float) -> None:
     """The hockey-stick divergence of one step is two normal tails, in either direction."""
     grid = PrvGrid([], sigma, q, delta, 1)
     epsilon = grid._epsilon_of(grid._spectra[direction], 1)
     assert epsilon > 2 * grid.epsilon_error
 
     def exact_delta(eps: float) -> float:
-        x = sigma**2 * math.log((math.exp(eps if direction == 0 else -eps) - (1 - q)) / q) + 0.5
+        odds = (math.exp(eps if direction == 0 else -eps) - (1 - q)) / q
+        if odds <= 0:  # adding an example loses at most -log(1 - q)
+            return 0.0
+        x = sigma**2 * math.log(odds) + 0.5
         if direction == 0:  # (1 - q)·N(0) + q·N(1) against N(0): outputs above x
             without = norm.sf(x / sigma)
             p = (1 - q) * without + q * norm.sf((x - 1) / sigma)

@@ -149,9 +149,7 @@ def test_a_statement_cannot_be_changed() -> None:
 def test_rounding_never_understates(value: float) -> None:
     printed = float(round_up(value))
     assert value <= printed <= value * 1.01 + 1e-300
-    assert round_up(printed) == round_up(value) or printed == pytest.approx(
-        float(round_up(printed)), rel=0.011
-    )
+    assert round_up(printed) == round_up(value) or printed == pytest.approx(float(round_up(printed)), rel=0.011)
 
 
 @pytest.mark.parametrize(

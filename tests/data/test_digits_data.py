@@ -38,9 +38,7 @@ def test_scaling_is_the_inverse_of_the_stated_formula(data):
     train, val = split_indices(digits.target)
     pixels = torch.from_numpy(digits.data).float()
     for dataset, indices in ((data.train_set, train), (data.val_set, val)):
-        torch.testing.assert_close(
-            (dataset.tensors[0].flatten(1) + 1) * 8, pixels[indices], rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close((dataset.tensors[0].flatten(1) + 1) * 8, pixels[indices], rtol=0, atol=1e-5)
         assert dataset.tensors[1].tolist() == digits.target[indices].tolist()
         assert dataset.tensors[0].abs().max() <= 1
 

@@ -72,7 +72,6 @@ def run(folder: Path, case: str, ranks: int) -> None:
     before = weights(module)
     state: dict[str, Any] = {}
 
-
     def remember() -> None:
         rank = module.trainer.global_rank
         state.update(weights=weights(module).cpu(), before=before, plan_batch=private.plan.expected_batch_size)  # type: ignore[union-attr]

@@ -45,9 +45,7 @@ def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) ->
 @pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "storm"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str, ranks: int) -> None:
-    torch.testing.assert_close(
-        results(case, ranks)["weights"], results(case, 1)["weights"], rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(results(case, ranks)["weights"], results(case, 1)["weights"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

@@ -25,9 +25,7 @@ def test_parameter_count(width):
 
 @pytest.mark.parametrize(("width", "groups"), [(6, 4), (0, 1), (4, 0)])
 def test_groups_must_divide_width(width, groups):
-    with pytest.raises(
-        ValueError, match=rf"^width={width} with groups={groups}: expected groups to divide width"
-    ):
+    with pytest.raises(ValueError, match=rf"^width={width} with groups={groups}: expected groups to divide width"):
         DigitsCNN(width=width, groups=groups)
 
 
@@ -57,7 +55,7 @@ def test_mean_of_per_example_gradients_is_the_gradient_of_training_step():
 
 
 def blobs(n: int) -> TensorDataset:
-    """Ten constant-free images, one per class, plus a little noise: separable, so that training must succeed."""
+    """One image per class plus a little noise: separable, so training must succeed."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) % 10
     centres = torch.randn(10, 1, 8, 8, generator=generator)

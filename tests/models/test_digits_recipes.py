@@ -65,15 +65,19 @@ def test_the_last_step_is_validated(name):
 
 @pytest.mark.parametrize(("name", "epsilon"), PRIVATE.items())
 def test_budget(name, epsilon):
-    (privacy,) = [
-        s["init_args"] for s in specs(load(name)) if s["class_path"].endswith("DifferentialPrivacy")
-    ]
+    (privacy,) = [s["init_args"] for s in specs(load(name)) if s["class_path"].endswith("DifferentialPrivacy")]
     assert (privacy["epsilon"], privacy["delta"]) == (epsilon, 1e-5)
     assert "seed" not in privacy, "a shipped recipe draws its noise from secret entropy"
 
 
-def test_the_recipe_without_privacy_differs_in_the_callback_alone():
+def test_the_recipe_without_privacy_differs_in_callback_and_rate_alone():
     private, plain = without_privacy(load("cnn_eps8")), load("cnn_nonprivate")
-    private["trainer"]["logger"]["init_args"].pop("name")
-    plain["trainer"]["logger"]["init_args"].pop("name")
+    for recipe in (private, plain):
+        recipe["trainer"]["logger"]["init_args"].pop("name")
+        recipe["model"]["init_args"].pop("lr")
     assert private == plain
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_are_filed_under_the_recipes_name(name):
+    assert load(name)["trainer"]["logger"]["init_args"]["name"] == name

@@ -112,7 +112,7 @@ def test_fp16_mixed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fit = trainer()
     monkeypatch.setattr(type(fit), "precision", property(lambda self: "16-mixed"))
-    with pytest.raises(PreflightError, match="precision='16-mixed'.*expected.*bf16-mixed"):
+    with pytest.raises(PreflightError, match=r"precision='16-mixed'.*expected.*bf16-mixed"):
         preflight.check_trainer(fit)
 
 
@@ -164,7 +164,9 @@ def test_a_private_strategy_without_the_callback_does_not_train_in_the_open(stra
 
 
 def test_two_privacy_callbacks() -> None:
-    with pytest.raises(RuntimeError, match="DifferentialPrivacy"):  # Lightning's own: two callbacks, one place in a checkpoint
+    with pytest.raises(
+        RuntimeError, match="DifferentialPrivacy"
+    ):  # Lightning's own: two callbacks, one place in a checkpoint
         trainer(DifferentialPrivacy(epsilon=1.0), DifferentialPrivacy(epsilon=1.0))
 
 
@@ -174,7 +176,9 @@ class _BatchNormed(Regressor):
         self.trunk = nn.Sequential(nn.Linear(4, 4), layer)
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.InstanceNorm1d(4, track_running_stats=True)])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.InstanceNorm1d(4, track_running_stats=True)]
+)
 def test_layers_that_mix_or_remember_examples(layer: nn.Module) -> None:
     refused(PreflightError, "trunk.1", "ModuleValidator.fix", module=_BatchNormed(layer))
 
@@ -372,7 +376,14 @@ def test_a_batch_larger_than_the_data() -> None:
 
 
 def test_an_epsilon_without_an_end() -> None:
-    refused(PreflightError, "epsilon=3.0", "max_steps", private={"epsilon": 3.0}, max_steps=-1, max_time="00:00:01:00")
+    refused(
+        PreflightError,
+        "epsilon=3.0",
+        "max_steps",
+        private={"epsilon": 3.0},
+        max_steps=-1,
+        max_time="00:00:01:00",
+    )
 
 
 def test_an_epsilon_out_of_reach() -> None:

@@ -1,4 +1,4 @@
-"""What the Trainer does equals a batch-of-one loop written here from the definition, and plain Lightning without noise."""
+"""What the Trainer does equals a batch-of-one loop written here, and plain Lightning when there is no noise."""
 
 from __future__ import annotations
 
