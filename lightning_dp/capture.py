@@ -220,7 +220,8 @@ def _record_log(recording: _Recording, path: str, module: pl.LightningModule) ->
         elif isinstance(value, (int, float)):
             value = torch.tensor(float(value))
         elif isinstance(value, Metric):
-            value = _MetricByPath(next(place for place, child in module.named_modules() if child is value))
+            place = next((place for place, child in module.named_modules() if child is value), None)
+            value = value if place is None else _MetricByPath(place)  # Lightning refuses a stranger, and says why
         recording.log_calls.append(LogCall(path, name, value, {**positional, **options}, source))
 
     return log
@@ -239,10 +240,17 @@ def _record_metric(recording: _Recording, path: str, metric: Any, method: str) -
             blank = torch.full((), float("nan"))
             names = list(metric.keys()) if isinstance(metric, MetricCollection) else None
             placeholder = blank if names is None else {name: blank.clone() for name in names}
-        recording.metric_calls.append(MetricCall(path, method, (args, kwargs), placeholder))
+        arguments = pytree.tree_map(_as_tensor, (args, kwargs))
+        recording.metric_calls.append(MetricCall(path, method, arguments, placeholder))
         return placeholder
 
     return record
+
+
+def _as_tensor(argument: Any) -> Any:
+    """A number that a metric is given becomes a tensor, so that every example's is counted; ``True`` is an option."""
+    number = isinstance(argument, (int, float)) and not isinstance(argument, bool)
+    return torch.tensor(argument) if number else argument
 
 
 def _placeholders(placeholder: Any) -> list[tuple[str | None, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 
@@ -125,5 +126,5 @@ def _up(epsilon: float) -> str:
 
 
 def _print_json(**values: float | str | None) -> None:
-    finite = {name: None if value in (float("inf"),) else value for name, value in values.items()}
+    finite = {name: "inf" if value == math.inf else value for name, value in values.items()}
     print(json.dumps(finite, ensure_ascii=False))

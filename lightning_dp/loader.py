@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,13 @@ class LogicalBatch:
     indices: Tensor
     global_size: int
     source: _MicroBatchSource
+
+    def __getitem__(self, item: Any) -> NoReturn:
+        raise TypeError(
+            f"batch[{item!r}] of a LogicalBatch: under differential privacy a hook's batch is a whole private step, whose "
+            "examples are read piece by piece inside training_step: expected the hook to do without them. Its indices are "
+            "batch.indices, its size len(batch.indices); put per-example work into training_step or the dataset."
+        )
 
     def micro_batches(self) -> Iterator[tuple[Any, int]]:
         """Yield (collated micro-batch, number of examples in it), once.
@@ -158,6 +165,7 @@ class _MicroBatchSource:
     def __init__(self, iterator: Iterator[Any], draws: _Draws, physical_batch_size: int, first: int) -> None:
         self._iterator, self._draws, self._physical_batch_size = iterator, draws, physical_batch_size
         self._step = first
+        self._unread: Iterator[tuple[Any, int]] = iter(())
 
     def take(self, step: int) -> Iterator[tuple[Any, int]]:
         if step < self._step:
@@ -165,12 +173,15 @@ class _MicroBatchSource:
                 f"The sample of step {step} has been used already: expected one pass over each step's sample. Every "
                 "pass releases a further noisy gradient of it. Use an optimizer that calls its closure once (not LBFGS)."
             )
+        for _ in self._unread:  # what an error or an early end left of the last step
+            pass
         while self._step < step:  # a batch that Lightning fetched but nobody used
             for _ in self._of_step(self._step):
                 pass
             self._step += 1
         self._step += 1
-        return self._of_step(step)
+        self._unread = self._of_step(step)
+        return self._unread
 
     def _of_step(self, step: int) -> Iterator[tuple[Any, int]]:
         for piece in split(self._draws.at(step)[0], self._physical_batch_size):

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,7 +20,9 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger
+from lightning_dp.agreement import check_same_data_on_every_rank
 from lightning_dp.capture import StepCapture
+from lightning_dp.coupling import check_rows_stay_apart
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
@@ -107,16 +110,26 @@ class PrivateStep:
         module, loader = _module(strategy), self._loader
         assert loader is not None
         _let_logical_batches_through(module)
-        buffers = _buffer_versions(module)
+        given: Any = module.trainer.train_dataloader
+        if given is not self._loader:
+            raise preflight.PreflightError(
+                f"train_dataloader nested in a {type(given).__name__}: expected the DataLoader "
+                "itself. Pass the loader without a list, dict or CombinedLoader around it."
+            )
+        check_same_data_on_every_rank(strategy, loader.dataset)
         self._capture = StepCapture(module)
-
-        def trial(engine: Engine) -> None:
-            batch, examples = loader.first_examples(TRIAL_EXAMPLES)
-            batch = _to_device(strategy, batch)
-            loss_function = self._loss_function(strategy, (0,))
-            engine.clipped_sum(loss_function, _trainable(module), batch, examples, loader.plan.clip_norm)
-
+        loss_function = self._loss_function(strategy, (0,) if _takes_batch_idx(module) else ())
+        buffers = _buffer_versions(module)
         with isolate_rng(), torch.enable_grad():
+            batch, examples = loader.first_examples(TRIAL_EXAMPLES)
+            check_rows_stay_apart(
+                lambda raw: _to_device(strategy, raw), batch, examples, "on_before_ or on_after_batch_transfer"
+            )
+            on_device, clip_norm = _to_device(strategy, batch), loader.plan.clip_norm
+
+            def trial(engine: Engine) -> None:
+                engine.clipped_sum(loss_function, _trainable(module), on_device, examples, clip_norm)
+
             self._selection = select_engine(self._engine_name, trial)
         _check_buffers(module, buffers)
         if self._selection.reason:
@@ -283,6 +296,11 @@ def _module(strategy: Strategy) -> pl.LightningModule:
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _takes_batch_idx(module: pl.LightningModule) -> bool:
+    """Whether Lightning passes ``batch_idx`` to this module's training_step."""
+    return is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
 
 def _rank(strategy: Strategy) -> int:

@@ -41,6 +41,7 @@ def check_batch_axis(batch: Any, examples: int) -> None:
     in any nest of dicts, lists, tuples and named tuples.
 
     Example:
+        >>> import torch
         >>> check_batch_axis({"image": torch.zeros(4, 3), "name": ["a", "b", "c", "d"]}, 4)
     """
     leaves = pytree.tree_leaves_with_path(batch, is_leaf=_is_list_of_values)

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,22 @@ class Synchronised(Regressor):
         loss = nn.functional.mse_loss(self.net(batch[0]).squeeze(-1), batch[1])
         self.log("train/loss", loss, sync_dist=True, on_step=True, on_epoch=True)
         return loss
+
+
+class OwnOrder(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(self.trainer.global_rank))
+        return loader(torch.utils.data.Subset(regression_data(), order.tolist()))
+
+
+def refuse_disagreement(folder: Path, ranks: int) -> None:
+    fit = on_ranks(ranks, max_steps=2)
+    fit.callbacks.append(DifferentialPrivacy(noise_multiplier=1.0))
+    try:
+        fit.fit(regressor(), datamodule=OwnOrder())
+    except Exception as error:
+        (folder / f"refusal-{ranks}.txt").write_text(str(error))
 
 
 def on_ranks(ranks: int, **options: Any) -> Any:
@@ -67,6 +84,9 @@ def run(folder: Path, case: str, ranks: int) -> None:
         module = regressor()
         private = DifferentialPrivacy(noise_multiplier=0.5)
         fit = on_ranks(ranks, max_steps=3)
+    elif case == "disagree":  # as after a random split that each rank seeds for itself
+        refuse_disagreement(folder, ranks)
+        return
     else:
         raise ValueError(case)
     before = weights(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ FALSE_ALARM = 1e-6
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = "equal,by_name,different_start,noise,storm,secret"
+    cases = "equal,by_name,different_start,noise,storm,secret,disagree"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -30,6 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def load(case: str, ranks: int, rank: int = 0) -> dict[str, Any]:
         return torch.load(folder / f"{case}-{ranks}-{rank}.pt", weights_only=True)
 
+    load.folder = folder  # type: ignore[attr-defined]
     return load
 
 
@@ -87,3 +89,11 @@ def test_a_wrong_scale_of_noise_is_rejected(results: Any, scale: float) -> None:
 
 def test_secret_runs_differ_whatever_the_number_of_ranks(results: Any) -> None:
     assert not torch.allclose(results("secret", 1)["weights"], results("secret", 2)["weights"], atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_with_their_data_in_another_order_are_refused(results: Any, ranks: int) -> None:
+    """One example could sit at two indices of the one draw, and be counted twice in a step."""
+    told = (results.folder / f"refusal-{ranks}.txt").read_text()
+    assert re.search(r"dataset\[\d+\] differs between rank 0 and rank [12]: expected .* random_split", told)
+    assert not (results.folder / "refusal-1.txt").exists()

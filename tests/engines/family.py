@@ -119,7 +119,9 @@ def embedding() -> nn.Module:
 
 
 def weight_normed() -> nn.Module:
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.GELU(), nn.LayerNorm(5), nn.Linear(5, 3))
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.GELU(), nn.LayerNorm(5), nn.Linear(5, 3)
+    )
 
 
 FAMILY: dict[str, tuple[Callable[[], nn.Module], str]] = {

@@ -411,3 +411,51 @@ def test_a_batch_without_a_row_for_each_example() -> None:
         return torch.stack([row[0] for row in rows], dim=1), torch.stack([row[1] for row in rows])
 
     refused(ValueError, "batch[0]", "(4, 2)", data=loader(collate_fn=transposed))
+
+
+class _MixUp(NeverStepped):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        order = torch.randperm(len(batch[0]))
+        return 0.7 * batch[0] + 0.3 * batch[0][order], batch[1]
+
+
+class _Standardised(NeverStepped):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] - batch[0].mean(0), batch[1]
+
+
+@pytest.mark.parametrize("module", [_MixUp(), _Standardised()])
+def test_a_batch_transform_that_mixes_examples(module: L.LightningModule) -> None:
+    refused(PreflightError, "mixes examples", "batch[0]", module=module)
+
+
+def test_a_random_transform_of_each_example_alone_is_fine() -> None:
+    class Jittered(Regressor):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] + 0.1 * torch.randn_like(batch[0]), batch[1]
+
+    trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(Jittered(), loader())
+
+
+def test_a_loader_inside_a_dict() -> None:
+    refused(PreflightError, "nested in a dict", data={"only": loader()})
+
+
+def test_a_training_step_without_batch_idx() -> None:
+    class Short(Regressor):
+        def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+            return super().training_step(batch, 0)
+
+    module = Short()
+    before = weights(module).clone()
+    trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(module, loader())
+    assert not torch.equal(before, weights(module))
+
+
+def test_a_hook_that_looks_into_the_logical_batch_is_told_what_it_is() -> None:
+    class Peeking(Regressor):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            _inputs, _targets = batch
+
+    with pytest.raises(TypeError, match=r"LogicalBatch.*expected.*batch\.indices"):
+        trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(Peeking(), loader())

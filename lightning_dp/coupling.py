@@ -1,0 +1,64 @@
+"""Does what happens between dataset and training_step keep each example's row its own?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_dp.preflight import PreflightError
+
+DRAWS = 12
+"""Random transforms are tried with this many seeds; one that pairs two examples at random escapes once in 2¹²."""
+
+
+def check_rows_stay_apart(transform: Callable[[Any], Any], batch: Any, examples: int, name: str) -> None:
+    """Refuse a batch transform in which one example's row depends on another example.
+
+    The second half of ``batch`` is replaced by other content, everything random is repeated with the same seed, and the
+    rows of the first half must come out the same. MixUp, CutMix and normalisation by batch statistics do not pass:
+    after them, removing one record would change several clipped gradients, and the sensitivity would exceed C.
+
+    Args:
+        transform: from a batch to a batch, as applied before training_step.
+        batch: ``examples`` rows; private, and only compared with itself here.
+        examples: how many rows, at least 2 (fewer cannot be checked and pass).
+        name: what to call the transform in the error.
+
+    Raises:
+        PreflightError: a row changed with another example.
+    """
+    kept = examples // 2
+    if kept == 0:
+        return
+    other = pytree.tree_map(lambda leaf: _replace_rows(leaf, kept) if isinstance(leaf, Tensor) else leaf, batch)
+    for seed in range(DRAWS):
+        first, second = (_seeded(transform, each, seed) for each in (batch, other))
+        for path, leaf in pytree.tree_leaves_with_path(first):
+            twin = dict(pytree.tree_leaves_with_path(second)).get(path)
+            if not isinstance(leaf, Tensor) or not isinstance(twin, Tensor) or leaf.ndim == 0:
+                continue
+            if leaf.shape != twin.shape or not torch.equal(leaf[:kept].nan_to_num(), twin[:kept].nan_to_num()):
+                raise PreflightError(
+                    f"{name} mixes examples: batch{pytree.keystr(path)} of one example changed when another example was "
+                    "replaced: expected each row to depend on its own example only. Clipping could not bound what one "
+                    "record contributes. Remove MixUp, CutMix and batch statistics, or mix with public data only."
+                )
+
+
+def _replace_rows(leaf: Tensor, kept: int) -> Tensor:
+    """The same rows up to ``kept``; after them, copies of other rows, shifted where they are floating point."""
+    leaf = leaf.clone()
+    rest = leaf[kept:]
+    leaf[kept:] = rest.flip(0) * 0.5 + 1.0 if leaf.is_floating_point() else leaf[:1].expand_as(rest)
+    return leaf
+
+
+def _seeded(transform: Callable[[Any], Any], batch: Any, seed: int) -> Any:
+    with isolate_rng():
+        torch.manual_seed(seed)
+        return transform(pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch))

@@ -1,0 +1,134 @@
+"""The command line: the accountant as a calculator, and recipes end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_dp.accounting import Phase, epsilon_bound
+from lightning_dp.cli import main
+
+ROOT = Path(__file__).parents[2]
+CIFAR = ["--sampling-probability", "0.08192", "--steps", "875", "--delta", "1e-5"]
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    main(words)
+    return capsys.readouterr().out
+
+
+def test_epsilon_for_people_and_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    line = said(capsys, "epsilon", "--noise-multiplier", "3", *CIFAR)
+    assert line.startswith("ε ≤ 3.6")
+    assert "PRV" in line
+    answer = json.loads(said(capsys, "epsilon", "--noise-multiplier", "3", *CIFAR, "--json"))
+    assert 3.601 <= answer["epsilon"] <= 3.62
+
+
+def test_the_printed_epsilon_is_never_below_the_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    for sigma in ("1.1", "1.3", "1.7", "2.9"):
+        line = said(capsys, "epsilon", "--noise-multiplier", sigma, *CIFAR)
+        bound = epsilon_bound([Phase(float(sigma), 0.08192, 875)], 1e-5).epsilon
+        assert bound <= float(line.split()[2]) <= bound + 1e-3
+
+
+def test_calibrate_is_the_inverse_of_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = json.loads(said(capsys, "calibrate", "--epsilon", "8", *CIFAR, "--json"))
+    assert epsilon_bound([Phase(answer["noise_multiplier"], 0.08192, 875)], 1e-5).epsilon <= 8.0
+    assert answer["noise_multiplier"] == pytest.approx(1.641, rel=5e-3)
+    assert said(capsys, "calibrate", "--epsilon", "8", *CIFAR).startswith("σ = 1.64")
+
+
+def test_infinite_epsilon_is_json_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "epsilon", "--noise-multiplier", "0", *CIFAR, "--json")
+    assert json.loads(text, parse_constant=lambda constant: pytest.fail(constant))["epsilon"] == "inf"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["epsilon", "--noise-multiplier", "-1", *CIFAR], "noise_multiplier=-1.0"),
+        (["epsilon", "--noise-multiplier", "1", *CIFAR[:-1], "2"], "delta=2.0"),
+        (
+            ["epsilon", "--noise-multiplier", "1", "--sampling-probability", "1.5", *CIFAR[2:]],
+            "sampling_probability=1.5",
+        ),
+        (["epsilon", "--noise-multiplier", "1", *CIFAR[:2], "--steps", "-3", *CIFAR[4:]], "steps=-3"),
+        (["calibrate", "--epsilon", "0", *CIFAR], "epsilon=0.0"),
+        (["calibrate", "--epsilon", "1e-7", *CIFAR[:2], "--steps", "1000000", "--delta", "1e-12"], "epsilon=1e-07"),
+    ],
+)
+def test_bad_numbers(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "xpected" in error
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_the_overview_names_every_command(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["lightning-dp"])
+    out = said(capsys, *words)
+    for command in ("fit", "validate", "test", "predict", "epsilon", "calibrate"):
+        assert command in out
+
+
+def test_the_calculators_do_not_wait_for_pytorch() -> None:
+    code = (
+        "import sys; from lightning_dp.cli import main; "
+        "main(['epsilon', '--noise-multiplier', '1', '--sampling-probability', '0.1', '--steps', '1', '--delta', '1e-5']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_a_recipe_trains_and_ends_with_statement_and_metrics(tmp_path: Path) -> None:
+    """``python -m lightning_dp`` from an empty folder, as a new user would, with fewer steps."""
+    recipe = ROOT / "recipes" / "digits" / "cnn_eps8.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_dp", "fit", "--config", str(recipe), "--trainer.max_steps", "4",
+         "--trainer.val_check_interval", "2", "--trainer.logger.init_args.save_dir", str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert ")-DP, add/remove one example, Poisson sampling" in done.stderr + done.stdout
+    assert "Last validation, after 4 steps: val/accuracy = " in done.stdout
+    statement = json.loads(next(tmp_path.rglob("privacy.json")).read_text())
+    assert statement["epsilon"] <= 8.0
+    assert statement["steps"] == 4
+    assert "val/accuracy" in next(tmp_path.rglob("metrics.csv")).read_text()
+
+
+def test_the_strategy_can_be_named_in_yaml(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes" / "digits" / "cnn_eps8.yaml").read_text())
+    recipe["trainer"].update(
+        strategy="private", max_steps=2, logger=False, enable_checkpointing=False, accelerator="cpu"
+    )
+    path = tmp_path / "named.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_dp", "fit", "--config", str(path)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "privacy.json").read_text())["steps"] == 2
+
+
+def test_an_unknown_key_in_a_recipe_is_an_error(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes" / "digits" / "cnn_eps8.yaml").read_text())
+    recipe["trainer"]["callbacks"][0]["init_args"]["epsilom"] = 1.0
+    path = tmp_path / "typo.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_dp", "fit", "--config", str(path)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "epsilom" in done.stderr

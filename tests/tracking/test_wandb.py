@@ -1,0 +1,101 @@
+"""A real WandbLogger, offline: its record is read back from disk."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import WandbLogger
+from wandb.proto import wandb_internal_pb2
+
+from lightning_dp import DifferentialPrivacy
+from lightning_dp.functional.randomness import RandomKey
+from tests.conftest import loader, regressor, trainer
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """The records of a W&B transaction log: LevelDB's log format after a seven-byte file header."""
+    assert content.startswith(b":W&B")
+    position, parts = HEADER, []
+    while position + HEADER <= len(content):
+        if BLOCK - position % BLOCK < HEADER:  # the rest of a block that cannot hold a header is padding
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        parts.append(content[position + HEADER : position + HEADER + length])
+        position += HEADER + length
+        if kind in (1, 4):  # whole, or last part
+            yield b"".join(parts)
+            parts = []
+
+
+def read_back(folder: Path) -> dict[str, Any]:
+    """Config, history and summary from the .wandb file of the one run in ``folder``."""
+    files = list(folder.rglob("*.wandb"))
+    assert len(files) == 1
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    history: list[dict[str, Any]] = []
+
+    def put(into: dict[str, Any], item: Any) -> None:
+        keys = list(item.nested_key) or [item.key]
+        for key in keys[:-1]:
+            into = into.setdefault(key, {})
+        into[keys[-1]] = json.loads(item.value_json)
+
+    for data in records(files[0].read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for update in (*record.config.update, *record.run.config.update):
+            put(config, update)
+        for update in record.summary.update:
+            put(summary, update)
+        if record.history.item:
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                put(row, item)
+            history.append(row)
+    return {"config": config, "history": history, "summary": summary, "bytes": files[0].read_bytes()}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_record_holds_plan_history_and_statement_and_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    keys: list[bytes] = []
+    reveal = RandomKey.reveal
+
+    def remember(self: RandomKey) -> bytes:
+        keys.append(reveal(self))
+        return keys[-1]
+
+    monkeypatch.setattr(RandomKey, "reveal", remember)
+    logger = WandbLogger(project="private", offline=True, save_dir=tmp_path)
+    private = DifferentialPrivacy(epsilon=2.0, delta=1e-3)
+    trainer(private, logger=logger, max_steps=6, log_every_n_steps=2).fit(regressor(), loader())
+    logger.experiment.finish()
+
+    record = read_back(tmp_path)
+    plan = record["config"]["dp"]
+    assert private.plan is not None
+    assert plan["noise_multiplier"] == private.plan.noise_multiplier
+    assert plan["dataset_size"] == 64
+    assert plan["target_epsilon"] == 2.0
+    epsilons = [row["dp/epsilon"] for row in record["history"] if "dp/epsilon" in row]
+    assert len(epsilons) == 3
+    assert epsilons == sorted(epsilons)
+    assert epsilons[-1] == pytest.approx(private.statement().epsilon, rel=1e-5)
+    assert record["summary"]["dp/statement"] == str(private.statement())
+    assert record["summary"]["privacy"]["epsilon"] == private.statement().epsilon
+    assert keys
+    for key in keys:
+        assert key not in record["bytes"]
+        assert key.hex().encode() not in record["bytes"]
