@@ -1,16 +1,17 @@
-"""Do all ranks sample from the same data? One global draw means nothing if index 5 is another example on each rank."""
+"""Do all ranks hold the same data and parameters? One draw, and one sum, mean nothing if they do not."""
 
 from __future__ import annotations
 
 import hashlib
 import random
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dp.preflight import PreflightError
@@ -44,6 +45,31 @@ def check_same_data_on_every_rank(strategy: Strategy, dataset: Any) -> None:
             )
 
 
+def check_same_parameters_on_every_rank(strategy: Strategy, module: nn.Module) -> None:
+    """Compare names, shapes and trainability of the parameters with rank 0's. A collective call.
+
+    The ranks' gradients are added up as one flat vector, so their parameters must come in the same order.
+
+    Args:
+        strategy: for its ranks and its broadcast. With one rank there is nothing to do.
+        module: complete, with what is frozen frozen.
+
+    Raises:
+        PreflightError: this rank's parameters differ from rank 0's.
+    """
+    if int(getattr(strategy, "world_size", 1)) == 1:
+        return
+    mine = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()]
+    theirs = strategy.broadcast(mine)
+    if mine != theirs:
+        odd = next((a for a, b in zip_longest(mine, theirs) if a != b), None)
+        raise PreflightError(
+            f"parameters differ between rank 0 and rank {int(getattr(strategy, 'global_rank', 0))}, first at {odd}: expected "
+            "the same names, shapes and frozen parts in the same order on every rank, whose gradients are added up. Build "
+            "the module from the same configuration everywhere, and order by lists rather than sets."
+        )
+
+
 def _digest(dataset: Any, index: int) -> str:
     with isolate_rng():
         torch.manual_seed(index)
@@ -52,10 +78,14 @@ def _digest(dataset: Any, index: int) -> str:
         example = dataset[index]
     hashed = hashlib.sha256()
     for leaf in pytree.tree_leaves(example):
-        content = (
-            leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            if isinstance(leaf, Tensor)
-            else None
-        )
-        hashed.update(content if content is not None else repr(leaf).encode())
+        hashed.update(_content(leaf))
     return hashed.hexdigest()
+
+
+def _content(leaf: Any) -> bytes:
+    """What identifies a leaf on every rank; of an object without a comparable content, its type alone."""
+    if isinstance(leaf, Tensor):
+        leaf = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    if isinstance(leaf, np.ndarray):
+        return leaf.tobytes()
+    return repr(leaf).encode() if isinstance(leaf, (str, bytes, int, float)) else type(leaf).__name__.encode()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger
-from lightning_dp.agreement import check_same_data_on_every_rank
+from lightning_dp.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
 from lightning_dp.capture import StepCapture
 from lightning_dp.coupling import check_rows_stay_apart
 from lightning_dp.engines.select import EngineName, Selection, select_engine
@@ -117,6 +117,7 @@ class PrivateStep:
                 "itself. Pass the loader without a list, dict or CombinedLoader around it."
             )
         check_same_data_on_every_rank(strategy, loader.dataset)
+        check_same_parameters_on_every_rank(strategy, module)
         self._capture = StepCapture(module)
         loss_function = self._loss_function(strategy, (0,) if _takes_batch_idx(module) else ())
         buffers = _buffer_versions(module)

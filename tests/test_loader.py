@@ -160,7 +160,7 @@ def test_a_sample_is_handed_out_once(how_far: int) -> None:
     for _, _ in zip(range(how_far), batch.micro_batches(), strict=False):
         pass
     with pytest.raises(
-        LogicalBatchConsumedError, match="sample of step 0 has been used already: expected one pass.*LBFGS"
+        LogicalBatchConsumedError, match=r"sample of step 0 has been used already: expected one pass.*LBFGS"
     ):
         batch.micro_batches()
 
@@ -196,13 +196,17 @@ def test_a_sample_that_was_left_half_read_does_not_shift_the_others(taken: int, 
     assert others == 4
 
 
+def fail_at_the_first(batch: LogicalBatch) -> None:
+    for _ in batch.micro_batches():
+        raise ArithmeticError
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_consumer_does_not_shift_the_others(workers: int) -> None:
     for batch in poisson_loader(expected=8, physical_batch_size=2, num_workers=workers):
         if batch.step == 1:
             with pytest.raises(ArithmeticError):
-                for _ in batch.micro_batches():
-                    raise ArithmeticError
+                fail_at_the_first(batch)
         else:
             assert delivered(batch) == expected_draw(batch.step, expected=8)
 
@@ -261,6 +265,12 @@ def test_what_lightning_does_to_batches_leaves_a_logical_batch_usable(convert: A
         assert delivered(converted) == converted.indices.tolist() == expected_draw(batch.step)
         with pytest.raises(LogicalBatchConsumedError):
             batch.micro_batches()
+
+
+def test_a_logical_batch_cannot_be_copied_into_a_second_one() -> None:
+    batch = next(iter(poisson_loader()))
+    with pytest.raises((TypeError, NotImplementedError), match="pickle"):  # by the key, or by torch's iterator
+        copy.deepcopy(batch)
 
 
 def test_a_resume_needs_no_state_of_the_loader() -> None:

@@ -41,13 +41,18 @@ class OwnOrder(L.LightningDataModule):
         return loader(torch.utils.data.Subset(regression_data(), order.tolist()))
 
 
-def refuse_disagreement(folder: Path, ranks: int) -> None:
+class FrozenOnOne(Regressor):
+    def setup(self, stage: str) -> None:
+        self.net[0].bias.requires_grad_(self.trainer.global_rank != 1)
+
+
+def refuse_disagreement(folder: Path, ranks: int, module: L.LightningModule, data: Any) -> None:
     fit = on_ranks(ranks, max_steps=2)
     fit.callbacks.append(DifferentialPrivacy(noise_multiplier=1.0))
     try:
-        fit.fit(regressor(), datamodule=OwnOrder())
+        fit.fit(module, datamodule=data) if data is not None else fit.fit(module, loader())
     except Exception as error:
-        (folder / f"refusal-{ranks}.txt").write_text(str(error))
+        (folder / f"refusal-{type(module).__name__}-{ranks}.txt").write_text(str(error))
 
 
 def on_ranks(ranks: int, **options: Any) -> Any:
@@ -85,7 +90,10 @@ def run(folder: Path, case: str, ranks: int) -> None:
         private = DifferentialPrivacy(noise_multiplier=0.5)
         fit = on_ranks(ranks, max_steps=3)
     elif case == "disagree":  # as after a random split that each rank seeds for itself
-        refuse_disagreement(folder, ranks)
+        refuse_disagreement(folder, ranks, regressor(), OwnOrder())
+        return
+    elif case == "frozen_on_one":
+        refuse_disagreement(folder, ranks, FrozenOnOne(), None)
         return
     else:
         raise ValueError(case)

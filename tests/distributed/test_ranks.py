@@ -21,7 +21,7 @@ FALSE_ALARM = 1e-6
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = "equal,by_name,different_start,noise,storm,secret,disagree"
+    cases = "equal,by_name,different_start,noise,storm,secret,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -94,6 +94,12 @@ def test_secret_runs_differ_whatever_the_number_of_ranks(results: Any) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_with_their_data_in_another_order_are_refused(results: Any, ranks: int) -> None:
     """One example could sit at two indices of the one draw, and be counted twice in a step."""
-    told = (results.folder / f"refusal-{ranks}.txt").read_text()
+    told = (results.folder / f"refusal-Regressor-{ranks}.txt").read_text()
     assert re.search(r"dataset\[\d+\] differs between rank 0 and rank [12]: expected .* random_split", told)
-    assert not (results.folder / "refusal-1.txt").exists()
+    assert not (results.folder / "refusal-Regressor-1.txt").exists()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_train_different_parameters_are_refused(results: Any, ranks: int) -> None:
+    told = (results.folder / f"refusal-FrozenOnOne-{ranks}.txt").read_text()
+    assert re.search(r"parameters differ between rank 0 and rank 1, first at \('net\.0\.bias'.*expected", told)

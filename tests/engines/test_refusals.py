@@ -92,7 +92,7 @@ def test_the_loop_refuses_outputs_that_differ_from_example_to_example() -> None:
         return loss, [loss] if batch[0, 0] > 0 else []
 
     batch = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]])
-    with pytest.raises(ValueError, match="outputs of 2 different structures: expected.*same things for every example"):
+    with pytest.raises(ValueError, match=r"outputs of 2 different structures: expected.*same things for every example"):
         LoopEngine().clipped_sum(sometimes, PARAMETERS, batch, 2, 1.0)
 
 

@@ -88,7 +88,7 @@ def test_a_bug_in_the_training_step_surfaces_unchanged(name: Any) -> None:
 
 
 def test_a_bug_under_vmap_by_name_is_named_and_chained() -> None:
-    with pytest.raises(EngineError, match="cannot run this training_step: no such layer. Use") as refusal:
+    with pytest.raises(EngineError, match=r"cannot run this training_step: no such layer\. Use") as refusal:
         select_engine("vmap", trial(buggy))
     assert isinstance(refusal.value.__cause__, BugError)
 
