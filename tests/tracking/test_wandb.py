@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,30 @@ BLOCK, HEADER = 32768, 7
 
 def records(content: bytes) -> Iterator[bytes]:
     """The records of a W&B transaction log: LevelDB's log format after a seven-byte file header."""
-    assert content.startswith(b":W&B")
     position, parts = HEADER, []
+    assert content[:4] in (b"", b":W&B")
     while position + HEADER <= len(content):
         if BLOCK - position % BLOCK < HEADER:  # the rest of a block that cannot hold a header is padding
             position += BLOCK - position % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", content, position)
+        if position + HEADER + length > len(content):
+            return  # still being written
         parts.append(content[position + HEADER : position + HEADER + length])
         position += HEADER + length
         if kind in (1, 4):  # whole, or last part
             yield b"".join(parts)
             parts = []
+
+
+def whole_record(file: Path) -> list[wandb_internal_pb2.Record]:
+    """All records, once W&B's own process, which outlives ``finish``, has written the last of them."""
+    for _ in range(200):
+        found = [wandb_internal_pb2.Record.FromString(data) for data in records(file.read_bytes())]
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        time.sleep(0.1)
+    raise AssertionError("W&B did not finish its record within 20 s")
 
 
 def read_back(folder: Path) -> dict[str, Any]:
@@ -49,9 +62,7 @@ def read_back(folder: Path) -> dict[str, Any]:
             into = into.setdefault(key, {})
         into[keys[-1]] = json.loads(item.value_json)
 
-    for data in records(files[0].read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in whole_record(files[0]):
         for update in (*record.config.update, *record.run.config.update):
             put(config, update)
         for update in record.summary.update:
