@@ -1,0 +1,145 @@
+"""Start a network from weights that were trained on public data."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.models.extra import import_timm
+
+FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+PREFIXES = ("network.", "module.", "model.", "net.")
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit a network; the message lists the names."""
+
+
+def load_public_weights(network: nn.Module, source: str | Path, *, reset_classifier: bool = False) -> list[str]:
+    """Load weights into ``network``, all of them or none.
+
+    Every parameter and buffer of the network must be in the source under its own name, up to one of the prefixes
+    ``network.``, ``module.``, ``model.`` and ``net.`` on either side, with its own shape. The weights must come from
+    public data: what they know of the private examples is not covered by any later guarantee.
+
+    Args:
+        network: is changed in place.
+        source: a file ending in .ckpt, .pt, .pth, .bin or .safetensors (a Lightning checkpoint or a bare state dict), or
+            the name of a pre-trained model of timm, such as ``dm_nfnet_f3.dm_in1k``, downloaded on first use.
+        reset_classifier: leave the last linear layer as it was initialised.
+
+    Returns:
+        The names of what was left as it was initialised.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: names or shapes do not fit, or the source is neither a file nor a name timm knows.
+    """
+    given = _unprefixed(_read(source))
+    own = network.state_dict()
+    short = _unprefixed(own)
+    left = (
+        {f"{classifier_name(network)}.{kind}" for kind in ("weight", "bias")} & set(own) if reset_classifier else set()
+    )
+    wanted = {name: key for key, name in zip(short, own, strict=True) if name not in left}
+    missing = [name for name, key in wanted.items() if key not in given]
+    misshapen = [
+        f"{name} {tuple(given[key].shape)} for {tuple(own[name].shape)}"
+        for name, key in wanted.items()
+        if key in given and given[key].shape != own[name].shape
+    ]
+    surplus = [key for key in given if key not in short]
+    if missing or misshapen or surplus:
+        raise WeightsError(
+            f"init_from={str(source)!r} does not fit {type(network).__name__}: {_list('missing', missing)}"
+            f"{_list('unexpected', surplus)}{_list('of another shape', misshapen)}expected every name once, with its shape. "
+            "Build the network as the one the weights come from; if only the classifier differs, set "
+            "reset_classifier=True."
+        )
+    network.load_state_dict({**own, **{name: given[key] for name, key in wanted.items()}})
+    return sorted(left)
+
+
+def classifier_name(network: nn.Module) -> str:
+    """The name of the last linear layer of ``network``.
+
+    Raises:
+        WeightsError: there is none.
+
+    Example:
+        >>> classifier_name(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+        '1'
+    """
+    names: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise WeightsError(
+            f"network={type(network).__name__} has no linear layer: expected one, the classifier. Name the parameters to "
+            "train by a pattern instead."
+        )
+    return names[-1]
+
+
+def _read(source: str | Path) -> Mapping[str, Tensor]:
+    path = Path(source)
+    if path.suffix not in FILES:
+        return _from_timm(str(source))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"init_from={str(source)!r}: expected a file of weights trained on public data. Train or download it first "
+            "(docs/models.md says where from); to evaluate a finished run, give --ckpt_path and init_from null."
+        )
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # comes with timm
+
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(
+            f"init_from={str(source)!r} cannot be read as weights: expected a checkpoint of tensors alone. "
+            "Save it again with torch.save(network.state_dict(), path)."
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise WeightsError(
+            f"init_from={str(source)!r} holds a {type(content).__name__}: expected a state dict, names to tensors. "
+            "Save it with torch.save(network.state_dict(), path)."
+        )
+    return content
+
+
+def _from_timm(name: str) -> Mapping[str, Tensor]:
+    timm = import_timm(f"init_from={name!r} is not a file name ({', '.join(FILES)}), so it is taken as a model of timm")
+    if not timm.is_model_pretrained(name):
+        raise WeightsError(
+            f"init_from={name!r}: expected a file ending in {', '.join(FILES)}, or a model that timm has weights for. "
+            "timm.list_models(pretrained=True) lists those."
+        )
+    try:
+        pretrained: nn.Module = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(
+            f"init_from={name!r} could not be downloaded ({type(error).__name__}): expected a connection or a cached file. "
+            "Download the weights elsewhere and give their file name."
+        ) from error
+    return pretrained.state_dict()
+
+
+def _unprefixed(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without the prefixes that all names share, so that a wrapper's name makes no difference."""
+    result = dict(names)
+    while True:
+        prefix = next((p for p in PREFIXES if result and all(name.startswith(p) for name in result)), None)
+        if prefix is None:
+            return result
+        result = {name.removeprefix(prefix): tensor for name, tensor in result.items()}
+
+
+def _list(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{len(names)} {what} ({', '.join(names[:8])}{more}); " if names else ""
