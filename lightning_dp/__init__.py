@@ -1,6 +1,6 @@
 """Train any LightningModule under differential privacy by adding one line.
 
-    dataset → Poisson draw → micro-batches → per-example gradients → clip & sum → + noise → sum over ranks
+    dataset → Poisson draw → micro-batches (→ K views) → per-example gradients → clip & sum → + noise → sum over ranks
             → ÷ expected batch → optimizer → average
     plan ──────────────────────────────────────────────────────────→ ledger → ε, logger, statement
 
@@ -17,6 +17,7 @@ from lightning_dp.version import __version__
 
 if TYPE_CHECKING:
     from lightning_dp.accounting import BudgetExceededError, Statement
+    from lightning_dp.augmentation import AugmentationMultiplicity
     from lightning_dp.callback import DifferentialPrivacy
     from lightning_dp.ema import ExponentialMovingAverage
     from lightning_dp.engines.select import EngineError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_dp.strategy import PrivateDDPStrategy, PrivateSingleDeviceStrategy
 
 _HOMES = {
+    "AugmentationMultiplicity": "augmentation",
     "BudgetExceededError": "accounting",
     "DifferentialPrivacy": "callback",
     "EngineError": "engines.select",
@@ -37,6 +39,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AugmentationMultiplicity",
     "BudgetExceededError",
     "DifferentialPrivacy",
     "EngineError",

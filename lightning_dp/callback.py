@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
+from lightning_dp.augmentation import views_of
 from lightning_dp.engines.select import EngineName, check_engine_name
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, planned_steps
@@ -146,6 +147,7 @@ class DifferentialPrivacy(pl.Callback):
             engine=self.engine,
             physical_batch_size=self.physical_batch_size,
             log_train_metrics=self.log_train_metrics,
+            views=views_of(trainer),
         )
 
     @override

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -27,6 +29,7 @@ from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.step import Accumulated, accumulate, release
+from lightning_dp.functional.views import Views, view_uniforms
 from lightning_dp.loader import LogicalBatch, PoissonLoader
 from lightning_dp.plan import PrivacyPlan
 
@@ -48,6 +51,7 @@ class PrivateStep:
         engine: name of the engine, see :data:`lightning_dp.engines.select.EngineName`.
         physical_batch_size: the most examples in a micro-batch, or ``None`` for a size that suits the module.
         log_train_metrics: whether what training_step logs reaches the loggers.
+        views: how the K augmented views of each example are made, or ``None`` for the examples as they are.
     """
 
     def __init__(
@@ -58,8 +62,10 @@ class PrivateStep:
         engine: EngineName = "auto",
         physical_batch_size: int | None = None,
         log_train_metrics: bool = True,
+        views: Views | None = None,
     ) -> None:
         self._planner = planner
+        self._views = views
         self._seed = seed
         self._engine_name: EngineName = engine
         self._physical_batch_size = physical_batch_size
@@ -88,7 +94,9 @@ class PrivateStep:
             )
         ledger = self._ledger = self._planner(loader)
         key = self._key = self._key or _shared_key(strategy, self._seed)
-        size = self._physical_batch_size or _default_physical_batch_size(module, ledger.plan, strategy)
+        size = self._physical_batch_size or _default_physical_batch_size(
+            module, ledger.plan, strategy, self._views.k if self._views else 1
+        )
         self._loader = PoissonLoader(
             loader,
             ledger.plan,
@@ -126,7 +134,12 @@ class PrivateStep:
             check_rows_stay_apart(
                 lambda raw: _to_device(strategy, raw), batch, examples, "on_before_ or on_after_batch_transfer"
             )
-            on_device, clip_norm = _to_device(strategy, batch), loader.plan.clip_norm
+
+            def with_views(raw: Any) -> Any:
+                return self._with_views(_to_device(strategy, raw), np.arange(examples), seed=torch.initial_seed())
+
+            check_rows_stay_apart(with_views, batch, examples, "the transform of AugmentationMultiplicity")
+            on_device, clip_norm = with_views(batch), loader.plan.clip_norm
 
             def trial(engine: Engine) -> None:
                 engine.clipped_sum(loss_function, _trainable(module), on_device, examples, clip_norm)
@@ -174,7 +187,7 @@ class PrivateStep:
                 self._selection.engine,
                 self._loss_function(strategy, rest),
                 parameters,
-                ((_to_device(strategy, micro_batch), size) for micro_batch, size in batch.micro_batches()),
+                self._micro_batches(strategy, batch, key),
                 ledger.plan.clip_norm,
             )
         _check_buffers(module, buffers)
@@ -238,6 +251,21 @@ class PrivateStep:
         """The most examples in a micro-batch, once the loader is known."""
         return self._physical_batch_size if self._loader is None else self._loader.physical_batch_size
 
+    def _micro_batches(self, strategy: Strategy, batch: LogicalBatch, key: RandomKey) -> Iterator[tuple[Any, int]]:
+        """The micro-batches of a step on the device, with their views, and how many examples each holds."""
+        seed, start = int.from_bytes(key.derive(Stream.VIEWS, batch.step, size=8), "big"), 0
+        for micro_batch, size in batch.micro_batches():
+            indices = batch.indices[start : start + size].numpy()
+            yield self._with_views(_to_device(strategy, micro_batch), indices, seed), size
+            start += size
+
+    def _with_views(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
+        """A micro-batch whose tensors are ``(B, K, ...)``, or as it is without views."""
+        if self._views is None:
+            return batch
+        uniforms = view_uniforms(seed, indices, self._views.k, self._views.transform.draws)
+        return self._views.expand(batch, len(indices), uniforms)
+
     def _say_once_that_metrics_are_private(self, names: list[str]) -> None:
         if names and not self._told:
             self._told = True
@@ -248,13 +276,14 @@ class PrivateStep:
             )
 
     def _loss_function(self, strategy: Strategy, rest: tuple[Any, ...]) -> LossFunction:
-        """The user's own training_step on a batch of one, as a function of the parameters."""
+        """The user's own training_step on a batch of one (on its K views), as a function of the parameters."""
         module, capture = _module(strategy), self._capture
         assert capture is not None
         stepper = _TrainingStep(module)
 
         def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
             named = {f"module.{name}": parameter for name, parameter in parameters.items()}
+            example = example if self._views is None else self._views.fold(example)
             with strategy.precision_plugin.train_step_context():
                 return capture.run(lambda: functional_call(stepper, named, (example, *rest)))
 
@@ -320,15 +349,15 @@ def _to_device(strategy: Strategy, batch: Any) -> Any:
     return module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
 
 
-def _default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: Strategy) -> int:
+def _default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: Strategy, views: int) -> int:
     """One micro-batch for nearly every step if its per-example gradients fit in 512 MiB (8 GiB on an accelerator).
 
-    At most 512 examples, because their activations take memory too.
+    At most 512 views, because their activations take memory too.
     """
     parameters = sum(parameter.numel() for parameter in _trainable(module).values())
     room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
     share = plan.expected_batch_size / _world_size(strategy)
-    return max(1, min(room, 512, math.ceil(share + 4 * math.sqrt(share))))
+    return max(1, min(room, 512 // views, math.ceil(share + 4 * math.sqrt(share))))
 
 
 def _buffer_versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:

@@ -44,7 +44,7 @@ def check_batch_axis(batch: Any, examples: int) -> None:
         >>> import torch
         >>> check_batch_axis({"image": torch.zeros(4, 3), "name": ["a", "b", "c", "d"]}, 4)
     """
-    leaves = pytree.tree_leaves_with_path(batch, is_leaf=_is_list_of_values)
+    leaves = pytree.tree_leaves_with_path(batch, is_leaf=is_list_of_values)
     for path, leaf in leaves:
         where = f"batch{pytree.keystr(path)}"
         if isinstance(leaf, Tensor):
@@ -53,7 +53,7 @@ def check_batch_axis(batch: Any, examples: int) -> None:
                     f"{where} has shape {tuple(leaf.shape)}: expected {examples} rows, one for each of the {examples} "
                     "examples drawn. Let collate_fn put the examples on the first axis, one row each."
                 )
-        elif _is_list_of_values(leaf):
+        elif is_list_of_values(leaf):
             if len(leaf) != examples:
                 raise BatchAxisError(
                     f"{where} is a {type(leaf).__name__} of {len(leaf)} strings or numbers: expected {examples}, one for "
@@ -81,13 +81,14 @@ def batch_of_one(batch: Any, index: int) -> Any:
     """
 
     def one(leaf: Any) -> Any:
-        return leaf[index : index + 1] if isinstance(leaf, Tensor) or _is_list_of_values(leaf) else leaf
+        return leaf[index : index + 1] if isinstance(leaf, Tensor) or is_list_of_values(leaf) else leaf
 
-    return pytree.tree_map(one, batch, is_leaf=_is_list_of_values)
+    return pytree.tree_map(one, batch, is_leaf=is_list_of_values)
 
 
 _VALUES = (str, bytes, int, float)
 
 
-def _is_list_of_values(node: Any) -> bool:
+def is_list_of_values(node: Any) -> bool:
+    """Whether ``node`` is a list or tuple of strings or numbers, one for each example."""
     return type(node) in (list, tuple) and len(node) > 0 and all(isinstance(item, _VALUES) for item in node)
