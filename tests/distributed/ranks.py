@@ -11,7 +11,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_dp import DifferentialPrivacy
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
+from lightning_dp.functional.transforms import ViewTransform
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
 
 
@@ -55,6 +56,15 @@ def refuse_disagreement(folder: Path, ranks: int, module: L.LightningModule, dat
         (folder / f"refusal-{type(module).__name__}-{ranks}.txt").write_text(str(error))
 
 
+class Shift(ViewTransform):
+    """Views of a vector."""
+
+    draws = 4
+
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        return images + uniforms
+
+
 def on_ranks(ranks: int, **options: Any) -> Any:
     strategy = options.pop("strategy", "ddp_fork")
     return trainer(devices=ranks, strategy="auto" if ranks == 1 else strategy, **options)
@@ -85,6 +95,11 @@ def run(folder: Path, case: str, ranks: int) -> None:
         module = Synchronised(lr=0.02)
         private = DifferentialPrivacy(noise_multiplier=0.5, seed=7, expected_batch_size=1)
         fit = on_ranks(ranks, max_steps=30)
+    elif case == "views":
+        module = regressor()
+        private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16)
+        fit = on_ranks(ranks, max_steps=6)
+        fit.callbacks.append(AugmentationMultiplicity(k=3, transform=Shift(), images=0))
     elif case == "secret":
         module = regressor()
         private = DifferentialPrivacy(noise_multiplier=0.5)

@@ -21,7 +21,7 @@ FALSE_ALARM = 1e-6
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = "equal,by_name,different_start,noise,storm,secret,disagree,frozen_on_one"
+    cases = "equal,by_name,different_start,noise,storm,views,secret,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -36,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "noise", "storm", "secret"])
+@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "noise", "storm", "views", "secret"])
 def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) -> None:
     first = results(case, ranks)["weights"]
     assert not torch.equal(first, results(case, ranks)["before"])
@@ -44,7 +44,7 @@ def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) ->
         assert torch.equal(first, results(case, ranks, rank)["weights"])
 
 
-@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "storm"])
+@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "storm", "views"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str, ranks: int) -> None:
     torch.testing.assert_close(results(case, ranks)["weights"], results(case, 1)["weights"], rtol=1e-5, atol=1e-6)
