@@ -1,5 +1,8 @@
 """Data modules for the recipes: ordinary Lightning code."""
 
+from lightning_dp.data.cifar import CIFARDataModule
 from lightning_dp.data.digits import DigitsDataModule
+from lightning_dp.data.folder import ImageFolderDataModule
+from lightning_dp.data.images import DataError
 
-__all__ = ["DigitsDataModule"]
+__all__ = ["CIFARDataModule", "DataError", "DigitsDataModule", "ImageFolderDataModule"]

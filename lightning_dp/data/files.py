@@ -1,0 +1,175 @@
+"""Folders and archives of images: what is in them, and their decoding."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from lightning_dp.data.images import DataError, Images
+
+VARIABLE = "LIGHTNING_DP_DATA"
+BESIDE = "../shared/data"
+
+
+class ImageError(DataError):
+    """An image that is not of the size or mode asked for."""
+
+
+class CorruptImageError(ImageError):
+    """An image that cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of one split, ``<split>/<class>/.../<name>``, in the order (class, name).
+
+    Attributes:
+        classes: names of the classes, sorted; a label is a position in it.
+        names: names of the images, relative to the root.
+        labels: their classes.
+    """
+
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+
+
+class ImageFiles:
+    """The images below a folder or inside a tar archive.
+
+    Args:
+        root: folder or archive. A relative path that does not exist is looked for below the folder that the environment
+            variable ``LIGHTNING_DP_DATA`` names (``../shared/data`` if it is not set).
+
+    Raises:
+        DataError: there is no such folder or archive.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = _locate(Path(root))
+        self.is_archive = self.root.is_file()
+        if self.is_archive and not tarfile.is_tarfile(self.root):
+            raise DataError(f"root={str(root)!r} is a file but no tar archive: expected a folder or an archive.")
+        self._sizes: dict[str, int] | None = None
+
+    def listing(self, split: str) -> Listing:
+        """The images of a split.
+
+        Raises:
+            DataError: the split's folder is missing, or has no class with an image.
+        """
+        names = sorted(
+            name
+            for name in self._all()
+            if name.startswith(f"{split}/") and name.count("/") > 1 and name.lower().endswith(IMG_EXTENSIONS)
+        )
+        if not names:
+            there = sorted({name.split("/")[0] for name in self._all()})
+            raise DataError(
+                f"root={str(self.root)!r} has no images {split}/<class>/<name>: expected a folder for each class in "
+                f"{split!r}. It holds {', '.join(there[:8]) or 'nothing'}; name the folders with train=... and val=..."
+            )
+        of_names = ["/".join(name.split("/")[1:-1]) for name in names]
+        classes = tuple(sorted(set(of_names)))
+        number = {name: label for label, name in enumerate(classes)}
+        order = sorted(range(len(names)), key=lambda i: (number[of_names[i]], names[i]))
+        return Listing(classes, tuple(names[i] for i in order), tuple(number[of_names[i]] for i in order))
+
+    def read(self, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of each image, in an order of the file system's own choosing."""
+        if not self.is_archive:
+            for name in names:
+                yield name, (self.root / name).read_bytes()
+            return
+        wanted = set(names)
+        with tarfile.open(self.root, "r|*") as archive:
+            for member in archive:
+                name = _clean(member.name)
+                content = archive.extractfile(member) if name in wanted else None
+                if content is not None:
+                    yield name, content.read()
+
+    def fingerprint(self, *settings: object) -> str:
+        """A name for what is here and how it is decoded: another one when files come, go or change size."""
+        digest = hashlib.blake2b(digest_size=8)
+        changed = self.root.stat().st_mtime_ns if self.is_archive else 0
+        for part in (self.root.resolve(), changed, *settings, *sorted(self._all().items())):
+            digest.update(repr(part).encode())
+        return f"{self.root.name.split('.')[0]}-{digest.hexdigest()}"
+
+    def _all(self) -> dict[str, int]:
+        """Every file's name and size in bytes."""
+        if self._sizes is None:
+            self._sizes = {}
+            if self.is_archive:
+                with tarfile.open(self.root, "r|*") as archive:
+                    self._sizes = {_clean(member.name): member.size for member in archive if member.isfile()}
+            else:
+                for folder, _, names in os.walk(self.root, followlinks=True):
+                    for name in names:
+                        path = Path(folder) / name
+                        self._sizes[path.relative_to(self.root).as_posix()] = path.stat().st_size
+        return self._sizes
+
+
+def decode(name: str, content: bytes, size: int, *, resize: bool, convert: bool) -> Images:
+    """Decode one image to ``(size, size, 3)`` uint8.
+
+    Args:
+        name: for the error.
+        content: the file.
+        size: edge in pixels.
+        resize: cut the largest square out of the middle and resize it (bicubic); otherwise another size is an error.
+        convert: turn grey, palette, transparent and CMYK images into RGB; otherwise another mode is an error.
+
+    Raises:
+        CorruptImageError: the file is broken or no image.
+        ImageError: it is not of the size or mode asked for.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            file.load()
+            image: Image.Image = file.copy()
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise CorruptImageError(
+            f"{name} cannot be decoded ({type(error).__name__}): expected an image. Replace or remove it, or set "
+            "skip_corrupt=True to go on without it."
+        ) from error
+    if image.mode != "RGB":
+        if not convert:
+            raise ImageError(f"{name} has mode {image.mode}: expected RGB. Set convert=True to convert such images.")
+        image = image.convert("RGB")
+    if image.size != (size, size):
+        if not resize:
+            raise ImageError(
+                f"{name} has {image.width}x{image.height} pixels: expected {size}x{size}. Set size=..., or resize=True to "
+                "cut out the middle and resize it."
+            )
+        edge = min(image.size)
+        left, top = (image.width - edge) // 2, (image.height - edge) // 2
+        image = image.crop((left, top, left + edge, top + edge)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _clean(name: str) -> str:
+    return name.removeprefix("./")
+
+
+def _locate(root: Path) -> Path:
+    places = [root] if root.is_absolute() else [root, Path(os.environ.get(VARIABLE, BESIDE)) / root]
+    for place in places:
+        if place.exists():
+            return place
+    raise DataError(
+        f"root={str(root)!r}: found neither {' nor '.join(str(place) for place in places)}: expected a folder of images or "
+        f"an archive. Give its path, or the folder it lies in as the environment variable {VARIABLE}."
+    )

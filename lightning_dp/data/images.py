@@ -1,0 +1,167 @@
+"""What all image data modules share: uint8 images that are normalised on the device, loaders and a split."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+Triple = tuple[float, float, float]
+
+
+class DataError(ValueError):
+    """Data that are missing or not what was asked for. The message names the value, the expectation and the remedy."""
+
+
+class ImageArray(Dataset[tuple[Tensor, int]]):
+    """Decoded images in memory; an item is a uint8 tensor ``(3, height, width)`` and a label.
+
+    Args:
+        images: ``(n, height, width, 3)`` uint8.
+        labels: ``(n,)``.
+    """
+
+    def __init__(self, images: Images, labels: Labels) -> None:
+        self.images = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).contiguous()
+        self.labels = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Base of the image data modules. A batch on the device is ``(images, labels)``, images float32 and normalised.
+
+    Images travel as uint8 and are normalised on the device, for training, validation and prediction alike; augmented
+    views are made of the normalised images, in training alone, by :class:`~lightning_dp.AugmentationMultiplicity`.
+    ``mean`` and ``std`` are public constants: computed from private images they would be outside the guarantee.
+
+    Args:
+        batch_size: examples in a training batch: under differential privacy the expected batch size, over all ranks
+            together if ``DifferentialPrivacy(expected_batch_size=...)`` says so.
+        val_batch_size: examples in a batch of the other loaders.
+        num_workers: processes that load images. 0 is best for images in memory.
+        mean: per channel, of images scaled to [0, 1].
+        std: per channel, likewise.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(self, *, batch_size: int, val_batch_size: int, num_workers: int, mean: Triple, std: Triple) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1), ("val_batch_size", val_batch_size, 1), ("num_workers", num_workers, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}.")
+        if min(std) <= 0:
+            raise ValueError(f"std={std}: expected numbers above 0.")
+        self.batch_size, self.val_batch_size, self.num_workers = batch_size, val_batch_size, num_workers
+        self.mean, self.std = mean, std
+        self.train_set: Dataset[Any]
+        self.val_set: Dataset[Any]
+        self.test_set: Dataset[Any]
+
+    @abstractmethod
+    def load(self) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
+        """Return the training, validation and test sets."""
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Load the sets, once; ``stage`` makes no difference."""
+        if not hasattr(self, "train_set"):
+            self.train_set, self.val_set, self.test_set = self.load()
+
+    @override
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalise uint8 images; anything else stays as it is."""
+        images, *rest = batch
+        if images.dtype == torch.uint8:
+            images = normalise(images, self.mean, self.std).to(self._dtype())
+        return images, *rest
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the training images, shuffled."""
+        return self._loader(self.train_set, self.batch_size, shuffle=True)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Return the validation images, in order."""
+        return self._loader(self.val_set, self.val_batch_size)
+
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Return the test images, in order."""
+        return self._loader(self.test_set, self.val_batch_size)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the test images, in order."""
+        return self.test_dataloader()
+
+    def _loader(self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _dtype(self) -> torch.dtype:
+        """The floating-point type of the module, which is that of its images."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        parameters = () if module is None else module.parameters()
+        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
+
+def normalise(images: Tensor, mean: Triple, std: Triple) -> Tensor:
+    """Scale uint8 images ``(batch, 3, height, width)`` to [0, 1], subtract ``mean`` and divide by ``std``.
+
+    Example:
+        >>> normalise(torch.full((1, 3, 1, 1), 51, dtype=torch.uint8), (0.2, 0.2, 0.0), (1, 1, 0.1))[0, :, 0, 0].round(decimals=3)
+        tensor([0., 0., 2.])
+    """
+    shift, scale = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))
+    return (images.float() / 255 - shift) / scale
+
+
+def hold_out_evenly(labels: Labels, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Split positions into training and held out, evenly over the classes and without randomness.
+
+    Positions are put in the order (class, position) and ``count`` of them taken out at even distances.
+
+    Returns:
+        The positions to train on and those held out, each ascending.
+
+    Raises:
+        ValueError: ``count`` is not in [0, n).
+
+    Example:
+        >>> train, held_out = hold_out_evenly(np.array([0, 1] * 5), 2)
+        >>> held_out.tolist()
+        [4, 5]
+    """
+    n = len(labels)
+    if not 0 <= count < n:
+        raise ValueError(f"held_out={count}: expected at least 0 and less than the {n} training images.")
+    by_class = np.argsort(labels, kind="stable")
+    chosen = np.zeros(n, dtype=bool)
+    chosen[by_class[((np.arange(count) + 0.5) * n / max(count, 1)).astype(np.int64)]] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
