@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -79,6 +80,8 @@ class NormFreeNet(nn.Module):
             drop_path_rate=stochastic_depth,
             **options,
         )
+        if nf_resnet:
+            _scale_without_writing_in_place(self.net)
         for block in self.net.modules():
             if isinstance(getattr(block, "skipinit_gain", None), nn.Parameter):
                 nn.init.constant_(block.skipinit_gain, skip_gain)
@@ -92,6 +95,28 @@ class NormFreeNet(nn.Module):
         """Map normalised images ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``."""
         logits: Tensor = self.net(images)
         return logits
+
+
+class ScaledReLU(nn.Module):
+    """ReLU times a constant, so that the output for standard normal input has unit variance.
+
+    Source: A. Brock, S. De and S. L. Smith 2021 (arXiv 2101.08692), whose γ is sqrt(2 / (1 − 1/π)) = 1.7129; the
+    constant is the one in the authors' code, which was estimated from samples.
+    """
+
+    gamma = 1.7139588594436646
+
+    @override
+    def forward(self, features: Tensor) -> Tensor:
+        return self.gamma * torch.relu(features)
+
+
+def _scale_without_writing_in_place(network: nn.Module) -> None:
+    """Put :class:`ScaledReLU` in the place of timm's scaled activation, which overwrites what ReLU's gradient needs."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if getattr(child, "gamma", None) is not None and hasattr(child, "act_fn"):
+                setattr(module, name, ScaledReLU())
 
 
 def _convolve_with_stride(shortcut: object) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.models import NormFreeNet
+from lightning_dp.models.norm_free import ScaledReLU
 
 
 def test_nf_resnet_50_has_the_papers_number_of_parameters():
@@ -58,10 +59,10 @@ def test_signals_stay_of_unit_size_in_nf_resnet_50():
         assert 0.5 < variance < 2
 
 
-@pytest.mark.parametrize("stochastic_depth", [0.0, 0.5])
-def test_per_example_gradients_under_vmap(stochastic_depth):
+@pytest.mark.parametrize(("name", "stochastic_depth"), [("test_nfnet", 0.0), ("test_nfnet", 0.5), ("nf_resnet26", 0.0)])
+def test_per_example_gradients_under_vmap(name, stochastic_depth):
     torch.manual_seed(0)
-    network = NormFreeNet("test_nfnet", num_classes=4, stochastic_depth=stochastic_depth)
+    network = NormFreeNet(name, num_classes=4, stochastic_depth=stochastic_depth)
     batch = (torch.randn(2, 3, 32, 32), torch.tensor([0, 3]))
 
     def loss(parameters, example):
@@ -76,6 +77,12 @@ def test_per_example_gradients_under_vmap(stochastic_depth):
         torch.testing.assert_close(by_vmap.norms, by_loop.norms, rtol=1e-4, atol=1e-6)
         for name in parameters:
             torch.testing.assert_close(by_vmap.gradient[name], by_loop.gradient[name], rtol=1e-3, atol=1e-5)
+
+
+def test_scaled_relu_keeps_unit_variance_and_is_the_papers():
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
+    assert float(ScaledReLU()(x).var()) == pytest.approx(1, abs=0.02)
+    assert ScaledReLU.gamma == pytest.approx((2 / (1 - 1 / torch.pi)) ** 0.5, rel=1e-3)
 
 
 def test_branches_that_are_kept_are_not_scaled_up():
