@@ -23,6 +23,9 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 SMALL = 64
 """Images of up to this edge are decoded once and kept in memory unless told otherwise."""
 
+CACHE_FORMAT = 1
+"""Another number whenever what is kept in the cache changes."""
+
 
 class FolderImages(Dataset[tuple[Tensor, int]]):
     """Images decoded when they are asked for; an item is a uint8 tensor ``(3, size, size)`` and a label.
@@ -187,7 +190,7 @@ class ImageFolderDataModule(ImageDataModule):
         """The images and labels of a split, from the cache if they are there."""
         size = self.sizes[split]
         cached = self.cache_dir / (
-            files.fingerprint(split, size, self.resize, self.convert, self.skip_corrupt) + ".npz"
+            files.fingerprint(CACHE_FORMAT, split, size, self.resize, self.convert, self.skip_corrupt) + ".npz"
         )
         if cached.is_file():
             with np.load(cached) as arrays:
