@@ -138,7 +138,8 @@ class PrivateStep:
             def with_views(raw: Any) -> Any:
                 return self._with_views(_to_device(strategy, raw), np.arange(examples), seed=torch.initial_seed())
 
-            check_rows_stay_apart(with_views, batch, examples, "the transform of AugmentationMultiplicity")
+            if self._views is not None:
+                check_rows_stay_apart(with_views, batch, examples, "the transform of AugmentationMultiplicity")
             on_device, clip_norm = with_views(batch), loader.plan.clip_norm
 
             def trial(engine: Engine) -> None:

@@ -326,3 +326,26 @@ def test_numbers_are_uniform_and_uncorrelated_between_examples_views_draws_and_s
         (numbers, next_step),
     ):
         assert abs(np.corrcoef(a.flatten(), b.flatten())[0, 1]) < 5 / np.sqrt(a.size)
+
+
+class Mix(ViewTransform):
+    """MixUp: a view is the mean of two images."""
+
+    draws = 1
+
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        return (images + images.roll(self.by, 0)) / 2
+
+    by = 1
+
+
+class MixInPairs(Mix):
+    """Of each image with the image in the next row of the batch, where K views of one image are K rows."""
+
+    by = 3
+
+
+@pytest.mark.parametrize("transform", [Mix(), MixInPairs()])
+def test_a_transform_that_mixes_examples_is_refused_before_the_first_step(transform: ViewTransform) -> None:
+    with pytest.raises(ValueError, match=r"^the transform of AugmentationMultiplicity mixes examples"):
+        fit(classifier(), DifferentialPrivacy(noise_multiplier=1.0), AugmentationMultiplicity(k=3, transform=transform))
