@@ -59,7 +59,7 @@ class ImageFiles:
         self.is_archive = self.root.is_file()
         if self.is_archive and not tarfile.is_tarfile(self.root):
             raise DataError(f"root={str(root)!r} is a file but no tar archive: expected a folder or an archive.")
-        self._sizes: dict[str, int] | None = None
+        self._found: list[str] | None = None
 
     def listing(self, split: str) -> Listing:
         """The images of a split.
@@ -99,26 +99,29 @@ class ImageFiles:
                     yield name, content.read()
 
     def fingerprint(self, *settings: object) -> str:
-        """A name for what is here and how it is decoded: another one when files come, go or change size."""
+        """A name for what is here and how it is decoded: another one when files come, go or are written anew."""
         digest = hashlib.blake2b(digest_size=8)
-        changed = self.root.stat().st_mtime_ns if self.is_archive else 0
-        for part in (self.root.resolve(), changed, *settings, *sorted(self._all().items())):
+        files = [self.root] if self.is_archive else [self.root / name for name in sorted(self._all())]
+        for part in (self.root.resolve(), *settings):
             digest.update(repr(part).encode())
+        for file in files:
+            facts = file.stat()
+            digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode())
         return f"{self.root.name.split('.')[0]}-{digest.hexdigest()}"
 
-    def _all(self) -> dict[str, int]:
-        """Every file's name and size in bytes."""
-        if self._sizes is None:
-            self._sizes = {}
+    def _all(self) -> list[str]:
+        """Every file's name."""
+        if self._found is None:
             if self.is_archive:
                 with tarfile.open(self.root, "r|*") as archive:
-                    self._sizes = {_clean(member.name): member.size for member in archive if member.isfile()}
+                    self._found = [_clean(member.name) for member in archive if member.isfile()]
             else:
-                for folder, _, names in os.walk(self.root, followlinks=True):
-                    for name in names:
-                        path = Path(folder) / name
-                        self._sizes[path.relative_to(self.root).as_posix()] = path.stat().st_size
-        return self._sizes
+                self._found = [
+                    (Path(folder) / name).relative_to(self.root).as_posix()
+                    for folder, _, names in os.walk(self.root, followlinks=True)
+                    for name in names
+                ]
+        return self._found
 
 
 def decode(name: str, content: bytes, size: int, *, resize: bool, convert: bool) -> Images:

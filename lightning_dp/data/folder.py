@@ -123,6 +123,7 @@ class ImageFolderDataModule(ImageDataModule):
         self.resize, self.convert, self.skip_corrupt = resize, convert, skip_corrupt
         self.in_memory = max(self.sizes.values()) <= SMALL if in_memory is None else in_memory
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_dp"
+        self._listed: tuple[ImageFiles, dict[str, Listing]] | None = None
         self.cache_dir = home if cache_dir is None else Path(cache_dir)
 
     @override
@@ -152,6 +153,11 @@ class ImageFolderDataModule(ImageDataModule):
         return self._large(files, listings[self.train], self.sizes[self.train], kept), val_large, test_large
 
     def _listings(self) -> tuple[ImageFiles, dict[str, Listing]]:
+        if self._listed is None:
+            self._listed = self._list()
+        return self._listed
+
+    def _list(self) -> tuple[ImageFiles, dict[str, Listing]]:
         files = ImageFiles(self.root)
         listings = {split: files.listing(split) for split in (self.train, self.val)}
         for split, listing in listings.items():

@@ -114,6 +114,11 @@ def test_the_cache_knows_when_the_images_or_the_settings_are_others(folder: Path
     assert ready(folder, tmp_path, size=4, resize=True).train_set.images.shape[-1] == 4
     os.remove(folder / "train" / "ant" / "0.png")
     assert items(ready(folder, tmp_path).train_set) == EXPECTED["train"][1:]
+    path = folder / "train" / "ant" / "1.png"
+    before = path.stat().st_mtime_ns
+    Image.fromarray(np.full((EDGE, EDGE, 3), 7, dtype=np.uint8)).save(path)
+    os.utime(path, ns=(before + 1_000, before + 1_000))
+    assert items(ready(folder, tmp_path).train_set)[0] == ([7, 7, 7], 0)
 
 
 def test_training_images_may_be_larger_for_random_crops(folder: Path, tmp_path: Path) -> None:
