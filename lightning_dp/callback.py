@@ -44,7 +44,7 @@ class DifferentialPrivacy(pl.Callback):
         dataset_size: N, a public number of examples; ``None`` for ``len(dataset)``.
         physical_batch_size: the most examples whose gradients are in memory at once; ``None`` chooses. Changes memory
             and speed, never the result.
-        engine: ``"auto"``, ``"vmap"`` or ``"loop"``: how per-example gradients are computed.
+        engine: ``"auto"``, ``"ghost"``, ``"vmap"`` or ``"loop"``: how per-example gradients are computed.
         seed: ``None`` (the default) takes sampling and noise from 256 secret bits of the operating system, which no
             ``seed_everything`` fixes. A number makes them reproducible, for tests, and the statement says so.
         log_train_metrics: ``False`` keeps what ``training_step`` logs from the loggers: those numbers are computed from

@@ -25,6 +25,8 @@ from lightning_dp.accounting import Ledger
 from lightning_dp.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
 from lightning_dp.capture import StepCapture
 from lightning_dp.coupling import check_rows_stay_apart
+from lightning_dp.engines.ghost import GhostEngine
+from lightning_dp.engines.ghost.agreement import check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
@@ -144,14 +146,12 @@ class PrivateStep:
 
             def trial(engine: Engine) -> None:
                 engine.clipped_sum(loss_function, _trainable(module), on_device, examples, clip_norm)
+                if isinstance(engine, GhostEngine):
+                    check_agreement(engine, loss_function, _trainable(module), on_device, examples)
 
-            self._selection = select_engine(self._engine_name, trial)
+            self._selection = select_engine(self._engine_name, trial, module)
         _check_buffers(module, buffers)
-        if self._selection.reason:
-            rank_zero_info(
-                f"lightning_dp: engine '{self._selection.engine.name}': {self._selection.reason}. "
-                "It takes one backward pass per example and is slow."
-            )
+        rank_zero_info(self._selection.describe())
         return self._selection
 
     def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:

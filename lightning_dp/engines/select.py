@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch import nn
+
+from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.functional.gradient import Engine
 from lightning_dp.functional.microbatch import BatchAxisError
 
-EngineName = Literal["auto", "vmap", "loop"]
+EngineName = Literal["auto", "ghost", "vmap", "loop"]
 ENGINES: dict[str, Callable[[], Engine]] = {"vmap": VmapEngine, "loop": LoopEngine}
+AUTO = ("ghost", "vmap", "loop")
+"""The order in which ``"auto"`` tries engines: fastest first."""
 
 
 class EngineError(RuntimeError):
@@ -26,6 +32,18 @@ class Selection:
     engine: Engine
     reason: str | None = None
 
+    def describe(self) -> str:
+        """What will run, and why, for people: the engine, the rule of each kind of layer, the reason for a fallback."""
+        lines = [f"lightning_dp: engine '{self.engine.name}'"]
+        if self.reason:
+            lines[0] += f": {self.reason}"
+        if isinstance(self.engine, GhostEngine):
+            counts = Counter(self.engine.handled.values())
+            lines += [f"  {count:4d} parameters: {how}" for how, count in counts.most_common()]
+        if self.engine.name == "loop":
+            lines.append("  It takes one backward pass per example and is slow.")
+        return "\n".join(lines)
+
 
 def check_engine_name(engine: str) -> None:
     """Raise ``ValueError`` unless ``engine`` is one of the names of :data:`EngineName`."""
@@ -33,19 +51,21 @@ def check_engine_name(engine: str) -> None:
         raise ValueError(f"engine={engine!r}: expected one of {', '.join(get_args(EngineName))}.")
 
 
-def select_engine(name: EngineName, trial: Callable[[Engine], None]) -> Selection:
+def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.Module | None = None) -> Selection:
     """The engine to train with.
 
     Args:
-        name: ``"auto"`` tries ``vmap`` and falls back to ``loop``; any other name is taken or refused.
-        trial: runs an engine on a small batch and raises if it cannot.
+        name: ``"auto"`` tries ``ghost``, ``vmap`` and ``loop``, and takes the first that works; any other name is taken
+            or refused.
+        trial: runs an engine on a small batch and raises if it cannot, or if its gradients are wrong.
+        module: the module whose layers the loss calls; without one ``ghost`` is left out.
 
     Raises:
         EngineError: the engine asked for cannot trace the training_step.
         Exception: what the training_step itself raises when even a batch of one fails is passed on as it is.
     """
     if name != "auto":
-        engine = ENGINES[name]()
+        engine = _make(name, module)
         try:
             trial(engine)
         except BatchAxisError:
@@ -58,16 +78,28 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None]) -> Selectio
                 "Use engine='auto' or engine='loop', or remove what depends on an example's values in Python."
             ) from error
         return Selection(engine)
-    engine = VmapEngine()
-    try:
-        trial(engine)
-    except BatchAxisError:
-        raise
-    except Exception as refusal:
-        fallback = LoopEngine()
-        trial(fallback)  # an error here is the training_step's own and is passed on
-        return Selection(fallback, reason=f"vmap cannot trace this training_step: {first_line(refusal)}")
-    return Selection(engine)
+    reasons: list[str] = []
+    for candidate in AUTO if module is not None else AUTO[1:]:
+        engine = _make(candidate, module)
+        try:
+            trial(engine)
+        except BatchAxisError:
+            raise
+        except Exception as refusal:
+            if candidate == "loop":
+                raise  # an error here is the training_step's own
+            reasons.append(f"{candidate} cannot trace this training_step: {first_line(refusal)}")
+        else:
+            break
+    return Selection(engine, reason="; ".join(reasons) or None)
+
+
+def _make(name: str, module: nn.Module | None) -> Engine:
+    if name != "ghost":
+        return ENGINES[name]()
+    if module is None:
+        raise EngineError("engine='ghost' without a module: expected the module whose layers the loss calls.")
+    return GhostEngine(module)
 
 
 def first_line(error: BaseException) -> str:

@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.func import grad_and_value, vmap
-from torch.utils import _pytree as pytree
 
 from lightning_dp.functional.clip import clip_and_sum
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
-from lightning_dp.functional.microbatch import batch_of_one, check_batch_axis
+from lightning_dp.functional.microbatch import mappable
 
 
 class VmapEngine:
@@ -34,23 +33,14 @@ class VmapEngine:
         clip_norm: float,
     ) -> ClippedSum:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
-        check_batch_axis(batch, examples)
-        leaves, structure = pytree.tree_flatten(batch)
-        if examples > 1 and pytree.tree_structure(batch_of_one(batch, 0)) != structure:
-            raise TypeError("the batch holds a list of strings or numbers, one per example, which vmap cannot map over")
-        is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        tensors, example = mappable(batch, examples)
 
         def loss_of_one(params: dict[str, Tensor], rows: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Any]]:
-            remaining = iter(rows)
-            example = [
-                next(remaining).unsqueeze(0) if tensor else leaf for tensor, leaf in zip(is_tensor, leaves, strict=True)
-            ]
-            loss, outputs = loss_function(params, pytree.tree_unflatten(example, structure))
+            loss, outputs = loss_function(params, example(rows))
             return scalar_loss(loss), outputs
 
         per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness="different")
         detached = {name: parameter.detach() for name, parameter in parameters.items()}
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         gradients, (losses, outputs) = per_example(detached, tensors)
         gradient, norms = clip_and_sum(gradients, clip_norm)
         return ClippedSum(gradient=gradient, norms=norms, losses=losses.detach(), outputs=outputs)

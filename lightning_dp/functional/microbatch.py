@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,28 @@ def batch_of_one(batch: Any, index: int) -> Any:
         return leaf[index : index + 1] if isinstance(leaf, Tensor) or is_list_of_values(leaf) else leaf
 
     return pytree.tree_map(one, batch, is_leaf=is_list_of_values)
+
+
+def mappable(batch: Any, examples: int) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """The tensors of ``batch``, and a function from one row of each to the example as a batch of one.
+
+    For ``torch.func.vmap``: leaves that are not tensors are shared by all examples.
+
+    Raises:
+        BatchAxisError: see :func:`check_batch_axis`.
+        TypeError: the batch holds a list of strings or numbers, one per example, which vmap cannot map over.
+    """
+    check_batch_axis(batch, examples)
+    leaves, structure = pytree.tree_flatten(batch)
+    if examples > 1 and pytree.tree_structure(batch_of_one(batch, 0)) != structure:
+        raise TypeError("the batch holds a list of strings or numbers, one per example, which vmap cannot map over")
+
+    def example(rows: list[Tensor]) -> Any:
+        remaining = iter(rows)
+        one = [next(remaining).unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(one, structure)
+
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], example
 
 
 _VALUES = (str, bytes, int, float)

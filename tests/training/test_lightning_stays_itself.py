@@ -54,7 +54,7 @@ class Outputs(L.Callback):
         self.outputs.append(outputs)
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ["ghost", "vmap", "loop"])
 @pytest.mark.parametrize("physical_batch_size", [None, 7])
 def test_everything_logged_equals_plain_lightning(engine: str, physical_batch_size: int | None) -> None:
     data = regression_data(32)

@@ -33,7 +33,7 @@ def dp_sgd_by_hand(steps: int, *, sigma: float, clip: float, batch: int, seed: i
     return weights(module)
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop"])
+@pytest.mark.parametrize("engine", ["ghost", "vmap", "loop"])
 @pytest.mark.parametrize("physical_batch_size", [None, 1, 5])
 def test_training_equals_the_batch_of_one_loop(engine: str, physical_batch_size: int | None) -> None:
     module = regressor()

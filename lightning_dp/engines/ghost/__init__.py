@@ -1,0 +1,18 @@
+"""Book-keeping: clipped sums from one forward and one backward pass that computes no weight gradient of the batch.
+
+    training_step under vmap → calls of layers → gradient of each call's output → each example's norm → weighted sum
+
+``engine``       the passes, the clipping and the sum
+``layers``       which layer of the module has a rule, and its forward pass while an engine runs
+``reparametrised`` layers that compute their weight from other parameters
+``call``         one call of a layer: its physical input and the gradient of its output
+``linear``, ``convolution``, ``embedding``, ``normalisation``   a rule each
+``contribution`` what one call adds to each example's gradient of one parameter
+``agreement``    the proof on a few examples before training
+
+Whatever has no rule gets a copy of its parameters for each example, as under ``vmap``, so nothing is ever left out.
+"""
+
+from lightning_dp.engines.ghost.engine import GhostEngine
+
+__all__ = ["GhostEngine"]

@@ -1,0 +1,113 @@
+"""The proof on a few examples, before training, that book-keeping gives the gradients that plain backward passes give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_dp.engines.ghost.engine import GhostEngine
+from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.functional.gradient import ClippedSum, LossFunction
+
+TOLERANCE = 1e-6
+"""Largest difference, as a part of the longest gradient, in float64."""
+
+TOLERANCE_FLOAT32 = 1e-2
+"""The same where the module does not run in float64: an activation at its kink alone moves a gradient by 5e-4."""
+
+
+class DisagreementError(RuntimeError):
+    """Book-keeping and plain backward passes gave different gradients."""
+
+
+def check_agreement(
+    engine: GhostEngine, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch: Any, examples: int
+) -> str:
+    """Compare ``engine`` with one backward pass per example, on the module in eval mode.
+
+    Both run in float64 where the module lets them: parameters, buffers and floating-point inputs are replaced by copies
+    for these calls, the module is not changed. In eval mode random layers are inert, so both see the same function.
+    Compared are all examples' norms and the sum of the unclipped gradients, parameter by parameter.
+
+    Args:
+        engine: the engine to be checked.
+        loss_function: the loss of a batch of one. It takes frozen parameters and buffers by name like trainable ones.
+        parameters: the trainable parameters.
+        batch: a few examples.
+        examples: how many.
+
+    Returns:
+        The type in which they were compared, ``"float64"`` or ``"float32"``.
+
+    Raises:
+        DisagreementError: they differ by more than rounding.
+    """
+    with _inert(engine.module):
+        try:
+            pair = _in_float64(engine, loss_function, parameters, batch, examples)
+        except Exception:  # a module that makes float32 tensors of its own; what else is wrong shows in float32 too
+            engines = (engine, LoopEngine())
+            pair = [one.clipped_sum(loss_function, parameters, batch, examples, torch.inf) for one in engines]
+            _compare(pair, TOLERANCE_FLOAT32)
+            return "float32"
+        _compare(pair, TOLERANCE)
+        return "float64"
+
+
+def _in_float64(
+    engine: GhostEngine, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch: Any, examples: int
+) -> list[ClippedSum]:
+    fixed = {
+        name: _double(tensor.detach())
+        for name, tensor in [*engine.module.named_parameters(), *engine.module.named_buffers()]
+        if name not in parameters
+    }
+
+    def in_double(given: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
+        return loss_function({**fixed, **given}, example)
+
+    trainable = {name: _double(parameter.detach()) for name, parameter in parameters.items()}
+    doubled = pytree.tree_map(_double, batch)
+    return [one.clipped_sum(in_double, trainable, doubled, examples, torch.inf) for one in (engine, LoopEngine())]
+
+
+def _compare(pair: list[ClippedSum], tolerance: float) -> None:
+    ours, plain = pair
+    finite = torch.isfinite(plain.norms)
+    if not torch.equal(finite, torch.isfinite(ours.norms)):
+        raise DisagreementError("its gradients are not finite where plain backward passes give finite ones")
+    size = float(plain.norms[finite].max()) if bool(finite.any()) else 0.0
+    allowed = tolerance * max(size, torch.finfo(plain.norms.dtype).tiny)
+    differences = {
+        name: float((ours.gradient[name] - gradient).abs().max()) if gradient.numel() else 0.0
+        for name, gradient in plain.gradient.items()
+    }
+    differences["norms"] = float((ours.norms - plain.norms)[finite].abs().max()) if bool(finite.any()) else 0.0
+    worst = max(differences, key=lambda name: differences[name])
+    if not differences[worst] <= allowed:
+        raise DisagreementError(
+            f"its gradients differ from those of plain backward passes, most in {worst}, by {differences[worst]:.2g} where "
+            f"the longest gradient has norm {size:.2g}"
+        )
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def _inert(module: nn.Module) -> Iterator[None]:
+    """Every layer in eval mode, and in its own mode again afterwards."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    try:
+        for layer, _ in modes:
+            layer.training = False
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training

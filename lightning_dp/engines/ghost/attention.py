@@ -1,0 +1,70 @@
+"""``scaled_dot_product_attention`` for all examples at once; torch has no batched kernel of it for the CPU."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class _Attention(torch.autograd.Function):
+    """A function whose only content is its vmap rule: one call with the examples as one more leading axis."""
+
+    @staticmethod
+    def forward(*_: Any) -> Tensor:
+        raise AssertionError("called outside vmap")
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:
+        raise AssertionError("called outside vmap")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+        query, key, value = (_rows(t, axis, info) for t, axis in zip(operands[:3], in_dims, strict=False))
+        mask: Tensor | None = operands[3]
+        leading = query.shape[:-2]
+        if mask is not None:  # align it with the query from the right, as broadcasting within an example would
+            mask = _rows(mask, in_dims[3], info)
+            mask = mask[(slice(None), *(None,) * (query.ndim - mask.ndim))]
+            mask = _four_axes(mask.expand(*leading, *mask.shape[-2:]))
+        query, key, value = _four_axes(query), _four_axes(key), _four_axes(value)
+        output = F.scaled_dot_product_attention(query, key, value, mask, **operands[4])
+        return output.reshape(*leading, *output.shape[-2:]), 0
+
+
+def _rows(t: Tensor, axis: int | None, info: Any) -> Tensor:
+    """``t`` with the examples on its first axis; the same for all of them if it does not depend on the example."""
+    return t.expand(info.batch_size, *t.shape) if axis is None else t.movedim(axis, 0)
+
+
+def _four_axes(t: Tensor) -> Tensor:
+    """Examples and their own leading axes in one, as the kernels want it: ``(B, heads, T, D)``."""
+    return t.flatten(0, t.ndim - 4) if t.ndim > 4 else t
+
+
+class _Folding(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return _attention(func, *args, **kwargs)
+
+
+def _attention(
+    plain: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    options = {**dict(zip(("dropout_p", "is_causal"), args, strict=False)), **kwargs}
+    if not same or not torch._C._functorch.is_batchedtensor(query):
+        return plain(query, key, value, attn_mask, **options)
+    return _Attention.apply(query, key, value, attn_mask, options)
+
+
+def folded_attention() -> AbstractContextManager[Any]:
+    """While it lasts, attention under vmap is one call of the plain kernel."""
+    return _Folding()

@@ -1,0 +1,129 @@
+"""One call of a layer while the training step runs under vmap: its input and, later, the gradient of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lightning_dp.engines.ghost.contribution import Contribution
+
+
+class Operation(Protocol):
+    """What a layer computes from its input, its weight and its bias, and how their gradients are found."""
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+        """The output of all examples at once.
+
+        Args:
+            x: inputs with a leading axis of B examples.
+            weight: the same for all examples.
+            bias: likewise.
+
+        Returns:
+            The output in whatever contiguous shape the kernel gives it (never a view of something), and the shape it
+            should have, with the leading axis of B.
+        """
+        ...
+
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor) -> Contribution:
+        """The weight's gradients from inputs ``x``, ``(B, ...)``, and the gradient ``g`` of the output as computed."""
+        ...
+
+    def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
+        """The bias's gradients, likewise."""
+        ...
+
+
+Deliver = Callable[[Contribution], None]
+"""Takes a contribution to where a parameter's contributions are collected."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A weight or bias as an operation sees it.
+
+    Attributes:
+        value: the tensor, without a graph.
+        deliver: where its contributions go; ``None`` if it is frozen.
+    """
+
+    value: Tensor
+    deliver: Deliver | None = None
+
+
+class NestedTransformError(RuntimeError):
+    """The training step applies torch.func transforms of its own around a layer."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the calls of one pass through the training step share.
+
+    Attributes:
+        examples: B.
+        witness: any tensor that vmap maps over, so that a call always knows that it happens once per example.
+        anchor: a zero that requires a gradient. What hangs on it is reached by the backward pass.
+    """
+
+    examples: int
+    witness: Tensor
+    anchor: Tensor
+
+    def call(self, operation: Operation, x: Tensor, weight: Operand | None, bias: Operand | None) -> Tensor:
+        """The operation's output for ``x``, and its contributions when the backward pass comes by."""
+        output: Tensor = _Call.apply(operation, x, weight, bias, self.anchor, self.witness)
+        return output
+
+
+class _Call(torch.autograd.Function):
+    """A function whose only content is its vmap rule, which sees the inputs of all examples in one tensor.
+
+    The rule runs below vmap, with ordinary autograd: kernels and backward pass are those of the plain batch.
+    """
+
+    @staticmethod
+    def forward(*_: Any) -> Tensor:
+        raise AssertionError("a layer was called outside vmap")
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:
+        raise AssertionError("a layer was called outside vmap")
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        operation: Operation,
+        x: Tensor,
+        weight: Operand | None,
+        bias: Operand | None,
+        anchor: Tensor,
+        witness: Tensor,
+    ) -> tuple[Tensor, int]:
+        if torch._C._functorch.is_functorch_wrapped_tensor(x) or len(witness) != info.batch_size:
+            raise NestedTransformError("the training step applies torch.func transforms of its own around a layer")
+        axis = in_dims[1]
+        x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
+        output, shape = operation.forward(
+            x, None if weight is None else weight.value, None if bias is None else bias.value
+        )
+        if not output.requires_grad:
+            output = output + anchor
+        if output._is_view():
+            output = output.clone()  # a hook on a view would be lost if somebody overwrote the output in place
+        inputs = x.detach()
+
+        def receive(g: Tensor) -> None:
+            with torch.no_grad():
+                if weight is not None and weight.deliver is not None:
+                    weight.deliver(operation.of_weight(inputs, g, weight.value))
+                if bias is not None and bias.deliver is not None:
+                    bias.deliver(operation.of_bias(inputs, g))
+
+        output.register_hook(receive)  # type: ignore[no-untyped-call]
+        return output.reshape(shape), 0

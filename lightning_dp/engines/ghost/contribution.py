@@ -1,0 +1,153 @@
+"""What a layer's call adds to each example's gradient of one parameter, written out or kept in factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_dp.functional.clip import accumulation_dtype, per_example_norms
+
+ROUNDING = 8.0
+"""Units in the last place by which a norm from Gram matrices is rounded up, see :func:`gram_norms`."""
+
+
+class Contribution(Protocol):
+    """The gradients of B examples with respect to one parameter."""
+
+    def norms(self) -> Tensor:
+        """L2 norms, ``(B,)``, in the accumulation type."""
+        ...
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """Σ factors[i] · gradient i, in the parameter's shape and the accumulation type."""
+        ...
+
+    def rows(self) -> Tensor:
+        """The gradients themselves, ``(B, *parameter.shape)``."""
+        ...
+
+    def without(self, broken: Tensor) -> Contribution:
+        """The same with zeros for the examples where ``broken``, ``(B,)``, is true, whatever stands there."""
+        ...
+
+
+class Written:
+    """Gradients written out.
+
+    Args:
+        gradients: ``(B, *parameter.shape)``.
+    """
+
+    def __init__(self, gradients: Tensor) -> None:
+        self._gradients = gradients
+
+    def norms(self) -> Tensor:
+        """See :class:`Contribution`."""
+        return per_example_norms({"": self._gradients})
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """See :class:`Contribution`."""
+        flat = self._gradients.unsqueeze(-1).flatten(1).to(accumulation_dtype(self._gradients.dtype))
+        total: Tensor = (factors.to(flat.dtype) @ flat).view(self._gradients.shape[1:])
+        return total
+
+    def rows(self) -> Tensor:
+        """See :class:`Contribution`."""
+        return self._gradients
+
+    def without(self, broken: Tensor) -> Contribution:
+        """See :class:`Contribution`."""
+        return Written(blank(self._gradients, broken))
+
+
+class Factored:
+    """Gradients that are a function of two factors, such as Σ_t g_t a_tᵀ, kept in factors because those are smaller.
+
+    Args:
+        inputs: a, with a leading axis of B.
+        gradients: g, with a leading axis of B.
+        norms: (a, g) → the norms, ``(B,)``.
+        total: (a, factors · g) → the weighted sum. It is linear in g.
+        rows: (a, g) → the gradients written out.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        gradients: Tensor,
+        *,
+        norms: Callable[[Tensor, Tensor], Tensor],
+        total: Callable[[Tensor, Tensor], Tensor],
+        rows: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        self._inputs, self._gradients = inputs, gradients
+        self._norms, self._total, self._rows = norms, total, rows
+
+    def norms(self) -> Tensor:
+        """See :class:`Contribution`."""
+        return self._norms(self._inputs, self._gradients)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """See :class:`Contribution`."""
+        dtype = accumulation_dtype(self._gradients.dtype)
+        shape = (-1, *[1] * (self._gradients.ndim - 1))
+        return self._total(self._inputs, self._gradients.to(dtype) * factors.to(dtype).view(shape))
+
+    def rows(self) -> Tensor:
+        """See :class:`Contribution`."""
+        return self._rows(self._inputs, self._gradients)
+
+    def without(self, broken: Tensor) -> Contribution:
+        """See :class:`Contribution`."""
+        inputs = blank(self._inputs, broken)
+        gradients = blank(self._gradients, broken)
+        return Factored(inputs, gradients, norms=self._norms, total=self._total, rows=self._rows)
+
+
+def merged(contributions: Sequence[Contribution]) -> Contribution:
+    """The contributions of several calls to one parameter as one: a sum of gradients, not of norms."""
+    if len(contributions) == 1:
+        return contributions[0]
+    total = contributions[0].rows()
+    for contribution in contributions[1:]:
+        total = total + contribution.rows()
+    return Written(total)
+
+
+def blank(rows: Tensor, broken: Tensor) -> Tensor:
+    """``rows`` with zeros where ``broken``, ``(B,)``, is true."""
+    blanked: Tensor = rows.masked_fill(broken.view(-1, *[1] * (rows.ndim - 1)), 0)
+    return blanked
+
+
+def gram_norms(gram_of_inputs: Tensor, gram_of_gradients: Tensor) -> Tensor:
+    """‖Σ_t g_t a_tᵀ‖ = (Σ_ts ⟨a_t, a_s⟩ ⟨g_t, g_s⟩)^½ of each example (Goodfellow 2015; Li et al. 2021, section 4).
+
+    The sum is rounded *up*, by a multiple of the two matrices' sizes. Where a_t and g_t nearly cancel, the sum is much
+    smaller than its terms and rounding errors would otherwise let the norm come out too short, and the example be
+    clipped too little.
+
+    Args:
+        gram_of_inputs: ⟨a_t, a_s⟩, ``(B, T, T)``, in the accumulation type.
+        gram_of_gradients: ⟨g_t, g_s⟩, likewise.
+
+    Returns:
+        Norms, ``(B,)``.
+
+    Source: Li, Tramèr, Liang, Hashimoto 2021 (arXiv 2110.05679); Bu, Mao, Xu 2022 (arXiv 2205.10683).
+    """
+    one, other = gram_of_inputs.flatten(1), gram_of_gradients.flatten(1)
+    squares = torch.linalg.vecdot(one, other)
+    sizes = torch.linalg.vector_norm(one, dim=1) * torch.linalg.vector_norm(other, dim=1)
+    norms: Tensor = (squares.clamp(min=0) + ROUNDING * torch.finfo(squares.dtype).eps * sizes).sqrt()
+    return norms
+
+
+def gram(rows: Tensor) -> Tensor:
+    """⟨r_t, r_s⟩ of each example's T rows, ``(B, T, D)`` → ``(B, T, T)``, in the accumulation type."""
+    rows = rows.to(accumulation_dtype(rows.dtype))
+    products: Tensor = torch.bmm(rows, rows.transpose(1, 2))
+    return products

@@ -1,0 +1,192 @@
+"""One forward and one backward pass over the plain batch, each layer's share of the norms, and one weighted sum."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from lightning_dp.engines.ghost.attention import folded_attention
+from lightning_dp.engines.ghost.call import Deliver, Pass
+from lightning_dp.engines.ghost.contribution import Contribution, Written, merged
+from lightning_dp.engines.ghost.layers import (
+    Forward,
+    book_keeping_forward,
+    has_rule,
+    operands_of,
+    replaced,
+    trainable_of,
+)
+from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
+from lightning_dp.functional.clip import accumulation_dtype, clip_factors
+from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
+from lightning_dp.functional.microbatch import mappable
+
+
+class GhostEngine:
+    """Book-keeping: no gradient of the batch's weights is computed, and no gradient of any example twice.
+
+    The loss function runs once, under ``torch.func.vmap``, on batches of one as with every engine: each example has a
+    loss of its own and cannot see another's data, whatever the loss. But layers with a rule step below vmap and compute
+    the batch's output with the plain kernel and without a graph for their parameters. Autograd then brings the gradient
+    of each layer's output, for all examples in one backward pass over the activations; from that and the layer's input
+    come each example's norm and, after clipping, the weighted sum.
+
+    The module's own parameters are, during the pass, copies per example (views, without memory). Whatever uses them
+    outside a rule, a layer of another kind, a tied or a single parameter, gets its gradient through those copies, as
+    under the engine ``vmap``. So nothing is left out, and a rule's share and another's add up.
+
+    Memory: a layer's gradients of all examples, or its inputs and output gradients where those are smaller.
+
+    Args:
+        module: the module whose layers the loss function calls.
+
+    Source: Bu, Wang, Zha, Karypis 2022 (arXiv 2210.00038); Li, Tramèr, Liang, Hashimoto 2021 (arXiv 2110.05679);
+    Bu, Mao, Xu 2022 (arXiv 2205.10683).
+    """
+
+    name = "ghost"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._per_example: set[nn.Module] = set()
+        self._handled: dict[str, str] = {}
+
+    @property
+    def handled(self) -> dict[str, str]:
+        """Trainable parameter → how its gradient was found in the last pass."""
+        return dict(self._handled)
+
+    def clipped_sum(
+        self,
+        loss_function: LossFunction,
+        parameters: Mapping[str, Tensor],
+        batch: Any,
+        examples: int,
+        clip_norm: float,
+    ) -> ClippedSum:
+        """See :class:`lightning_dp.functional.gradient.Engine`."""
+        tensors, example = mappable(batch, examples)
+        while True:
+            books = self._run(loss_function, parameters, tensors, example, examples)
+            if not books.escaped:
+                break
+            self._per_example |= books.escaped
+        contributions = {name: merged(books.by_name[name]) for name in parameters if name in books.by_name}
+        books.by_name.clear()
+        norms = _total_norms(contributions, books.losses)
+        factors = clip_factors(norms, clip_norm)
+        broken = ~torch.isfinite(norms)
+        if bool(broken.any()):  # 0 · NaN is NaN: blank those rows before the weighted sum
+            contributions = {name: one.without(broken) for name, one in contributions.items()}
+        gradient = {}
+        for name, parameter in parameters.items():
+            dtype = accumulation_dtype(parameter.dtype)
+            one = contributions.pop(name, None)
+            gradient[name] = (
+                torch.zeros_like(parameter, dtype=dtype).detach()
+                if one is None
+                else one.weighted_sum(factors).to(dtype)
+            )
+        return ClippedSum(gradient, norms, books.losses, books.outputs)
+
+    def _run(
+        self,
+        loss_function: LossFunction,
+        parameters: Mapping[str, Tensor],
+        tensors: list[Tensor],
+        example: Any,
+        examples: int,
+    ) -> _Books:
+        """The forward and the backward pass."""
+        books = _Books()
+        device = tensors[0].device
+        witness = torch.zeros(examples, device=device)
+        anchor = torch.zeros((), device=device, requires_grad=True)
+        of = Pass(examples, witness, anchor)
+
+        def loss_of_one(copies: dict[str, Tensor], rows: list[Tensor], _: Tensor) -> tuple[Tensor, Any]:
+            loss, outputs = loss_function(copies, example(rows))
+            return scalar_loss(loss), outputs
+
+        with torch.enable_grad():
+            copies = {
+                name: parameter.detach().requires_grad_().expand(examples, *parameter.shape)
+                for name, parameter in parameters.items()
+            }
+            with self._keeping(books, parameters, of), folded_attention():
+                losses, outputs = vmap(loss_of_one, in_dims=(0, 0, 0), randomness="different")(copies, tensors, witness)
+            if losses.requires_grad:
+                self._backward(books, losses, anchor, copies)
+        books.losses = losses.detach()
+        books.outputs = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
+        return books
+
+    @contextmanager
+    def _keeping(self, books: _Books, parameters: Mapping[str, Tensor], of: Pass) -> Iterator[None]:
+        """Every layer that can be kept books of, keeping them."""
+        trainable = {name: p for name, p in self.module.named_parameters() if name in parameters}
+        names = {id(p): name for name, p in trainable.items()}
+        self._handled = dict.fromkeys(parameters, "per example")
+        forwards: dict[nn.Module, Forward] = {}
+        covered: set[nn.Module] = set()
+        for layer in self.module.modules():
+            if layer in covered or layer in self._per_example:
+                continue
+            own = trainable_of(layer, names)
+            if own and has_rule(layer):
+                operands = operands_of(own, parameters, books.deliver)
+                forwards[layer] = book_keeping_forward(layer, operands, of)
+                self._handled.update(dict.fromkeys(own.values(), type(layer).__name__))
+                continue
+            inside = {part: found for part in layer.modules() if (found := trainable_of(part, names))}
+            if inside and computes_its_weight(layer):
+                covered.update(layer.modules())
+                all_names = {name for found in inside.values() for name in found.values()}
+                leaves = Leaves({name: parameters[name] for name in all_names}, books.deliver)
+                books.leaves[layer] = leaves
+                forwards[layer] = intercepting_forward(layer, inside, leaves, of)
+                self._handled.update(dict.fromkeys(all_names, f"{type(layer).__name__}, reparametrised"))
+        with replaced(forwards):
+            yield
+
+    def _backward(self, books: _Books, losses: Tensor, anchor: Tensor, copies: Mapping[str, Tensor]) -> None:
+        """Bring each call its output's gradient and each parameter's copies theirs."""
+        plain = [(layer, leaf) for layer, leaves in books.leaves.items() for leaf in leaves.by_name.values()]
+        inputs = [anchor, *copies.values(), *(leaf for _, leaf in plain)]
+        gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
+        for name, rows in zip(copies, gradients[1:], strict=False):
+            if rows is not None:
+                books.deliver(name)(Written(rows))
+        for (layer, _), reached in zip(plain, gradients[1 + len(copies) :], strict=True):
+            if reached is not None:  # a plain parameter was used where nobody kept books: its rows are lost
+                books.escaped.add(layer)
+
+
+@dataclass
+class _Books:
+    """What one pass leaves behind."""
+
+    by_name: dict[str, list[Contribution]] = field(default_factory=lambda: defaultdict(list))
+    leaves: dict[nn.Module, Leaves] = field(default_factory=dict)
+    escaped: set[nn.Module] = field(default_factory=set)
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    outputs: Any = None
+
+    def deliver(self, name: str) -> Deliver:
+        """Where the contributions to the parameter ``name`` go."""
+        return lambda contribution: self.by_name[name].append(contribution)
+
+
+def _total_norms(contributions: Mapping[str, Contribution], losses: Tensor) -> Tensor:
+    if not contributions:
+        return torch.zeros_like(losses, dtype=accumulation_dtype(losses.dtype))
+    norms: Tensor = torch.linalg.vector_norm(torch.stack([one.norms() for one in contributions.values()]), dim=0)
+    return norms

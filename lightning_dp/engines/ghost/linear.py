@@ -1,0 +1,70 @@
+"""The rule of ``nn.Linear``: y = x Wᵀ + b, with any number of leading axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
+from lightning_dp.functional.clip import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class Linear:
+    """∂W of an example is Σ_t g_t a_tᵀ over its T positions, ∂b is Σ_t g_t.
+
+    Views of an example, its own batch axis of length one, and positions of a sequence are all positions here.
+    """
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+        """See :class:`lightning_dp.engines.ghost.call.Operation`."""
+        assert weight is not None
+        return F.linear(x.reshape(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], len(weight))
+
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor) -> Contribution:
+        """See :class:`lightning_dp.engines.ghost.call.Operation`."""
+        return of_positions(x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(x), -1, g.shape[-1]))
+
+    def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
+        """See :class:`lightning_dp.engines.ghost.call.Operation`."""
+        return Written(g.reshape(len(x), -1, g.shape[-1]).sum(1))
+
+
+def of_positions(a: Tensor, g: Tensor) -> Contribution:
+    """Σ_t g_t a_tᵀ of each example, in the cheaper form: written out, or in factors when 2T² < p·d.
+
+    Args:
+        a: inputs, ``(B, T, d)``.
+        g: gradients of outputs, ``(B, T, p)``.
+
+    Source: the mixed choice of Bu, Mao, Xu 2022 (arXiv 2205.10683), section 4.
+    """
+    a = a.to(g.dtype)
+    if a.shape[1] == 1:
+        return Factored(a, g, norms=_outer_norms, total=_total, rows=_rows)
+    if 2 * a.shape[1] ** 2 < a.shape[2] * g.shape[2]:
+        return Factored(a, g, norms=_gram_norms, total=_total, rows=_rows)
+    return Written(_rows(a, g))
+
+
+def _rows(a: Tensor, g: Tensor) -> Tensor:
+    return torch.bmm(g.transpose(1, 2), a)
+
+
+def _total(a: Tensor, g: Tensor) -> Tensor:
+    return g.flatten(0, 1).t() @ a.flatten(0, 1).to(g.dtype)
+
+
+def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
+    dtype = accumulation_dtype(g.dtype)
+    norms: Tensor = torch.linalg.vector_norm(a, dim=(1, 2), dtype=dtype) * torch.linalg.vector_norm(
+        g, dim=(1, 2), dtype=dtype
+    )
+    return norms
+
+
+def _gram_norms(a: Tensor, g: Tensor) -> Tensor:
+    return gram_norms(gram(a), gram(g))

@@ -1,0 +1,180 @@
+"""Layers that compute their weight from other parameters: weight standardisation, ``torch.nn.utils.parametrize``.
+
+Such a layer runs with its plain parameters, so that the weight is computed once and not once per example. The call that
+uses the weight is intercepted and gets it without its graph; what comes back for the weight goes through the graph's
+vector-Jacobian product, for all examples at once, to the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_dp.engines.ghost.call import Deliver, Operand, Operation, Pass
+from lightning_dp.engines.ghost.contribution import Contribution, Written
+from lightning_dp.engines.ghost.convolution import Convolution
+from lightning_dp.engines.ghost.linear import Linear
+from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm
+
+
+class Leaves:
+    """A layer's plain parameters, each requiring a gradient of its own.
+
+    Args:
+        values: name in the module → the parameter.
+        deliver: name in the module → where its contributions go.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], deliver: Callable[[str], Deliver]) -> None:
+        self.by_name = {name: value.detach().requires_grad_() for name, value in values.items()}
+        self._deliver = deliver
+
+    def operand(self, value: Tensor | None) -> Operand | None:
+        """``value``, computed from the leaves, without its graph but with the way back through it."""
+        if value is None:
+            return None
+        return Operand(value.detach(), self._way_back(value) if value.requires_grad else None)
+
+    def _way_back(self, value: Tensor) -> Deliver:
+        for name, leaf in self.by_name.items():
+            if leaf is value:
+                return self._deliver(name)
+
+        def deliver(contribution: Contribution) -> None:
+            gradients = torch.autograd.grad(
+                value,
+                list(self.by_name.values()),
+                contribution.rows().to(value.dtype),
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+            for name, rows in zip(self.by_name, gradients, strict=True):
+                if rows is not None:
+                    self._deliver(name)(Written(rows))
+
+        return deliver
+
+
+def intercepting_forward(
+    layer: nn.Module, trainable: Mapping[nn.Module, Mapping[str, str]], leaves: Leaves, of: Pass
+) -> Any:
+    """A forward pass for ``layer`` that runs its own with ``leaves`` and keeps the books of the calls inside.
+
+    Args:
+        layer: any module.
+        trainable: module in ``layer`` → its own parameters' names → their names among the leaves.
+        leaves: what the parameters are replaced by.
+        of: the pass it belongs to.
+    """
+    original = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _swapped(trainable, leaves.by_name), _Interception(leaves, of):
+            return original(*args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def _swapped(trainable: Mapping[nn.Module, Mapping[str, str]], leaves: Mapping[str, Tensor]) -> Iterator[None]:
+    before = [(owner, own, owner._parameters[own]) for owner, names in trainable.items() for own in names]
+    slots: Any
+    try:
+        for owner, names in trainable.items():
+            slots = owner._parameters
+            slots.update({own: leaves[name] for own, name in names.items()})
+        yield
+    finally:
+        for owner, own, value in before:
+            owner._parameters[own] = value
+
+
+class _Interception(TorchFunctionMode):
+    def __init__(self, leaves: Leaves, of: Pass) -> None:
+        super().__init__()
+        self._leaves, self._pass = leaves, of
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        read = _READERS.get(func)
+        if read is None:
+            return func(*args, **kwargs)
+        operation, x, weight, bias = read(*args, **kwargs)
+        if (
+            operation is None
+            or not any(isinstance(t, Tensor) and t.requires_grad for t in (weight, bias))
+            or any(isinstance(t, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (weight, bias))
+        ):
+            return func(*args, **kwargs)
+        return self._pass.call(operation, x, self._leaves.operand(weight), self._leaves.operand(bias))
+
+
+Read = tuple[Operation | None, Tensor, Tensor | None, Tensor | None]
+
+
+def _read_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Read:
+    return Linear(), input, weight, bias
+
+
+def _reader_of_convolution(axes: int) -> Callable[..., Read]:
+    def read(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Read:
+        if isinstance(padding, str):
+            return None, input, weight, bias
+        stride, padding, dilation = (_per_axis(value, axes) for value in (stride, padding, dilation))
+        return Convolution(stride, padding, dilation, groups, input.ndim - axes - 1), input, weight, bias
+
+    return read
+
+
+def _read_group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Read:
+    return GroupNorm(num_groups, eps), input, weight, bias
+
+
+def _read_layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Read:
+    return LayerNorm(tuple(normalized_shape), eps), input, weight, bias
+
+
+def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * axes
+    return tuple(value) * (axes if len(value) == 1 else 1)
+
+
+_READERS: dict[Any, Callable[..., Read]] = {
+    F.linear: _read_linear,
+    F.conv1d: _reader_of_convolution(1),
+    F.conv2d: _reader_of_convolution(2),
+    F.conv3d: _reader_of_convolution(3),
+    F.group_norm: _read_group_norm,
+    F.layer_norm: _read_layer_norm,
+}
+
+
+def computes_its_weight(layer: nn.Module) -> bool:
+    """Whether it is worth a try to keep books of ``layer``'s calls from inside its own forward pass.
+
+    True for leaf modules with parameters, and for parametrised ones. If a parameter is then used in another way than as
+    an operand of an operation with a rule, the pass notices and is repeated without.
+    """
+    if nn.utils.parametrize.is_parametrized(layer):
+        return True
+    return "forward" not in layer.__dict__ and bool(layer._parameters) and not any(True for _ in layer.children())
