@@ -13,25 +13,43 @@ from torch.autograd.function import FunctionCtx
 from lightning_dp.engines.ghost.contribution import Contribution
 
 
+@dataclass(frozen=True)
+class Output:
+    """What an operation gives for the inputs of all examples.
+
+    Attributes:
+        value: the output in whatever shape the kernel gives it, and not a view of something.
+        shape: the shape it should have, with the leading axis of B.
+        saved: whatever helps with the gradients, for instance statistics, without a graph.
+    """
+
+    value: Tensor
+    shape: tuple[int, ...]
+    saved: Any = None
+
+
 class Operation(Protocol):
     """What a layer computes from its input, its weight and its bias, and how their gradients are found."""
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """The output of all examples at once.
 
         Args:
             x: inputs with a leading axis of B examples.
             weight: the same for all examples.
             bias: likewise.
-
-        Returns:
-            The output in whatever contiguous shape the kernel gives it (never a view of something), and the shape it
-            should have, with the leading axis of B.
         """
         ...
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor) -> Contribution:
-        """The weight's gradients from inputs ``x``, ``(B, ...)``, and the gradient ``g`` of the output as computed."""
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
+        """The weight's gradients.
+
+        Args:
+            x: inputs, ``(B, ...)``.
+            g: gradient with respect to :attr:`Output.value`, in its shape.
+            weight: the weight.
+            saved: :attr:`Output.saved`.
+        """
         ...
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
@@ -109,9 +127,9 @@ class _Call(torch.autograd.Function):
             raise NestedTransformError("the training step applies torch.func transforms of its own around a layer")
         axis = in_dims[1]
         x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-        output, shape = operation.forward(
-            x, None if weight is None else weight.value, None if bias is None else bias.value
-        )
+        computed = operation.forward(x, None if weight is None else weight.value, None if bias is None else bias.value)
+        output, shape, saved = computed.value, computed.shape, computed.saved
+        del computed
         if not output.requires_grad:
             output = output + anchor
         if output._is_view():
@@ -121,7 +139,7 @@ class _Call(torch.autograd.Function):
         def receive(g: Tensor) -> None:
             with torch.no_grad():
                 if weight is not None and weight.deliver is not None:
-                    weight.deliver(operation.of_weight(inputs, g, weight.value))
+                    weight.deliver(operation.of_weight(inputs, g, weight.value, saved))
                 if bias is not None and bias.deliver is not None:
                     bias.deliver(operation.of_bias(inputs, g))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dp.engines.ghost.call import Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
 
 
@@ -21,12 +23,12 @@ class Embedding:
 
     padding_idx: int | None
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         assert weight is not None
-        return F.embedding(x.reshape(-1), weight, self.padding_idx), (*x.shape, weight.shape[1])
+        return Output(F.embedding(x.reshape(-1), weight, self.padding_idx), (*x.shape, weight.shape[1]))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         tokens = x.reshape(len(x), -1)
         g = g.reshape(len(x), -1, g.shape[-1])

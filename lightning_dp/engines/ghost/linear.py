@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dp.engines.ghost.call import Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
 from lightning_dp.functional.clip import accumulation_dtype
 
@@ -19,12 +21,12 @@ class Linear:
     Views of an example, its own batch axis of length one, and positions of a sequence are all positions here.
     """
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         assert weight is not None
-        return F.linear(x.reshape(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], len(weight))
+        return Output(F.linear(x.reshape(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], len(weight)))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         return of_positions(x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(x), -1, g.shape[-1]))
 

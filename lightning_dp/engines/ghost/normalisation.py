@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_dp.engines.ghost.call import Output
 from lightning_dp.engines.ghost.contribution import Contribution, Written
 from lightning_dp.functional.clip import accumulation_dtype
 
@@ -28,25 +30,22 @@ class GroupNorm:
     eps: float
     own_axes: int = 1
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         folded = self._folded(_full(x))
         samples, channels = folded.shape[:2]
-        output, _, _ = torch.native_group_norm(
+        output, mean, rstd = torch.native_group_norm(
             folded, weight, bias, samples, channels, math.prod(folded.shape[2:]), self.groups, self.eps
         )
-        return output, tuple(x.shape)
+        return Output(output, tuple(x.shape), (mean.detach(), rstd.detach()))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         folded = _positions(self._folded(x)).to(g.dtype)
         g = _positions(g)
         dtype = accumulation_dtype(g.dtype)
-        grouped = folded.reshape(len(folded), self.groups, -1).to(dtype)
-        variance, mean = torch.var_mean(grouped, dim=2, correction=0)
         members = folded.shape[1] // self.groups
-        rstd = (variance + self.eps).rsqrt().repeat_interleave(members, 1)
-        mean = mean.repeat_interleave(members, 1)
+        mean, rstd = (statistic.to(dtype).repeat_interleave(members, 1) for statistic in saved)
         of_products = torch.linalg.vecdot(g.to(dtype), folded.to(dtype))
         rows = rstd * (of_products - mean * g.sum(2, dtype=dtype))
         return Written(rows.view(len(x), -1, rows.shape[1]).sum(1))
@@ -72,16 +71,16 @@ class LayerNorm:
     shape: tuple[int, ...]
     eps: float
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        return torch.native_layer_norm(_full(x), self.shape, weight, bias, self.eps)[0], tuple(x.shape)
+        output, mean, rstd = torch.native_layer_norm(_full(x), self.shape, weight, bias, self.eps)
+        return Output(output, tuple(x.shape), (mean.detach(), rstd.detach()))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         full = x.to(accumulation_dtype(x.dtype))
-        axes = tuple(range(-len(self.shape), 0))
-        variance, mean = torch.var_mean(full, dim=axes, correction=0, keepdim=True)
-        return _over_positions((full - mean).mul_((variance + self.eps).rsqrt()).mul_(g), len(self.shape))
+        mean, rstd = (statistic.to(full.dtype) for statistic in saved)
+        return _over_positions((full - mean).mul_(rstd).mul_(g), len(self.shape))
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
@@ -100,11 +99,11 @@ class RMSNorm:
     shape: tuple[int, ...]
     eps: float | None
 
-    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...]]:
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        return torch.rms_norm(_full(x), self.shape, weight, self.eps), tuple(x.shape)
+        return Output(torch.rms_norm(_full(x), self.shape, weight, self.eps), tuple(x.shape))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         full = x.to(accumulation_dtype(x.dtype))
         eps = torch.finfo(full.dtype).eps if self.eps is None else self.eps
