@@ -78,19 +78,18 @@ class NestedTransformError(RuntimeError):
     """The training step applies torch.func transforms of its own around a layer."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pass:
     """What the calls of one pass through the training step share.
 
     Attributes:
-        examples: B.
-        witness: any tensor that vmap maps over, so that a call always knows that it happens once per example.
         anchor: a zero that requires a gradient. What hangs on it is reached by the backward pass.
+        witness: any tensor that vmap maps over, so that a call knows that it happens once per example even if no
+            example's data enters it (position embeddings).
     """
 
-    examples: int
-    witness: Tensor
     anchor: Tensor
+    witness: Tensor | None = None
 
     def call(self, operation: Operation, x: Tensor, weight: Operand | None, bias: Operand | None) -> Tensor:
         """The operation's output for ``x``, and its contributions when the backward pass comes by."""

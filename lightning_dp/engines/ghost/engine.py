@@ -110,9 +110,10 @@ class GhostEngine:
         device = tensors[0].device
         witness = torch.zeros(examples, device=device)
         anchor = torch.zeros((), device=device, requires_grad=True)
-        of = Pass(examples, witness, anchor)
+        of = Pass(anchor)
 
-        def loss_of_one(copies: dict[str, Tensor], rows: list[Tensor], _: Tensor) -> tuple[Tensor, Any]:
+        def loss_of_one(copies: dict[str, Tensor], rows: list[Tensor], one: Tensor) -> tuple[Tensor, Any]:
+            of.witness = one
             loss, outputs = loss_function(copies, example(rows))
             return scalar_loss(loss), outputs
 
