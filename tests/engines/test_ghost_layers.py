@@ -90,14 +90,18 @@ class TestRules:
     def test_linear(
         self, leading: list[int], features: tuple[int, int], bias: bool, examples: int, seed: int, clip_norm: float
     ) -> None:
-        make = lambda: nn.Sequential(nn.Linear(*features, bias=bias), nn.Tanh(), nn.Linear(features[1], 2))  # noqa: E731
+        def make() -> nn.Module:
+            return nn.Sequential(nn.Linear(*features, bias=bias), nn.Tanh(), nn.Linear(features[1], 2))
+
         agree(*build(make, seed, examples, *leading, features[0]), clip_norm)
 
     @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
     @settings(max_examples=60)
     @given(data=st.data(), axes=st.integers(1, 3), examples=st.integers(1, 3), seed=SEEDS, clip_norm=CLIP_NORMS)
     def test_convolution(self, data: Any, axes: int, examples: int, seed: int, clip_norm: float) -> None:
-        per_axis = lambda low, high: tuple(data.draw(st.integers(low, high)) for _ in range(axes))  # noqa: E731
+        def per_axis(low: int, high: int) -> tuple[int, ...]:
+            return tuple(data.draw(st.integers(low, high)) for _ in range(axes))
+
         groups = data.draw(st.sampled_from([1, 1, 2]))
         mode = data.draw(st.sampled_from(["zeros", "zeros", "reflect", "circular"]))
         kernel, dilation = per_axis(1, 3), per_axis(1, 2)
@@ -119,8 +123,7 @@ class TestRules:
     @pytest.mark.parametrize("kernel", [1, 3])
     def test_convolution_either_way(self, gram: bool, kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(convolution_rule.Convolution, "_gram_is_cheaper", lambda *_: gram)
-        make = lambda: nn.Conv2d(3, 4, kernel, stride=2, padding=1, dilation=2)  # noqa: E731
-        agree(*build(make, 0, 3, 3, 9, 8))
+        agree(*build(lambda: nn.Conv2d(3, 4, kernel, stride=2, padding=1, dilation=2), 0, 3, 3, 9, 8))
 
     def test_convolution_in_one_call_as_on_an_accelerator(self) -> None:
         """The form for devices other than the CPU gives the CPU's numbers, also with several samples per example."""

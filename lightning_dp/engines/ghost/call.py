@@ -74,6 +74,9 @@ class Operand:
     deliver: Deliver | None = None
 
 
+_NESTED = "the training step applies torch.func transforms of its own around a layer"
+
+
 class NestedTransformError(RuntimeError):
     """The training step applies torch.func transforms of its own around a layer."""
 
@@ -105,11 +108,11 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def forward(*_: Any) -> Tensor:
-        raise AssertionError("a layer was called outside vmap")
+        raise NestedTransformError(_NESTED)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:
-        raise AssertionError("a layer was called outside vmap")
+        raise NestedTransformError(_NESTED)
 
     @staticmethod
     def vmap(
@@ -123,7 +126,7 @@ class _Call(torch.autograd.Function):
         witness: Tensor,
     ) -> tuple[Tensor, int]:
         if torch._C._functorch.is_functorch_wrapped_tensor(x) or len(witness) != info.batch_size:
-            raise NestedTransformError("the training step applies torch.func transforms of its own around a layer")
+            raise NestedTransformError(_NESTED)
         axis = in_dims[1]
         x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
         computed = operation.forward(x, None if weight is None else weight.value, None if bias is None else bias.value)
