@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -238,12 +239,12 @@ class Hooked(nn.Conv2d):
 
 
 OTHER_WAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "weight standardisation": (lambda: Standardised(3, 4, 3, padding=1), "reparametrised"),
-    "… with groups": (lambda: Standardised(3, 6, 3, groups=3, bias=False), "reparametrised"),
-    "parametrised convolution": (lambda: _parametrised(nn.Conv2d(3, 4, 3)), "reparametrised"),
-    "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "reparametrised"),
+    "weight standardisation": (lambda: Standardised(3, 4, 3, padding=1), "from within"),
+    "… with groups": (lambda: Standardised(3, 6, 3, groups=3, bias=False), "from within"),
+    "parametrised convolution": (lambda: _parametrised(nn.Conv2d(3, 4, 3)), "from within"),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), "from within"),
     "orthogonal 1×1": (lambda: parametrizations.orthogonal(nn.Conv2d(3, 3, 1)), ""),
-    "LayerNorm of channels": (lambda: Channels(3), "reparametrised"),
+    "LayerNorm of channels": (lambda: Channels(3), "from within"),
     "transposed convolution": (lambda: nn.ConvTranspose2d(3, 4, 3), "per example"),
     "a scale": (Scale, "per example"),
     "a scaled convolution": (lambda: Hooked(3, 4, 3), "per example"),
@@ -340,6 +341,66 @@ class Own(nn.Module):
 def test_attention_with_a_padding_mask(causal: bool, masked: bool, recwarn: pytest.WarningsRecorder) -> None:
     agree(*build(lambda: Own(causal, masked), 0, 3, 5, 6))
     assert not recwarn.list  # torch would warn that it loops over the examples
+
+
+class Multihead(nn.Module):
+    """torch's own attention in every way it can be called."""
+
+    def __init__(self, cross: bool, need_weights: bool, masks: str, **options: Any) -> None:
+        super().__init__()
+        self.attention, self.source = nn.MultiheadAttention(6, 2, **options), nn.Linear(6, 6)
+        self.cross, self.need_weights, self.masks = cross, need_weights, masks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.attention.batch_first else x.transpose(0, 1)
+        source = self.source(x) if self.cross else x
+        padding = torch.zeros(x.shape[0 if self.attention.batch_first else 1], 5, dtype=torch.bool, device=x.device)
+        padding[:, 3:] = "padding" in self.masks
+        causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        causal = torch.zeros(5, 5, dtype=x.dtype).masked_fill(causal, -math.inf) if "float" in self.masks else causal
+        causal = causal.expand(2 * len(padding), 5, 5) if "heads" in self.masks else causal
+        attended, weights = self.attention(
+            x, source, source.tanh() if self.cross else x, need_weights=self.need_weights,
+            key_padding_mask=padding if "padding" in self.masks and "float" not in self.masks else None,
+            attn_mask=causal if "causal" in self.masks else None, average_attn_weights="heads" not in self.masks,
+        )  # fmt: skip
+        attended = attended if self.attention.batch_first else attended.transpose(0, 1)
+        return attended if weights is None else attended * weights.square().sum((-1, -2)).reshape(1, -1)[:, :1, None]
+
+
+@pytest.mark.parametrize("masks", ["", "causal", "causal padding", "causal float", "padding", "causal heads"])
+@pytest.mark.parametrize(("cross", "batch_first", "need_weights", "bias"), [
+    (False, True, False, True), (False, False, True, True), (True, True, True, False), (True, False, False, True),
+])  # fmt: skip
+def test_multihead_attention(cross: bool, batch_first: bool, need_weights: bool, bias: bool, masks: str) -> None:
+    module, x = build(lambda: Multihead(cross, need_weights, masks, batch_first=batch_first, bias=bias), 0, 3, 5, 6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "There is a performance drop"
+        )  # of the loop over the whole module, below vmap
+        engine = agree(module, x)
+    assert (
+        engine.handled["attention.in_proj_weight"]
+        == engine.handled["attention.out_proj.weight"]
+        == "MultiheadAttention"
+    )
+
+
+@pytest.mark.parametrize("options", [{"kdim": 6, "vdim": 4}, {"add_bias_kv": True}, {"add_zero_attn": True}])
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_multihead_attention_with_features_that_the_rule_does_not_know(options: dict[str, Any]) -> None:
+    class Rare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.values = (
+                nn.MultiheadAttention(6, 2, batch_first=True, **options),
+                nn.Linear(6, options.get("vdim", 6)),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, self.values(x), need_weights=False)[0]
+
+    agree(*build(Rare, 0, 3, 5, 6))
 
 
 def test_a_weight_that_is_also_used_beside_its_layer() -> None:

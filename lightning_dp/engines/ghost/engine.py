@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from lightning_dp.engines.ghost.layers import (
     replaced,
     trainable_of,
 )
+from lightning_dp.engines.ghost.multihead import has_multihead_rule, multihead_forward
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
 from lightning_dp.functional.clip import accumulation_dtype, clip_factors
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
@@ -79,6 +81,7 @@ class GhostEngine:
             if not books.escaped:
                 break
             self._per_example |= books.escaped
+        self._handled = {name: " + ".join(sorted(books.handled.get(name, {"not used"}))) for name in parameters}
         contributions = {name: merged(books.by_name[name]) for name in parameters if name in books.by_name}
         books.by_name.clear()
         norms = _total_norms(contributions, books.losses)
@@ -135,26 +138,33 @@ class GhostEngine:
         """Every layer that can be kept books of, keeping them."""
         trainable = {name: p for name, p in self.module.named_parameters() if name in parameters}
         names = {id(p): name for name, p in trainable.items()}
-        self._handled = dict.fromkeys(parameters, "per example")
         forwards: dict[nn.Module, Forward] = {}
         covered: set[nn.Module] = set()
         for layer in self.module.modules():
             if layer in covered or layer in self._per_example:
                 continue
-            own = trainable_of(layer, names)
+            own, kind = trainable_of(layer, names), type(layer).__name__
             if own and has_rule(layer):
-                operands = operands_of(own, parameters, books.deliver)
+                operands = operands_of(own, parameters, partial(books.deliver, how=kind))
                 forwards[layer] = book_keeping_forward(layer, operands, of)
-                self._handled.update(dict.fromkeys(own.values(), type(layer).__name__))
                 continue
             inside = {part: found for part in layer.modules() if (found := trainable_of(part, names))}
-            if inside and computes_its_weight(layer):
+            multihead = has_multihead_rule(layer)
+            if inside and (multihead or computes_its_weight(layer)):
                 covered.update(layer.modules())
                 all_names = {name for found in inside.values() for name in found.values()}
-                leaves = Leaves({name: parameters[name] for name in all_names}, books.deliver)
+                how = kind if multihead else f"{kind}, from within"
+                leaves = Leaves({name: parameters[name] for name in all_names}, partial(books.deliver, how=how))
                 books.leaves[layer] = leaves
-                forwards[layer] = intercepting_forward(layer, inside, leaves, of)
-                self._handled.update(dict.fromkeys(all_names, f"{type(layer).__name__}, reparametrised"))
+                if isinstance(layer, nn.MultiheadAttention):
+                    by_place = {
+                        place: names[id(p)]
+                        for place, p in layer.named_parameters(remove_duplicate=False)
+                        if id(p) in names
+                    }
+                    forwards[layer] = multihead_forward(layer, by_place, leaves, of)
+                else:
+                    forwards[layer] = intercepting_forward(layer, inside, leaves, of)
         with replaced(forwards):
             yield
 
@@ -165,7 +175,7 @@ class GhostEngine:
         gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
         for name, rows in zip(copies, gradients[1:], strict=False):
             if rows is not None:
-                books.deliver(name)(Written(rows))
+                books.deliver(name, how="per example")(Written(rows))
         for (layer, _), reached in zip(plain, gradients[1 + len(copies) :], strict=True):
             if reached is not None:  # a plain parameter was used where nobody kept books: its rows are lost
                 books.escaped.add(layer)
@@ -178,12 +188,18 @@ class _Books:
     by_name: dict[str, list[Contribution]] = field(default_factory=lambda: defaultdict(list))
     leaves: dict[nn.Module, Leaves] = field(default_factory=dict)
     escaped: set[nn.Module] = field(default_factory=set)
+    handled: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
     outputs: Any = None
 
-    def deliver(self, name: str) -> Deliver:
-        """Where the contributions to the parameter ``name`` go."""
-        return lambda contribution: self.by_name[name].append(contribution)
+    def deliver(self, name: str, how: str) -> Deliver:
+        """Where the contributions to the parameter ``name`` go that are found in the way ``how``."""
+
+        def receive(contribution: Contribution) -> None:
+            self.by_name[name].append(contribution)
+            self.handled[name].add(how)
+
+        return receive
 
 
 def _total_norms(contributions: Mapping[str, Contribution], losses: Tensor) -> Tensor:
