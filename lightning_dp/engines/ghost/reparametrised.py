@@ -21,6 +21,7 @@ from lightning_dp.engines.ghost.contribution import Contribution, Written
 from lightning_dp.engines.ghost.convolution import Convolution
 from lightning_dp.engines.ghost.linear import Linear
 from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm
+from lightning_dp.engines.ghost.projection import find_projection
 
 
 class Leaves:
@@ -46,18 +47,22 @@ class Leaves:
             if leaf is value:
                 return self._deliver(name)
 
+        def back(gradients: Tensor, batched: bool) -> dict[str, Tensor]:
+            given = gradients.to(value.dtype)
+            names, leaves = list(self.by_name), list(self.by_name.values())
+            found = torch.autograd.grad(value, leaves, given, True, allow_unused=True, is_grads_batched=batched)
+            return {name: g for name, g in zip(names, found, strict=True) if g is not None}
+
         def deliver(contribution: Contribution) -> None:
-            gradients = torch.autograd.grad(
-                value,
-                list(self.by_name.values()),
-                contribution.rows().to(value.dtype),
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-            for name, rows in zip(self.by_name, gradients, strict=True):
-                if rows is not None:
-                    self._deliver(name)(Written(rows))
+            shapes = {name: leaf.shape for name, leaf in self.by_name.items()}
+            projection = find_projection(value.detach(), shapes, back)
+            rows = contribution.rows()
+            if projection is None:
+                shares: dict[str, Contribution] = {name: Written(g) for name, g in back(rows, True).items()}
+            else:
+                shares = projection.contributions(rows, shapes)
+            for name, share in shares.items():
+                self._deliver(name)(share)
 
         return deliver
 
