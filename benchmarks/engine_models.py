@@ -1,0 +1,154 @@
+"""The models that ``benchmarks/engines.py`` times, in plain PyTorch and small enough to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """Weight standardisation with a gain, as in De et al. 2022 (arXiv 2204.13650)."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve with the standardised weight."""
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        scale = self.gain * (variance * self.weight[0].numel()).clamp(min=1e-4).rsqrt()
+        return F.conv2d(x, (self.weight - mean) * scale, self.bias, self.stride, self.padding)
+
+
+def _normalised(channels: int) -> nn.Module:
+    return nn.Sequential(nn.ReLU(), nn.GroupNorm(16, channels))
+
+
+class _Residual(nn.Module):
+    def __init__(self, conv: type[nn.Conv2d], inputs: int, outputs: int, stride: int, first: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _normalised(inputs), conv(inputs, outputs, 3, stride, 1), _normalised(outputs), conv(outputs, outputs, 3, 1, 1)
+        )  # fmt: skip
+        self.shortcut = nn.Sequential(_normalised(inputs), conv(inputs, outputs, 1, stride)) if first else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)
+
+
+def wide_resnet(conv: type[nn.Conv2d] = nn.Conv2d, depth: int = 16, width: int = 4) -> nn.Module:
+    """WRN-depth-width for 10 classes: ReLU → GroupNorm(16) → convolution throughout (De et al. 2022)."""
+    blocks: list[nn.Module] = []
+    channels = 16
+    for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
+        for block in range((depth - 4) // 6):
+            stride = 2 if group and not block else 1
+            blocks.append(_Residual(conv, channels, outputs, stride, first=not block))
+            channels = outputs
+    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
+    return nn.Sequential(conv(3, 16, 3, 1, 1), *blocks, _normalised(channels), *pooled)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.inputs, self.outputs, self.heads, self.causal = (
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+            heads,
+            causal,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inputs(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(2, 3)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.outputs(attended.transpose(1, 2).flatten(2))
+
+
+class _Layer(nn.Module):
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(width), _Attention(width, heads, causal))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+class _Positions(nn.Module):
+    """Adds sinusoids (Vaswani et al. 2017); nothing to train."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)[:, None]
+        rate = torch.exp(torch.arange(0, x.shape[2], 2, device=x.device, dtype=x.dtype) * (-math.log(1e4) / x.shape[2]))
+        return x + torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1).flatten(1)
+
+
+class _Pooled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def vision_transformer(depth: int = 6, width: int = 192, heads: int = 3) -> nn.Module:
+    """A small ViT for 32 × 32 images in patches of 4, averaged over positions."""
+    layers = [_Layer(width, heads, causal=False) for _ in range(depth)]
+    patches = [nn.Conv2d(3, width, 4, 4), nn.Flatten(2), _Transposed(), _Positions()]
+    return nn.Sequential(*patches, *layers, nn.LayerNorm(width), _Pooled(), nn.Linear(width, 10))
+
+
+class _Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+def language_model(depth: int = 2, width: int = 128, heads: int = 4, words: int = 2000) -> nn.Module:
+    """A causal transformer that predicts the next of ``words`` words."""
+    layers = [_Layer(width, heads, causal=True) for _ in range(depth)]
+    return nn.Sequential(
+        nn.Embedding(words, width), _Positions(), *layers, nn.LayerNorm(width), nn.Linear(width, words)
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and random data for it.
+
+    Attributes:
+        model: makes the model.
+        batch: batch size, views → inputs and targets; with views, inputs have them on the second axis.
+    """
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[int, int], tuple[Tensor, Tensor]]
+
+
+def _images(size: int, views: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, views, 3, 32, 32), torch.randint(10, (size, 1)).expand(size, views)
+
+
+def _sentences(size: int, views: int) -> tuple[Tensor, Tensor]:
+    text = torch.randint(2000, (size, views, 65))
+    return text[..., :-1], text[..., 1:]
+
+
+TASKS = {
+    "wrn": Task(wide_resnet, _images),
+    "wrn-ws": Task(lambda: wide_resnet(StandardisedConv2d), _images),
+    "vit": Task(vision_transformer, _images),
+    "lm": Task(language_model, _sentences),
+}
+
+
+def loss_of(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy over everything, or one number for each example with ``reduction="none"``."""
+    output = model(inputs.flatten(0, 1))
+    losses = F.cross_entropy(output.flatten(0, -2), targets.flatten(), reduction="none")
+    return losses.mean() if reduction == "mean" else losses.view(len(inputs), -1).mean(1)
