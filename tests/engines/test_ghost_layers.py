@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost import convolution as convolution_rule
+from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.functional.gradient import ClippedSum
 from tests.engines.family import FAMILY, case
@@ -131,9 +132,11 @@ class TestRules:
         rule = convolution_rule.Convolution((2, 1), (1, 0), (1, 2), 2)
         layer, x = build(lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), groups=2), 0, 3, 2, 4, 8, 7)
         g = torch.randn_like(layer(x.flatten(0, 1))).unflatten(0, (3, 2))
-        expected = rule._rows(x, g, layer.weight.detach())
+        expected = rule._rows(x, g, layer.weight.detach(), Buffers())
         elsewhere = x.as_subclass(_Elsewhere)
-        torch.testing.assert_close(rule._rows(elsewhere, g, layer.weight.detach()).as_subclass(Tensor), expected)
+        torch.testing.assert_close(
+            rule._rows(elsewhere, g, layer.weight.detach(), Buffers()).as_subclass(Tensor), expected
+        )
 
     @pytest.mark.parametrize("layer", [nn.Conv1d(2, 3, 3), nn.InstanceNorm1d(2, affine=True)])
     def test_inputs_without_a_batch_axis(self, layer: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.contribution import Contribution
 
 
@@ -41,7 +42,7 @@ class Operation(Protocol):
         """
         ...
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """The weight's gradients.
 
         Args:
@@ -49,6 +50,7 @@ class Operation(Protocol):
             g: gradient with respect to :attr:`Output.value`, in its shape.
             weight: the weight.
             saved: :attr:`Output.saved`.
+            buffers: where to take memory for what is written out.
         """
         ...
 
@@ -89,14 +91,16 @@ class Pass:
         anchor: a zero that requires a gradient. What hangs on it is reached by the backward pass.
         witness: any tensor that vmap maps over, so that a call knows that it happens once per example even if no
             example's data enters it (position embeddings).
+        buffers: memory for what is written out.
     """
 
     anchor: Tensor
+    buffers: Buffers
     witness: Tensor | None = None
 
     def call(self, operation: Operation, x: Tensor, weight: Operand | None, bias: Operand | None) -> Tensor:
         """The operation's output for ``x``, and its contributions when the backward pass comes by."""
-        output: Tensor = _Call.apply(operation, x, weight, bias, self.anchor, self.witness)
+        output: Tensor = _Call.apply(operation, x, weight, bias, self, self.witness)
         return output
 
 
@@ -122,7 +126,7 @@ class _Call(torch.autograd.Function):
         x: Tensor,
         weight: Operand | None,
         bias: Operand | None,
-        anchor: Tensor,
+        of: Pass,
         witness: Tensor,
     ) -> tuple[Tensor, int]:
         if torch._C._functorch.is_functorch_wrapped_tensor(x) or len(witness) != info.batch_size:
@@ -133,7 +137,7 @@ class _Call(torch.autograd.Function):
         output, shape, saved = computed.value, computed.shape, computed.saved
         del computed
         if not output.requires_grad:
-            output = output + anchor
+            output = output + of.anchor
         if output._is_view():
             output = output.clone()  # a hook on a view would be lost if somebody overwrote the output in place
         inputs = x.detach()
@@ -141,7 +145,7 @@ class _Call(torch.autograd.Function):
         def receive(g: Tensor) -> None:
             with torch.no_grad():
                 if weight is not None and weight.deliver is not None:
-                    weight.deliver(operation.of_weight(inputs, g, weight.value, saved))
+                    weight.deliver(operation.of_weight(inputs, g, weight.value, saved, of.buffers))
                 if bias is not None and bias.deliver is not None:
                     bias.deliver(operation.of_bias(inputs, g))
 

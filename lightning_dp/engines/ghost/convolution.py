@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
 from lightning_dp.engines.ghost.linear import of_positions
@@ -44,7 +45,7 @@ class Convolution:
         output = convolve(self._folded(x), weight, bias, self.stride, self.padding, self.dilation, self.groups)
         return Output(output, (*x.shape[: 1 + self.own_axes], *output.shape[1:]))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         samples = self._folded(x).to(g.dtype)
         if self.groups == 1 and not any(self.padding) and all(size == 1 for size in weight.shape[2:]):
@@ -53,7 +54,7 @@ class Convolution:
             return _Reshaped(contribution, tuple(weight.shape))
         own = (len(x), -1)
         samples, g = (t.reshape(*own, *t.shape[1:]) for t in (samples, g))
-        rows, total = partial(self._rows, weight=weight), partial(self._total, weight=weight)
+        rows, total = partial(self._rows, weight=weight, buffers=buffers), partial(self._total, weight=weight)
         if self.groups == 1 and self._gram_is_cheaper(samples, g, weight):
             return Factored(
                 samples, g, norms=partial(self._gram_norms, kernel=weight.shape[2:]), total=total, rows=rows
@@ -67,7 +68,7 @@ class Convolution:
     def _folded(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1) if self.own_axes else x
 
-    def _rows(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, g: Tensor, weight: Tensor, buffers: Buffers) -> Tensor:
         """Gradients written out, from ``(B, own, C, *)`` each.
 
         On a CPU the kernel of the plain backward pass on slices, straight into one buffer; elsewhere all examples in one
@@ -75,7 +76,7 @@ class Convolution:
         """
         weight = weight.to(g.dtype)
         if x.device.type == "cpu":
-            rows = x.new_empty(len(x), *weight.shape)
+            rows = buffers.take((len(x), *weight.shape), like=x)
             for row, one_x, one_g in zip(rows, x, g, strict=True):
                 row.copy_(self._weight_gradient(one_x, one_g, weight, self.groups))
             return rows

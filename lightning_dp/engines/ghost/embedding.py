@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
 
@@ -28,7 +29,7 @@ class Embedding:
         assert weight is not None
         return Output(F.embedding(x.reshape(-1), weight, self.padding_idx), (*x.shape, weight.shape[1]))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         tokens = x.reshape(len(x), -1)
         g = g.reshape(len(x), -1, g.shape[-1])

@@ -15,6 +15,7 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.ghost.attention import folded_attention
+from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Pass
 from lightning_dp.engines.ghost.contribution import Contribution, Written, merged
 from lightning_dp.engines.ghost.layers import (
@@ -60,6 +61,7 @@ class GhostEngine:
         self.module = module
         self._per_example: set[nn.Module] = set()
         self._handled: dict[str, str] = {}
+        self._buffers = Buffers()
 
     @property
     def handled(self) -> dict[str, str]:
@@ -76,10 +78,12 @@ class GhostEngine:
     ) -> ClippedSum:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
         tensors, example = mappable(batch, examples)
+        self._buffers.take_back()  # also what an earlier call that failed half-way left behind
         while True:
             books = self._run(loss_function, parameters, tensors, example, examples)
             if not books.escaped:
                 break
+            self._buffers.take_back()
             self._per_example |= books.escaped
         self._handled = {name: " + ".join(sorted(books.handled.get(name, {"not used"}))) for name in parameters}
         contributions = {name: merged(books.by_name[name]) for name in parameters if name in books.by_name}
@@ -98,6 +102,7 @@ class GhostEngine:
                 if one is None
                 else one.weighted_sum(factors).to(dtype)
             )
+        self._buffers.take_back()
         return ClippedSum(gradient, norms, books.losses, books.outputs)
 
     def _run(
@@ -113,7 +118,7 @@ class GhostEngine:
         device = tensors[0].device
         witness = torch.zeros(examples, device=device)
         anchor = torch.zeros((), device=device, requires_grad=True)
-        of = Pass(anchor)
+        of = Pass(anchor, self._buffers)
 
         def loss_of_one(copies: dict[str, Tensor], rows: list[Tensor], one: Tensor) -> tuple[Tensor, Any]:
             of.witness = one

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
 from lightning_dp.functional.clip import accumulation_dtype
@@ -26,7 +27,7 @@ class Linear:
         assert weight is not None
         return Output(F.linear(x.reshape(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], len(weight)))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         return of_positions(x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(x), -1, g.shape[-1]))
 

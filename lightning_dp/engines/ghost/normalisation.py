@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Output
 from lightning_dp.engines.ghost.contribution import Contribution, Written
 from lightning_dp.functional.clip import accumulation_dtype
@@ -39,7 +40,7 @@ class GroupNorm:
         )
         return Output(output, tuple(x.shape), (mean.detach(), rstd.detach()))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         folded = _positions(self._folded(x)).to(g.dtype)
         g = _positions(g)
@@ -76,7 +77,7 @@ class LayerNorm:
         output, mean, rstd = torch.native_layer_norm(_full(x), self.shape, weight, bias, self.eps)
         return Output(output, tuple(x.shape), (mean.detach(), rstd.detach()))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         full = x.to(accumulation_dtype(x.dtype))
         mean, rstd = (statistic.to(full.dtype) for statistic in saved)
@@ -103,7 +104,7 @@ class RMSNorm:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         return Output(torch.rms_norm(_full(x), self.shape, weight, self.eps), tuple(x.shape))
 
-    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any) -> Contribution:
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         full = x.to(accumulation_dtype(x.dtype))
         eps = torch.finfo(full.dtype).eps if self.eps is None else self.eps
