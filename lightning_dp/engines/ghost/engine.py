@@ -159,7 +159,9 @@ class GhostEngine:
                 covered.update(layer.modules())
                 all_names = {name for found in inside.values() for name in found.values()}
                 how = kind if multihead else f"{kind}, from within"
-                leaves = Leaves({name: parameters[name] for name in all_names}, partial(books.deliver, how=how))
+                leaves = Leaves(
+                    {name: parameters[name] for name in all_names}, partial(books.deliver, how=how), self._buffers
+                )
                 books.leaves[layer] = leaves
                 if isinstance(layer, nn.MultiheadAttention):
                     by_place = {

@@ -3,7 +3,7 @@
 For w = gain · (v − mean v) / ‖v − mean v‖, or v / ‖v‖, the way back from a gradient G of w to one of v is, for each
 output channel, α · G outside the span of the vectors 1 and w, and a 2 × 2 matrix within. So an example's norm needs
 three numbers for each channel, ‖G‖ and its two components, instead of the whole way back. Nobody has to say which layer
-is of this kind: α and the matrix are found with three probes, and whether they explain the probes is checked, each time.
+is of this kind: α and the matrix are found by sending three directions back, and whether they explain what comes is checked, each time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.contribution import ROUNDING, Contribution, Written
 from lightning_dp.functional.clip import accumulation_dtype, per_example_norms
 
@@ -84,49 +85,52 @@ class _Projected:
         return _Projected(self._projection, gradients, gradients.flatten(2).to(components.dtype), components)
 
 
-def find_projection(weight: Tensor, shapes: Mapping[str, torch.Size], way_back: WayBack) -> Projection | None:
+def find_projection(
+    weight: Tensor, shapes: Mapping[str, torch.Size], way_back: WayBack, buffers: Buffers
+) -> Projection | None:
     """The projection by which ``weight`` was computed, or ``None`` if it was computed in another way.
 
-    Three random directions are sent back. Two and a bit determine α and the matrices; all must be explained, to
-    rounding, which a way back of another kind does with probability zero (Freivalds 1977).
+    Sent back are the two basis vectors, which gives the matrices, and a random direction. That one gives α, and all that
+    comes back for it must be explained, to rounding: a way back of another kind does that with probability zero
+    (Freivalds 1977).
 
     Args:
         weight: w, without a graph, ``(p, ...)``.
         shapes: shapes of the parameters it may depend on.
         way_back: gradients of w → gradients of those it does depend on.
+        buffers: where to take memory for the three directions.
     """
-    dtype = accumulation_dtype(weight.dtype)
     channels, per_channel = len(weight), math.prod(weight.shape[1:])
     of_its_shape = [name for name, shape in shapes.items() if shape == weight.shape]
-    if len(of_its_shape) != 1 or per_channel < 4 or dtype != weight.dtype:
+    if len(of_its_shape) != 1 or per_channel < 4 or accumulation_dtype(weight.dtype) != weight.dtype:
         return None
     (name,) = of_its_shape
-    basis = _basis(weight.reshape(channels, per_channel))
-    if basis is None:
+    probes = _probes(weight.reshape(channels, per_channel), buffers)
+    if probes is None:
         return None
-    probes = _probes(basis)
-    back = way_back(probes.reshape(PROBES, *weight.shape), True)
+    back = way_back(probes.view(PROBES, *weight.shape), True)
     if name not in back or any(math.prod(shapes[other]) != channels for other in back if other != name):
         return None
 
-    inside = torch.einsum("kpn,pni->kpi", probes, basis)  # components of the probes
-    outside = probes - torch.einsum("kpi,pni->kpn", inside, basis)
+    basis = probes[:2].permute(1, 2, 0)  # (p, n, 2)
+    random = probes[2]
+    inside = _components(random, basis)  # (p, 2)
     returned = back[name].reshape(PROBES, channels, per_channel)
-    returned_inside = torch.einsum("kpn,pni->kpi", returned, basis)
-    scale = (outside * returned).sum((0, 2)) / outside.square().sum((0, 2))
-    inverse = torch.linalg.inv(inside[:2].permute(1, 2, 0))  # columns: components of the first two probes
-    within = returned_inside[:2].permute(1, 2, 0) @ inverse
-    explained = scale[:, None] * outside + torch.einsum("pij,kpj,pni->kpn", within, inside, basis)
-    errors = [(explained - returned).norm(dim=2) / (returned.norm(dim=2) + _TINY)]
+    within = torch.stack([_components(one, basis) for one in returned[:2]], dim=2)
+    projected = (returned[2] * random).sum(1) - (_components(returned[2], basis) * inside).sum(1)
+    scale = projected / (random.square().sum(1) - inside.square().sum(1))
+    from_basis = torch.bmm(within, inside.unsqueeze(2)).squeeze(2) - scale[:, None] * inside
+    missed = (random * scale[:, None]).sub_(returned[2])
+    missed += torch.bmm(basis, from_basis.unsqueeze(2)).squeeze(2)
+    errors = [missed.norm(dim=1) / (returned[2].norm(dim=1) + _TINY)]
     gains = {}
     for other, rows in back.items():
         if other != name:
             given = rows.reshape(PROBES, channels)
-            gains[other] = torch.einsum("kp,pki->pi", given[:2], inverse)
-            missed = (torch.einsum("pi,kpi->kp", gains[other], inside) - given).abs()
-            errors.append(missed / (given.abs().amax(0) + _TINY))
-    tolerance = 1000 * torch.finfo(dtype).eps
-    if not all(bool((error <= tolerance).all()) for error in errors):
+            gains[other] = given[:2].t()
+            errors.append(((gains[other] * inside).sum(1) - given[2]).abs() / (given.abs().amax(0) + _TINY))
+    tolerance = 1000 * torch.finfo(weight.dtype).eps
+    if not bool((torch.stack(errors) <= tolerance).all()):
         return None
     return Projection(name, scale, basis, within, gains, way_back)
 
@@ -134,24 +138,26 @@ def find_projection(weight: Tensor, shapes: Mapping[str, torch.Size], way_back: 
 _TINY = 1e-30
 
 
-def _basis(rows: Tensor) -> Tensor | None:
-    """Orthonormal columns that span 1 and w of each channel, ``(p, n, 2)``; ``None`` if w is constant somewhere."""
-    ones = torch.full_like(rows, rows.shape[1] ** -0.5)
-    centred = rows - rows.mean(1, keepdim=True)
-    centred = centred - centred.mean(1, keepdim=True)
+def _components(rows: Tensor, basis: Tensor) -> Tensor:
+    return torch.bmm(rows.unsqueeze(1), basis).squeeze(1)
+
+
+def _probes(rows: Tensor, buffers: Buffers) -> Tensor | None:
+    """The two basis vectors of each channel, of 1 and of w, and a random one: ``(3, p, n)``.
+
+    ``None`` if w is constant in some channel.
+    """
+    channels, per_channel = rows.shape
+    probes = buffers.take((PROBES, channels, per_channel), like=rows)
+    probes[0] = per_channel**-0.5
+    centred = torch.sub(rows, rows.mean(1, keepdim=True), out=probes[1])
+    centred -= centred.mean(1, keepdim=True)
     sizes = centred.norm(dim=1, keepdim=True)
     if not bool((sizes > 1e-3 * rows.norm(dim=1, keepdim=True)).all()):
         return None
-    return torch.stack([ones, centred / sizes], dim=2)
-
-
-def _probes(basis: Tensor) -> Tensor:
-    """Random directions, another for each channel; the first two have known large components in the span."""
-    channels, per_channel, _ = basis.shape
-    step = 7
+    centred /= sizes
+    step = 7  # windows of one random sequence: another direction for each channel
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(PROBES, per_channel + step * channels, generator=generator, dtype=torch.float64)
-    windows = drawn.to(basis).unfold(1, per_channel, step)[:, :channels]
-    probes = windows.clone()
-    probes[:2] += per_channel**0.5 * basis.permute(2, 0, 1)
+    drawn = torch.randn(per_channel + step * channels, generator=generator, dtype=torch.float64)
+    probes[2] = drawn.to(rows).unfold(0, per_channel, step)[:channels]
     return probes

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Operand, Operation, Pass
 from lightning_dp.engines.ghost.contribution import Contribution, Written
 from lightning_dp.engines.ghost.convolution import Convolution
@@ -30,9 +31,11 @@ class Leaves:
     Args:
         values: name in the module → the parameter.
         deliver: name in the module → where its contributions go.
+        buffers: memory for what is written out.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], deliver: Callable[[str], Deliver]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], deliver: Callable[[str], Deliver], buffers: Buffers) -> None:
+        self._buffers = buffers
         self.by_name = {name: value.detach().requires_grad_() for name, value in values.items()}
         self._deliver = deliver
 
@@ -55,7 +58,7 @@ class Leaves:
 
         def deliver(contribution: Contribution) -> None:
             shapes = {name: leaf.shape for name, leaf in self.by_name.items()}
-            projection = find_projection(value.detach(), shapes, back)
+            projection = find_projection(value.detach(), shapes, back, self._buffers)
             rows = contribution.rows()
             if projection is None:
                 shares: dict[str, Contribution] = {name: Written(g) for name, g in back(rows, True).items()}
