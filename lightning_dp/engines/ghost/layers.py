@@ -86,8 +86,8 @@ def book_keeping_forward(layer: nn.Module, operands: Mapping[str, Operand], of: 
         frozen = getattr(layer, name, None)
         return operands.get(name) or (None if frozen is None else Operand(frozen.detach()))
 
-    def forward(x: Tensor) -> Tensor:
-        operation, x = operation_of(layer, x)
+    def forward(input: Tensor) -> Tensor:
+        operation, x = operation_of(layer, input)
         return of.call(operation, x, operand("weight"), operand("bias"))
 
     return forward
