@@ -107,14 +107,14 @@ def test_nothing_but_errors_is_taken_for_a_refusal() -> None:
         select_engine("auto", interrupted)
 
 
-@pytest.mark.parametrize("name", ["ghost", "", "Vmap"])
+@pytest.mark.parametrize("name", ["hooks", "", "Vmap"])
 def test_an_unknown_engine_is_refused_with_the_names_there_are(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"engine='{name}': expected one of auto, vmap, loop"):
+    with pytest.raises(ValueError, match=rf"engine='{name}': expected one of auto, ghost, vmap, loop"):
         check_engine_name(name)
 
 
 def test_the_names_there_are_pass() -> None:
-    for name in ("auto", "vmap", "loop"):
+    for name in ("auto", "ghost", "vmap", "loop"):
         check_engine_name(name)
 
 
