@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -237,6 +237,30 @@ def check_delta_for(plan: PrivacyPlan) -> None:
 def batch_norms(module: nn.Module) -> list[nn.Module]:
     """The BatchNorm layers of ``module`` that are there but harmless now (frozen and in eval mode)."""
     return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+
+def buffer_versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """The buffers of ``module`` and how often each has been written to, for :func:`check_buffers`."""
+    return {name: (buffer, buffer._version) for name, buffer in module.named_buffers()}
+
+
+def check_buffers(module: nn.Module, before: dict[str, tuple[Tensor, int]]) -> None:
+    """Refuse a training_step that has written to a buffer, or replaced one, since ``before`` was taken.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    changed = [
+        name
+        for name, buffer in module.named_buffers()
+        if name not in before or before[name][0] is not buffer or before[name][1] != buffer._version
+    ]
+    if changed:
+        raise PreflightError(
+            f"training_step changes the buffers {', '.join(changed[:5])}: expected buffers that stay as they are. What a "
+            "buffer learns from private examples leaves with the checkpoint, without noise. Make it a parameter, update "
+            "it outside training_step from public values, or switch the tracking off."
+        )
 
 
 def _mixes_examples(layer: nn.Module) -> bool:

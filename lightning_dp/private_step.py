@@ -26,7 +26,7 @@ from lightning_dp.agreement import check_same_data_on_every_rank, check_same_par
 from lightning_dp.capture import StepCapture
 from lightning_dp.coupling import check_rows_stay_apart
 from lightning_dp.engines.ghost import GhostEngine
-from lightning_dp.engines.ghost.agreement import check_agreement
+from lightning_dp.engines.ghost.verification import check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
@@ -34,6 +34,7 @@ from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.functional.views import Views, view_uniforms
 from lightning_dp.loader import LogicalBatch, PoissonLoader
 from lightning_dp.plan import PrivacyPlan
+from lightning_dp.transfer import let_logical_batches_through, stop_letting_through, to_device
 
 Planner = Callable[[DataLoader[Any]], Ledger]
 """Turns the user's training loader into the ledger of the run, which holds the plan."""
@@ -119,7 +120,7 @@ class PrivateStep:
         """
         module, loader = _module(strategy), self._loader
         assert loader is not None
-        _let_logical_batches_through(module)
+        let_logical_batches_through(module)
         given: Any = module.trainer.train_dataloader
         if given is not self._loader:
             raise preflight.PreflightError(
@@ -130,15 +131,15 @@ class PrivateStep:
         check_same_parameters_on_every_rank(strategy, module)
         self._capture = StepCapture(module)
         loss_function = self._loss_function(strategy, (0,) if _takes_batch_idx(module) else ())
-        buffers = _buffer_versions(module)
+        buffers = preflight.buffer_versions(module)
         with isolate_rng(), torch.enable_grad():
             batch, examples = loader.first_examples(TRIAL_EXAMPLES)
             check_rows_stay_apart(
-                lambda raw: _to_device(strategy, raw), batch, examples, "on_before_ or on_after_batch_transfer"
+                lambda raw: to_device(strategy, raw), batch, examples, "on_before_ or on_after_batch_transfer"
             )
 
             def with_views(raw: Any) -> Any:
-                return self._with_views(_to_device(strategy, raw), np.arange(examples), seed=torch.initial_seed())
+                return self._with_views(to_device(strategy, raw), np.arange(examples), seed=torch.initial_seed())
 
             if self._views is not None:
                 check_rows_stay_apart(with_views, batch, examples, "the transform of AugmentationMultiplicity")
@@ -150,7 +151,7 @@ class PrivateStep:
                     check_agreement(engine, loss_function, _trainable(module), on_device, examples)
 
             self._selection = select_engine(self._engine_name, trial, module)
-        _check_buffers(module, buffers)
+        preflight.check_buffers(module, buffers)
         rank_zero_info(self._selection.describe())
         return self._selection
 
@@ -182,7 +183,7 @@ class PrivateStep:
                 f"{len(mode)} BatchNorm layers were switched to train mode during training: expected eval mode. Do not "
                 "call .train() on a frozen part; batch statistics mix the examples."
             )
-        parameters, buffers = _trainable(module), _buffer_versions(module)
+        parameters, buffers = _trainable(module), preflight.buffer_versions(module)
         with _forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, batch.step, _rank(strategy))):
             total = accumulate(
                 self._selection.engine,
@@ -191,7 +192,7 @@ class PrivateStep:
                 self._micro_batches(strategy, batch, key),
                 ledger.plan.clip_norm,
             )
-        _check_buffers(module, buffers)
+        preflight.check_buffers(module, buffers)
         self._pending = total, parameters
         self.not_finite += total.not_finite
 
@@ -240,7 +241,7 @@ class PrivateStep:
         """Forget the key and leave the module as it was found."""
         self._key = None
         self._pending = None
-        _module(strategy).__dict__.pop("_on_before_batch_transfer", None)
+        stop_letting_through(_module(strategy))
 
     @property
     def randomness(self) -> Literal["secret", "reproducible"]:
@@ -257,7 +258,7 @@ class PrivateStep:
         seed, start = int.from_bytes(key.derive(Stream.VIEWS, batch.step, size=8), "big"), 0
         for micro_batch, size in batch.micro_batches():
             indices = batch.indices[start : start + size].numpy()
-            yield self._with_views(_to_device(strategy, micro_batch), indices, seed), size
+            yield self._with_views(to_device(strategy, micro_batch), indices, seed), size
             start += size
 
     def _with_views(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
@@ -309,16 +310,6 @@ def _shared_key(strategy: Strategy, seed: int | None) -> RandomKey:
     return RandomKey(strategy.broadcast(RandomKey.fresh().reveal()), "secret")
 
 
-def _let_logical_batches_through(module: pl.LightningModule) -> None:
-    """Spare the user's ``on_before_batch_transfer`` the logical batch; its micro-batches go through it one by one."""
-    original = type(module)._on_before_batch_transfer
-
-    def hook(batch: Any, dataloader_idx: int = 0) -> Any:
-        return batch if isinstance(batch, LogicalBatch) else original(module, batch, dataloader_idx)
-
-    module.__dict__["_on_before_batch_transfer"] = hook
-
-
 def _module(strategy: Strategy) -> pl.LightningModule:
     module = strategy.lightning_module
     assert module is not None
@@ -342,14 +333,6 @@ def _world_size(strategy: Strategy) -> int:
     return int(getattr(strategy, "world_size", 1))
 
 
-def _to_device(strategy: Strategy, batch: Any) -> Any:
-    """What Lightning does to a batch before training_step, hooks included, for one micro-batch."""
-    module = _module(strategy)
-    batch = strategy.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
-
-
 def _default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: Strategy, views: int) -> int:
     """One micro-batch for nearly every step if its per-example gradients fit in 512 MiB (8 GiB on an accelerator).
 
@@ -359,24 +342,6 @@ def _default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy:
     room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
     share = plan.expected_batch_size / _world_size(strategy)
     return max(1, min(room, 512 // views, math.ceil(share + 4 * math.sqrt(share))))
-
-
-def _buffer_versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    return {name: (buffer, buffer._version) for name, buffer in module.named_buffers()}
-
-
-def _check_buffers(module: nn.Module, before: dict[str, tuple[Tensor, int]]) -> None:
-    changed = [
-        name
-        for name, buffer in module.named_buffers()
-        if name not in before or before[name][0] is not buffer or before[name][1] != buffer._version
-    ]
-    if changed:
-        raise preflight.PreflightError(
-            f"training_step changes the buffers {', '.join(changed[:5])}: expected buffers that stay as they are. What a "
-            "buffer learns from private examples leaves with the checkpoint, without noise. Make it a parameter, update "
-            "it outside training_step from public values, or switch the tracking off."
-        )
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from lightning_dp import DifferentialPrivacy, EngineError
 from lightning_dp.engines.ghost import GhostEngine, linear, normalisation
-from lightning_dp.engines.ghost.agreement import DisagreementError, check_agreement
 from lightning_dp.engines.ghost.contribution import Written, gram, gram_norms
+from lightning_dp.engines.ghost.verification import DisagreementError, check_agreement
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.select import select_engine
 from lightning_dp.functional.gradient import ClippedSum, Engine

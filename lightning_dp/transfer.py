@@ -1,0 +1,43 @@
+"""What Lightning does to a batch between loader and training_step, done to one micro-batch at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import Strategy
+
+from lightning_dp.loader import LogicalBatch
+
+HOOK = "_on_before_batch_transfer"
+"""Lightning's way to the user's ``on_before_batch_transfer``."""
+
+
+def to_device(strategy: Strategy, batch: Any) -> Any:
+    """Convert a micro-batch to the Trainer's precision and move it to the device, the user's hooks included.
+
+    Args:
+        strategy: connected to the module; its precision plugin, device and the module's (or data module's)
+            ``on_before_batch_transfer``, ``transfer_batch_to_device`` and ``on_after_batch_transfer`` are used.
+        batch: a collated micro-batch.
+    """
+    module = strategy.lightning_module
+    assert module is not None
+    batch = strategy.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
+
+
+def let_logical_batches_through(module: pl.LightningModule) -> None:
+    """Spare the user's ``on_before_batch_transfer`` the logical batch; its micro-batches go through it one by one."""
+    original = type(module)._on_before_batch_transfer
+
+    def hook(batch: Any, dataloader_idx: int = 0) -> Any:
+        return batch if isinstance(batch, LogicalBatch) else original(module, batch, dataloader_idx)
+
+    module.__dict__[HOOK] = hook
+
+
+def stop_letting_through(module: pl.LightningModule) -> None:
+    """Leave the module as it was before :func:`let_logical_batches_through`."""
+    module.__dict__.pop(HOOK, None)
