@@ -132,3 +132,25 @@ def test_an_unknown_key_in_a_recipe_is_an_error(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode != 0
     assert "epsilom" in done.stderr
+
+
+def test_a_recipe_is_audited(tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "digits" / "cnn_eps8.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_dp", "audit", "--config", str(recipe), "--trainer.max_steps=3", "--json",
+         "--gradient-canaries=200", "--input-canaries=4", "--seed=0"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["verdict"] == "consistent"
+    assert found["epsilon_lower"] < found["epsilon_claimed"] <= 8
+    assert found["confidence"] == 0.95
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_audit_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["audit"])
+    assert ended.value.code == 2
+    assert "--config" in capsys.readouterr().err

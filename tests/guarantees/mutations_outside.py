@@ -206,3 +206,18 @@ def a_failing_accountant_says_zero() -> Iterator[None]:
     with patched((epsilon_module.EpsilonCurve, "_fresh", fresh)):
         yield
     epsilon_module._bound_of.cache_clear()
+
+
+@contextmanager
+def every_example_once_an_epoch() -> Iterator[None]:
+    """The data are shuffled and dealt out in batches, as every loader does without privacy."""
+
+    def dealt(self: Any, step: int) -> Any:
+        epoch = self._plan.steps_per_epoch
+        order = self._key.generator(loader_module.Stream.SAMPLING, step // epoch).permutation(self._dataset_size)
+        mine = order[step % epoch :: epoch]
+        mine.sort()
+        return mine, len(mine)
+
+    with patched((loader_module._Draws, "at", dealt)):
+        yield
