@@ -37,6 +37,21 @@ def test_the_printed_epsilon_is_never_below_the_bound(capsys: pytest.CaptureFixt
         assert bound <= float(line.split()[2]) <= bound + 1e-3
 
 
+def test_all_accountants_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["epsilon", "--noise-multiplier", "3", *CIFAR, "--all"]
+    found = json.loads(said(capsys, *words, "--json"))
+    assert found["epsilon_pld_low"] <= found["epsilon_pld_high"] <= found["epsilon_prv"] <= found["epsilon_rdp"]
+    assert found["epsilon_prv"] == found["epsilon"]
+    lines = said(capsys, *words).splitlines()
+    assert [line.split(",")[0].strip() for line in lines[1:]] == ["PRV", "RDP", "PLD", "PLD"]
+
+
+def test_a_missing_accountant_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_dp.accounting.compare.find_spec", lambda name: None)
+    told = said(capsys, "epsilon", "--noise-multiplier", "3", *CIFAR, "--all")
+    assert told.count("not installed (dp-accounting)") == 2
+
+
 def test_calibrate_is_the_inverse_of_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
     answer = json.loads(said(capsys, "calibrate", "--epsilon", "8", *CIFAR, "--json"))
     assert epsilon_bound([Phase(answer["noise_multiplier"], 0.08192, 875)], 1e-5).epsilon <= 8.0
