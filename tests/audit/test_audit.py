@@ -24,16 +24,18 @@ from tests.guarantees import mutations_outside as outside
 def audited(
     epsilon: float = 4.0, steps: int = 8, gradient: int = 3000, inputs: int = 20, seed: int = 0, **options: Any
 ) -> AuditResult:
-    private = DifferentialPrivacy(**{"epsilon": epsilon, "delta": 1e-5, "seed": seed, **options})
+    private = DifferentialPrivacy(**{"epsilon": epsilon, "delta": 1e-5, "seed": seed, "engine": "vmap", **options})
     return audit(
         trainer(private, max_steps=steps), regressor(lr=0.1), loader(batch_size=32),
         gradient_canaries=gradient, input_canaries=inputs, seed=seed,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("engine", "epsilon"), [("vmap", 1.0), ("vmap", 4.0), ("vmap", 8.0), ("loop", 4.0)])
+@pytest.mark.parametrize(
+    ("engine", "epsilon"), [("vmap", 1.0), ("vmap", 4.0), ("vmap", 8.0), ("loop", 4.0), ("auto", 4.0)]
+)
 def test_right_code_stays_below_its_claim(engine: str, epsilon: float) -> None:
-    result = audited(epsilon, steps=4, gradient=2000 if engine == "vmap" else 100, engine=engine)
+    result = audited(epsilon, steps=4, gradient=100 if engine == "loop" else 2000, engine=engine)
     assert result.verdict == "consistent"
     assert 0 <= result.epsilon_lower < result.epsilon_claimed <= epsilon
     assert result.plan_p_value is not None

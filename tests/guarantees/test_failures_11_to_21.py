@@ -58,7 +58,7 @@ def test_14_one_broken_gradient_poisons_the_sum() -> None:
             torch.randn(8, 4).index_fill(0, torch.tensor(3), torch.nan), torch.randn(8)
         )
         module = regressor()
-        private = DifferentialPrivacy(noise_multiplier=0.0, expected_batch_size=8)
+        private = DifferentialPrivacy(noise_multiplier=0.0, expected_batch_size=8, engine="vmap")
         with pytest.warns(UserWarning, match="1 per-example gradients .* were not finite"):
             trainer(private, max_steps=1).fit(module, loader(data, 8))
         assert bool(torch.isfinite(weights(module)).all())
