@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -118,3 +120,8 @@ def test_impossible_counts(guesses: int, correct: int) -> None:
 def test_a_confidence_out_of_range(confidence: float) -> None:
     with pytest.raises(ValueError, match=r"confidence=.*: expected a number in \(0, 1\)"):
         epsilon_lower_bound(10, 5, 5, 1e-5, confidence)
+
+
+@pytest.mark.parametrize("module", ["lightning_dp.audit.bound", "lightning_dp.accounting.compare"])
+def test_the_examples_of_the_documentation_hold(module: str) -> None:
+    assert doctest.testmod(import_module(module), raise_on_error=False).failed == 0
