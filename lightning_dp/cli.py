@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 
-from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for
+from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for, side_by_side
 from lightning_dp.plan import check_delta, check_epsilon, check_noise_multiplier, check_sampling_probability
 from lightning_dp.version import __version__
 
@@ -20,9 +20,18 @@ Differentially private training with PyTorch Lightning.
   recipes   fit, validate, test, predict   lightning-dp fit --config recipes/digits/cnn_eps8.yaml
   numbers   epsilon                        the ε that a noise multiplier gives
             calibrate                      the noise multiplier that an ε needs
+  evidence  audit                          a lower bound on ε, from training a recipe once with canaries
 
 lightning-dp COMMAND --help says more. --version prints the version.
 """
+
+
+_NAMES = {
+    "prv": "PRV, upper bound       ",
+    "rdp": "RDP, upper bound       ",
+    "pld_low": "PLD, optimistic        ",
+    "pld_high": "PLD, pessimistic       ",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _epsilon(words[1:])
     elif command == "calibrate":
         _calibrate(words[1:])
+    elif command == "audit":
+        from lightning_dp.audit.command import run as run_audit
+
+        run_audit(words[1:])
     else:
         from lightning_dp.recipe_cli import (
             run,
@@ -52,20 +65,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _epsilon(words: Sequence[str]) -> None:
     parser = _parser("epsilon", "Print an upper bound on ε of DP-SGD with Poisson sampling (add/remove one example).")
     parser.add_argument("--noise-multiplier", type=float, required=True, metavar="S", help="σ, noise over clip norm")
+    parser.add_argument("--all", action="store_true", help="also by RDP and PLD (the latter needs dp-accounting)")
     args = _parse_common(parser, words)
     try:
         check_noise_multiplier(args.noise_multiplier)
-        bound = epsilon_bound([Phase(args.noise_multiplier, args.sampling_probability, args.steps)], args.delta)
+        phases = [Phase(args.noise_multiplier, args.sampling_probability, args.steps)]
+        bound = epsilon_bound(phases, args.delta)
+        others = side_by_side(phases, args.delta) if args.all else {}
     except ValueError as error:
         parser.error(str(error))
     if args.json:
-        _print_json(epsilon=bound.epsilon, delta=args.delta, accountant=bound.accountant, note=bound.note)
+        also = {f"epsilon_{name}": epsilon for name, epsilon in others.items()}
+        _print_json(epsilon=bound.epsilon, delta=args.delta, accountant=bound.accountant, note=bound.note, **also)
         return
     print(
         f"ε ≤ {_up(bound.epsilon)} at δ = {args.delta:g}: σ = {args.noise_multiplier:g}, "
         f"q = {args.sampling_probability:g}, {args.steps} steps ({bound.accountant} accountant"
         f"{'; ' + bound.note if bound.note else ''})"
     )
+    for name, epsilon in others.items():
+        print(f"  {_NAMES[name]}  {'not installed (dp-accounting)' if epsilon is None else _up(epsilon)}")
 
 
 def _calibrate(words: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ phase → rdp, prv → epsilon → calibrate, ledger → statement
 """
 
 from lightning_dp.accounting.calibrate import noise_multiplier_for
+from lightning_dp.accounting.compare import side_by_side
 from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
 from lightning_dp.accounting.ledger import BudgetExceededError, Ledger
 from lightning_dp.accounting.phase import Phase
@@ -20,4 +21,5 @@ __all__ = [
     "epsilon_bound",
     "noise_multiplier_for",
     "rdp_epsilon",
+    "side_by_side",
 ]

@@ -37,6 +37,21 @@ def test_the_printed_epsilon_is_never_below_the_bound(capsys: pytest.CaptureFixt
         assert bound <= float(line.split()[2]) <= bound + 1e-3
 
 
+def test_all_accountants_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["epsilon", "--noise-multiplier", "3", *CIFAR, "--all"]
+    found = json.loads(said(capsys, *words, "--json"))
+    assert found["epsilon_pld_low"] <= found["epsilon_pld_high"] <= found["epsilon_prv"] <= found["epsilon_rdp"]
+    assert found["epsilon_prv"] == found["epsilon"]
+    lines = said(capsys, *words).splitlines()
+    assert [line.split(",")[0].strip() for line in lines[1:]] == ["PRV", "RDP", "PLD", "PLD"]
+
+
+def test_a_missing_accountant_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_dp.accounting.compare.find_spec", lambda name: None)
+    told = said(capsys, "epsilon", "--noise-multiplier", "3", *CIFAR, "--all")
+    assert told.count("not installed (dp-accounting)") == 2
+
+
 def test_calibrate_is_the_inverse_of_epsilon(capsys: pytest.CaptureFixture[str]) -> None:
     answer = json.loads(said(capsys, "calibrate", "--epsilon", "8", *CIFAR, "--json"))
     assert epsilon_bound([Phase(answer["noise_multiplier"], 0.08192, 875)], 1e-5).epsilon <= 8.0
@@ -132,3 +147,25 @@ def test_an_unknown_key_in_a_recipe_is_an_error(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode != 0
     assert "epsilom" in done.stderr
+
+
+def test_a_recipe_is_audited(tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "digits" / "cnn_eps8.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_dp", "audit", "--config", str(recipe), "--trainer.max_steps=3", "--json",
+         "--gradient-canaries=200", "--input-canaries=4", "--seed=0"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["verdict"] == "consistent"
+    assert found["epsilon_lower"] < found["epsilon_claimed"] <= 8
+    assert found["confidence"] == 0.95
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_audit_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["audit"])
+    assert ended.value.code == 2
+    assert "--config" in capsys.readouterr().err

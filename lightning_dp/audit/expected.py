@@ -1,0 +1,72 @@
+"""How well the best attacker guesses if the plan is followed to the letter: what the white-box scores are held against."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from lightning_dp.plan import PrivacyPlan
+
+SIMULATED = 20_000
+"""Canaries simulated, half of them in."""
+
+Scores = npt.NDArray[np.float64]
+
+
+def log_likelihood_ratio(released: Scores, plan: PrivacyPlan) -> Scores:
+    """Log of (1-q)·N(0, σ²) + q·N(1, σ²) over N(0, σ²) at what one step released along a canary's coordinate.
+
+    The best test there is between a canary that is in and one that is not adds this up over the steps (Neyman and
+    Pearson 1933). Without noise (σ = 0) it is the released value itself.
+
+    Args:
+        released: the noisy gradient there, ``(m,)``, as given to the optimizer.
+        plan: B and C, to undo the division and the clip norm's unit, and σ and q.
+    """
+    x = released * plan.expected_batch_size / (plan.clip_norm if math.isfinite(plan.clip_norm) else 1.0)
+    if plan.noise_multiplier == 0:
+        return x
+    z = (2.0 * x - 1.0) / (2.0 * plan.noise_multiplier**2)
+    if plan.sampling_probability == 1:
+        return z
+    return np.logaddexp(math.log1p(-plan.sampling_probability), math.log(plan.sampling_probability) + z)
+
+
+def plan_accuracy(plan: PrivacyPlan, steps: int, seed: int = 0) -> float:
+    """The share of right guesses about all canaries that the best test reaches, a simulated upper limit of it.
+
+    A canary of gradient norm C is drawn with probability q at each of ``steps`` steps and N(0, σ²) is added; the guess
+    is "in" where the log-likelihood ratio is above 0. No test of any kind guesses better on average, since the coins are
+    fair: this is (1 + δ(0)) / 2, with δ(0) the total variation distance between training with and without the canary.
+    Five standard errors of the simulation are added.
+
+    Args:
+        plan: with σ > 0.
+        steps: T.
+        seed: of the simulation.
+    """
+    generator = np.random.default_rng(seed)
+    members = np.arange(SIMULATED) % 2 == 0
+    scores = np.zeros(SIMULATED)
+    unit = plan.clip_norm / plan.expected_batch_size
+    for _ in range(steps):
+        drawn = members & (generator.random(SIMULATED) < plan.sampling_probability)
+        noisy = drawn + plan.noise_multiplier * generator.standard_normal(SIMULATED)
+        scores += log_likelihood_ratio(noisy * unit, plan)
+    right = float(np.mean((scores > 0) == members))
+    return min(1.0, right + 5.0 * math.sqrt(max(right * (1.0 - right), 1.0 / SIMULATED) / SIMULATED))
+
+
+def plan_p_value(scores: Scores, members: npt.NDArray[np.bool_], plan: PrivacyPlan, steps: int) -> float | None:
+    """How likely guesses this good are if the plan is followed; ``None`` for a plan without noise.
+
+    The canaries' coordinates get noise and draws of their own, so under the plan the guesses are right independently of
+    each other, each with at most :func:`plan_accuracy`.
+    """
+    if plan.noise_multiplier == 0 or len(members) == 0:
+        return None
+    correct = int(np.sum((scores > 0) == members))
+    return float(stats.binom.sf(correct - 1, len(members), plan_accuracy(plan, steps)))

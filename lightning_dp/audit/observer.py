@@ -1,0 +1,71 @@
+"""What an attacker sees of a run, and the scores made of it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_dp.audit.canaries import NOT_A_CANARY, WithCanaries, coordinates
+from lightning_dp.audit.expected import Scores, log_likelihood_ratio
+from lightning_dp.callback import DifferentialPrivacy
+from lightning_dp.capture import StepCapture
+
+
+class Observer(pl.Callback):
+    """Scores the canaries during a run: every released gradient (white box), and the losses of the end (black box).
+
+    Args:
+        private: the run's callback, for the plan.
+
+    Attributes:
+        white_box: after training, a score for each gradient-space canary, ``(m₁,)``: the log-likelihood ratio of all
+            released gradients along its coordinate, with the canary against without it, if the plan is followed.
+        black_box: a score for each input-space canary, ``(m₂,)``: by how much training lowered its loss.
+    """
+
+    def __init__(self, private: DifferentialPrivacy) -> None:
+        self._private = private
+        self.loader: DataLoader[Any] | None = None
+        self.white_box: Scores = np.zeros(0)
+        self.black_box: Scores = np.zeros(0)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.white_box = np.zeros(coordinates(pl_module).numel())
+        self.black_box = self._losses(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        plan, gradient = self._private.plan, coordinates(pl_module).grad
+        assert plan is not None
+        assert gradient is not None
+        self.white_box += log_likelihood_ratio(gradient.detach().flatten().double().cpu().numpy(), plan)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.black_box = self.black_box - self._losses(trainer, pl_module)
+
+    def _losses(self, trainer: pl.Trainer, module: pl.LightningModule) -> Scores:
+        """The loss of each input-space canary, by the module's own training_step in eval mode."""
+        assert self.loader is not None
+        dataset, collate = self.loader.dataset, self.loader.collate_fn
+        assert isinstance(dataset, WithCanaries)
+        capture, modes, losses = StepCapture(module), [m.training for m in module.modules()], []
+        module.eval()
+        with torch.no_grad():
+            for number in range(len(dataset.canaries.inputs)):
+                batch = collate([(dataset.input_canary(number), NOT_A_CANARY)])
+                batch = module._on_before_batch_transfer(batch)
+                batch = module._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device)
+                with trainer.strategy.precision_plugin.train_step_context():
+                    loss, _ = capture.run(functools.partial(module.training_step, batch, 0))
+                losses.append(float(loss))
+        for child, training in zip(module.modules(), modes, strict=True):
+            child.training = training
+        return np.asarray(losses, dtype=np.float64)

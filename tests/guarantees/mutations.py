@@ -1,0 +1,281 @@
+"""Bugs of other libraries, planted in the real code one at a time, to show that a check notices each of them.
+
+Every function is a context manager that patches the package while it is open. Nothing here is ever right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_dp.engines.vmap as vmap_module
+import lightning_dp.functional.step as step_module
+import lightning_dp.private_step as private_step_module
+from lightning_dp.functional.randomness import RandomKey
+from lightning_dp.plan import PrivacyPlan
+from lightning_dp.private_step import PrivateStep
+
+Mutation = Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def caught(mutation: AbstractContextManager[None]) -> Iterator[None]:
+    """Assert that the check inside fails, by a failed assertion and not by an accident, while ``mutation`` is planted."""
+    with mutation, pytest.raises((AssertionError, pytest.fail.Exception)):
+        yield
+
+
+@contextmanager
+def patched(*patches: tuple[Any, str, Any]) -> Iterator[None]:
+    """Set attributes, given as (owner, name, value), while open."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, value in patches:
+            patch.setattr(owner, name, value)
+        yield
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def private_gradient_made_but_not_used() -> Iterator[None]:
+    """O#313: noise is drawn, ε is counted, and the optimizer gets the plain sum."""
+    original = PrivateStep.backward
+
+    def backward(self: PrivateStep, strategy: Any, closure_loss: Tensor) -> Tensor:
+        assert self._pending is not None
+        total, parameters = self._pending
+        loss = original(self, strategy, closure_loss)
+        for name, parameter in parameters.items():
+            parameter.grad = total.gradient[name] / self._ledger.plan.expected_batch_size  # type: ignore[union-attr]
+        return loss
+
+    with patched((PrivateStep, "backward", backward)):
+        yield
+
+
+@contextmanager
+def divided_by(size: Callable[[int, PrivacyPlan, Any], float]) -> Iterator[None]:
+    """The divisor is some other ``size(examples in the step, plan, loader)``."""
+    accumulate, release = private_step_module.accumulate, private_step_module.release
+    seen: list[int] = []
+    datasets: list[Any] = []
+    original_loader = private_step_module.PoissonLoader
+
+    def watched(*args: Any, **options: Any) -> Any:
+        total = accumulate(*args, **options)
+        seen.append(total.examples)
+        return total
+
+    def loader(given: Any, *args: Any, **options: Any) -> Any:
+        datasets.append(given.dataset)
+        return original_loader(given, *args, **options)
+
+    def released(gradient: Any, plan: PrivacyPlan, *args: Any, **options: Any) -> dict[str, Tensor]:
+        right = release(gradient, plan, *args, **options)
+        wrong = plan.expected_batch_size / max(1.0, size(seen[-1], plan, datasets[-1]))
+        return {name: tensor * wrong for name, tensor in right.items()}
+
+    with patched(
+        (private_step_module, "accumulate", watched),
+        (private_step_module, "release", released),
+        (private_step_module, "PoissonLoader", loader),
+    ):
+        yield
+
+
+def divisor_is_the_realised_batch() -> AbstractContextManager[None]:
+    """The mean over the examples drawn: another example in the draw rescales everybody's gradient."""
+    return divided_by(lambda examples, plan, dataset: examples)
+
+
+def divisor_from_the_private_dataset_size() -> AbstractContextManager[None]:
+    """O#571, O#819: int(N·q) with the actual N."""
+    return divided_by(lambda examples, plan, dataset: int(len(dataset) * plan.sampling_probability))
+
+
+@contextmanager
+def empty_steps_are_skipped(*, charged: bool) -> Iterator[None]:
+    """O#161, O#522: a step without examples releases nothing, whether or not it is counted."""
+    original = PrivateStep.backward
+
+    def backward(self: PrivateStep, strategy: Any, closure_loss: Tensor) -> Tensor:
+        assert self._pending is not None
+        assert self._ledger is not None
+        if self._pending[0].examples:
+            return original(self, strategy, closure_loss)
+        for parameter in self._pending[1].values():
+            parameter.grad = torch.zeros_like(parameter)
+        self._pending = None
+        if charged:
+            self._ledger.charge()
+        return closure_loss
+
+    with patched((PrivateStep, "backward", backward)):
+        yield
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def noise_scaled(factor: float) -> Iterator[None]:
+    """The noise has ``factor`` times the standard deviation of the plan."""
+    original = step_module.add_gaussian_noise
+
+    def add(total: Tensor, *, noise_std: float, key: RandomKey, step: int) -> Tensor:
+        return original(total, noise_std=factor * noise_std, key=key, step=step)
+
+    with patched((step_module, "add_gaussian_noise", add)):
+        yield
+
+
+def no_noise() -> AbstractContextManager[None]:
+    """The noise is left out."""
+    return noise_scaled(0.0)
+
+
+@contextmanager
+def noise_of_sigma_alone() -> Iterator[None]:
+    """The noise has standard deviation σ whatever C: right only at C = 1."""
+    with patched((PrivacyPlan, "noise_std", property(lambda plan: plan.noise_multiplier))):
+        yield
+
+
+@contextmanager
+def every_rank_adds_noise() -> Iterator[None]:
+    """Each rank adds the whole noise: more privacy than stated, and worse models."""
+    original = private_step_module.release
+    with patched((private_step_module, "release", lambda *args, **options: original(*args, **{**options, "rank": 0}))):
+        yield
+
+
+@contextmanager
+def no_rank_adds_noise() -> Iterator[None]:
+    """The rank that should add the noise believes to be another one."""
+    original = private_step_module.release
+    with patched((private_step_module, "release", lambda *args, **options: original(*args, **{**options, "rank": 1}))):
+        yield
+
+
+@contextmanager
+def ranks_are_averaged() -> Iterator[None]:
+    """Lightning's default reduction, a mean, where the sum is meant."""
+    original = private_step_module.release
+
+    def release(*args: Any, **options: Any) -> dict[str, Tensor]:
+        total = options["all_reduce_sum"]
+        ranks = float(total(torch.ones(1)))
+        return original(*args, **{**options, "all_reduce_sum": lambda flat: total(flat) / ranks})
+
+    with patched((private_step_module, "release", release)):
+        yield
+
+
+@contextmanager
+def noise_stream_restarts() -> Iterator[None]:
+    """O#117: a resumed run draws the noise of steps 0, 1, 2 again."""
+    original = private_step_module.release
+    first: dict[int, tuple[int, Any]] = {}
+
+    def release(gradient: Any, plan: Any, key: Any, step: int, **options: Any) -> dict[str, Tensor]:
+        start, _ = first.setdefault(id(key), (step, key))  # each run has a key object of its own
+        return original(gradient, plan, key, step - start, **options)
+
+    with patched((private_step_module, "release", release)):
+        yield
+
+
+@contextmanager
+def key_from_the_global_generator() -> Iterator[None]:
+    """The secret comes from ``torch.rand``, which ``seed_everything`` fixes."""
+
+    def fresh() -> RandomKey:
+        return RandomKey(bytes(torch.randint(256, (32,)).tolist()), "secret")
+
+    with patched((RandomKey, "fresh", staticmethod(fresh))):
+        yield
+
+
+@contextmanager
+def same_secret_in_every_run() -> Iterator[None]:
+    """A constant where the operating system's entropy should be."""
+    with patched((RandomKey, "fresh", staticmethod(lambda: RandomKey(b"\0" * 32, "secret")))):
+        yield
+
+
+# --- clipping and gradients -------------------------------------------------------------------------------------------
+
+Gradients = Mapping[str, Tensor]
+
+
+@contextmanager
+def _clipping(wrong: Callable[[Callable[..., Any], dict[str, Tensor], float], Any]) -> Iterator[None]:
+    original = vmap_module.clip_and_sum
+    with patched((vmap_module, "clip_and_sum", lambda gradients, clip: wrong(original, dict(gradients), clip))):
+        yield
+
+
+def no_clipping() -> AbstractContextManager[None]:
+    """O#664: the clip norm is ignored."""
+    return _clipping(lambda right, gradients, clip: right(gradients, math.inf))
+
+
+def clipped_per_batch() -> AbstractContextManager[None]:
+    """The batch's summed gradient is clipped, as for stability, not each example's."""
+
+    def wrong(right: Callable[..., Any], gradients: dict[str, Tensor], clip: float) -> Any:
+        norms = right(gradients, clip)[1]
+        return right({name: g.sum(0, keepdim=True) for name, g in gradients.items()}, clip)[0], norms
+
+    return _clipping(wrong)
+
+
+def parameter_dropped(part: str) -> AbstractContextManager[None]:
+    """F: parameters of a kind the library does not know get no gradient, and a line is printed."""
+    return _clipping(
+        lambda right, gradients, clip: right(
+            {name: torch.zeros_like(g) if part in name else g for name, g in gradients.items()}, clip
+        )
+    )
+
+
+def norm_without_cross_terms(part: str, calls: int) -> AbstractContextManager[None]:
+    """F: a layer that is applied several times counts in the norm as if it were applied once."""
+
+    def wrong(right: Callable[..., Any], gradients: dict[str, Tensor], clip: float) -> Any:
+        norms = right({n: g / calls if part in n else g for n, g in gradients.items()}, clip)[1]
+        factors = (clip / norms).clamp(max=1.0)
+        return {n: torch.einsum("i,i...->...", factors.to(g.dtype), g) for n, g in gradients.items()}, norms
+
+    return _clipping(wrong)
+
+
+def broken_examples_poison_the_sum() -> AbstractContextManager[None]:
+    """min(1, C/‖g‖)·g without a thought for NaN."""
+
+    def wrong(right: Callable[..., Any], gradients: dict[str, Tensor], clip: float) -> Any:
+        norms = right(gradients, clip)[1]
+        factors = (clip / norms).clamp(max=1.0)
+        return {n: torch.einsum("i,i...->...", factors, g) for n, g in gradients.items()}, norms
+
+    return _clipping(wrong)
+
+
+@contextmanager
+def frozen_by_a_hook(part: str) -> Iterator[None]:
+    """O#820: the library's hooks miss an adapter's parameters; they get zero gradients and ε grows."""
+    original = private_step_module.release
+
+    def release(*args: Any, **options: Any) -> dict[str, Tensor]:
+        released = original(*args, **options)
+        return {name: torch.zeros_like(g) if part in name else g for name, g in released.items()}
+
+    with patched((private_step_module, "release", release)):
+        yield

@@ -1,0 +1,223 @@
+"""More planted bugs: in the sampling, around the step and in the accounting. See :mod:`tests.guarantees.mutations`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import lightning_dp.accounting.epsilon as epsilon_module
+import lightning_dp.accounting.ledger as ledger_module
+import lightning_dp.callback as callback_module
+import lightning_dp.loader as loader_module
+import lightning_dp.planning as planning_module
+import lightning_dp.preflight as preflight_module
+import lightning_dp.report as report_module
+from lightning_dp.accounting.epsilon import EpsilonBound
+from lightning_dp.plan import PrivacyPlan
+from lightning_dp.private_step import PrivateStep
+from tests.guarantees.mutations import patched
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def shuffled_fixed_batches() -> Iterator[None]:
+    """PT#7, O#80, J#84: batches of a fixed size, accounted for as Poisson samples."""
+
+    def fixed(generator: Any, examples: int, q: float) -> Any:
+        return sorted_choice(generator, examples, round(examples * q))
+
+    with patched((loader_module, "poisson_sample", fixed)):
+        yield
+
+
+def sorted_choice(generator: Any, examples: int, size: int) -> Any:
+    drawn = generator.choice(examples, size=size, replace=False)
+    drawn.sort()
+    return drawn
+
+
+@contextmanager
+def own_draw_on_every_rank() -> Iterator[None]:
+    """Each rank samples its own part of the data, all with one seed: the local masks are identical."""
+    draw = loader_module.poisson_sample
+
+    def local(self: Any, step: int) -> Any:
+        generator = self._key.generator(loader_module.Stream.SAMPLING, step)
+        mine = draw(generator, self._dataset_size // self._world_size, self._plan.sampling_probability)
+        return mine * self._world_size + self._rank, len(mine) * self._world_size
+
+    with patched((loader_module._Draws, "at", local)):
+        yield
+
+
+@contextmanager
+def empty_local_batches_are_dropped() -> Iterator[None]:
+    """A rank without examples takes no step, while the others do."""
+    original = loader_module.PoissonLoader.__iter__
+
+    def iterate(self: Any) -> Any:
+        return (batch for batch in original(self) if len(batch.indices))
+
+    with patched((loader_module.PoissonLoader, "__iter__", iterate)):
+        yield
+
+
+@contextmanager
+def any_loader_is_accepted() -> Iterator[None]:
+    """Samplers are not looked at."""
+    with patched((preflight_module, "check_loader", lambda loader: loader)):
+        yield
+
+
+@contextmanager
+def accounted_with_one_over_the_loaders_length() -> Iterator[None]:
+    """O#813: q = 1/len(loader), whatever the sampler does."""
+    original = ledger_module._Entry.of
+
+    def of(plan: PrivacyPlan, steps: int) -> Any:
+        return replace(original(plan, steps), sampling_probability=1 / math.ceil(1 / plan.sampling_probability))
+
+    with patched((ledger_module._Entry, "of", staticmethod(of))):
+        yield
+
+
+# --- around the step --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def batch_norm_is_accepted() -> Iterator[None]:
+    """No look at the layers."""
+    with patched(
+        (preflight_module, "_mixes_examples", lambda layer: False), (preflight_module, "batch_norms", lambda _: [])
+    ):
+        yield
+
+
+@contextmanager
+def optimizer_is_wrapped() -> Iterator[None]:
+    """DT#43, O#660: what steps is another optimizer than the one whose rate the scheduler moves."""
+    original = callback_module.DifferentialPrivacy.on_fit_start
+
+    def on_fit_start(self: Any, trainer: Any, module: Any) -> None:
+        original(self, trainer, module)
+        kept = [type(one)(module.parameters(), lr=one.defaults["lr"]) for one in trainer.strategy.optimizers]
+        trainer.strategy.optimizers = kept
+
+    with patched((callback_module.DifferentialPrivacy, "on_fit_start", on_fit_start)):
+        yield
+
+
+@contextmanager
+def train_metrics_are_not_mentioned() -> Iterator[None]:
+    """Nobody is told that training metrics carry no noise."""
+    with patched((PrivateStep, "_say_once_that_metrics_are_private", lambda *_: None)):
+        yield
+
+
+@contextmanager
+def the_switch_for_train_metrics_does_nothing() -> Iterator[None]:
+    """``log_train_metrics=False`` is accepted and forgotten."""
+    original = PrivateStep.__init__
+
+    def init(self: PrivateStep, *args: Any, **options: Any) -> None:
+        original(self, *args, **{**options, "log_train_metrics": True})
+
+    with patched((PrivateStep, "__init__", init)):
+        yield
+
+
+@contextmanager
+def floating_point_noise_is_not_mentioned() -> Iterator[None]:
+    """The statement says nothing about the noise's arithmetic."""
+    kept = tuple(caveat for caveat in report_module.CAVEATS if "floating point" not in caveat)
+    with patched((report_module, "CAVEATS", kept)):
+        yield
+
+
+# --- accounting -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def spent_budget_is_forgotten() -> Iterator[None]:
+    """O#778: a resumed run starts with an empty ledger."""
+    fresh = classmethod(lambda cls, plan, state: cls(plan))
+    with patched((ledger_module.Ledger, "resume", fresh)):
+        yield
+
+
+@contextmanager
+def ledger_never_says_no() -> Iterator[None]:
+    """The budget is reported and not enforced."""
+    with patched((ledger_module.Ledger, "can_charge", lambda self: True)):
+        yield
+
+
+@contextmanager
+def noise_found_too_small(factor: float) -> Iterator[None]:
+    """The search for σ ends on the wrong side of the target."""
+    original = planning_module.noise_multiplier_for
+    with patched(
+        (planning_module, "noise_multiplier_for", lambda *args, **options: factor * original(*args, **options))
+    ):
+        yield
+
+
+@contextmanager
+def epochs_rounded_down() -> Iterator[None]:
+    """O#308: σ is found for fewer steps than the run will take."""
+    original = callback_module.agreed_plan
+
+    def agreed_plan(*args: Any, remaining_steps: Callable[[int], int | None], **options: Any) -> PrivacyPlan:
+        return original(*args, remaining_steps=lambda epoch: (remaining_steps(epoch) or 4) - 3, **options)
+
+    with patched((callback_module, "agreed_plan", agreed_plan)):
+        yield
+
+
+@contextmanager
+def the_lower_bound_is_reported() -> Iterator[None]:
+    """The accountant's lower bound on ε in place of the upper one."""
+    original = epsilon_module.PrvGrid.epsilon
+
+    def epsilon(self: Any, steps: int) -> tuple[float, float]:
+        lower = max(0.0, original(self, steps)[0] - self.epsilon_error)
+        return lower, lower
+
+    epsilon_module._bound_of.cache_clear()
+    with patched((epsilon_module.PrvGrid, "epsilon", epsilon)):
+        yield
+    epsilon_module._bound_of.cache_clear()
+
+
+@contextmanager
+def a_failing_accountant_says_zero() -> Iterator[None]:
+    """P#36: trouble inside the accountant ends as a small or negative ε."""
+    original = epsilon_module.EpsilonCurve._fresh
+
+    def fresh(self: Any, current: Any) -> EpsilonBound:
+        bound = original(self, current)
+        return EpsilonBound(0.0, "PRV") if bound.note else bound
+
+    epsilon_module._bound_of.cache_clear()
+    with patched((epsilon_module.EpsilonCurve, "_fresh", fresh)):
+        yield
+    epsilon_module._bound_of.cache_clear()
+
+
+@contextmanager
+def every_example_once_an_epoch() -> Iterator[None]:
+    """The data are shuffled and dealt out in batches, as every loader does without privacy."""
+
+    def dealt(self: Any, step: int) -> Any:
+        epoch = self._plan.steps_per_epoch
+        order = self._key.generator(loader_module.Stream.SAMPLING, step // epoch).permutation(self._dataset_size)
+        mine = order[step % epoch :: epoch]
+        mine.sort()
+        return mine, len(mine)
+
+    with patched((loader_module._Draws, "at", dealt)):
+        yield
