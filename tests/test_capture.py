@@ -38,7 +38,7 @@ class Recorder(L.LightningModule):
         for name, child in children.items():
             self.add_module(name, child)
 
-    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:  # type: ignore[override]
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
         assert not args
         self.logged.append((name, value.detach() if isinstance(value, Tensor) else value, options))
 

@@ -63,7 +63,7 @@ def poisson_loader(
 
 
 def expected_draw(step: int, examples: int = 40, expected: float = 7, key: RandomKey = KEY) -> list[int]:
-    return poisson_sample(key.generator(Stream.SAMPLING, step), examples, expected / examples).tolist()  # type: ignore[no-any-return]
+    return poisson_sample(key.generator(Stream.SAMPLING, step), examples, expected / examples).tolist()
 
 
 def delivered(batch: LogicalBatch) -> list[int]:
@@ -249,11 +249,11 @@ def test_the_first_examples_are_there_to_try_an_engine(examples: int, count: int
 
 
 def double_precision(batch: LogicalBatch) -> LogicalBatch:
-    return DoublePrecision().convert_input(batch)  # type: ignore[no-any-return]
+    return DoublePrecision().convert_input(batch)
 
 
 def to_device(batch: LogicalBatch) -> LogicalBatch:
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone())  # type: ignore[no-any-return]
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.clone())
 
 
 @pytest.mark.parametrize("convert", [double_precision, to_device, copy.copy])

@@ -73,7 +73,7 @@ def test_the_fields_of_the_mechanism_have_no_default(field: str) -> None:
 
 def test_fields_are_given_by_name() -> None:
     with pytest.raises(TypeError):
-        PrivacyPlan(2.0, 0.5, 1e-5, 1000, 96)  # type: ignore[misc]
+        PrivacyPlan(2.0, 0.5, 1e-5, 1000, 96)
 
 
 def test_no_clip_norm_is_refused_with_noise_and_accepted_without() -> None:

@@ -96,7 +96,7 @@ def test_a_known_seed_is_said() -> None:
     assert any("seed" in caveat and "does not hold" in caveat for caveat in statement.caveats)
     assert "known seed" in str(statement)
     with pytest.raises(ValueError, match="randomness='maybe'"):
-        Statement.of(make_ledger(1), randomness="maybe")  # type: ignore[arg-type]
+        Statement.of(make_ledger(1), randomness="maybe")
 
 
 def test_infinite_values_are_strict_json() -> None:
@@ -142,7 +142,7 @@ def test_before_the_first_step() -> None:
 def test_a_statement_cannot_be_changed() -> None:
     statement = Statement.of(make_ledger(0), randomness="secret")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        statement.epsilon = 0.1  # type: ignore[misc]
+        statement.epsilon = 0.1
 
 
 @given(st.floats(1e-9, 1e9))

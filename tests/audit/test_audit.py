@@ -75,10 +75,10 @@ def test_the_lower_bound_alone_finds_them_out_at_a_small_epsilon(bug: str) -> No
 
 def test_shuffled_batches_accounted_as_poisson_samples_are_found_out() -> None:
     """Over one epoch of little noise, a Poisson sample misses a canary a third of the time, and shuffling never does."""
-    right = audited(noise_multiplier=0.4, epsilon=None, steps=4, expected_batch_size=16)  # type: ignore[arg-type]
+    right = audited(noise_multiplier=0.4, epsilon=None, steps=4, expected_batch_size=16)
     assert right.verdict == "consistent"
     with outside.every_example_once_an_epoch():
-        wrong = audited(noise_multiplier=0.4, epsilon=None, steps=4, expected_batch_size=16)  # type: ignore[arg-type]
+        wrong = audited(noise_multiplier=0.4, epsilon=None, steps=4, expected_batch_size=16)
     assert wrong.verdict == "violated"
 
 

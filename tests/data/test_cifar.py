@@ -69,7 +69,7 @@ def test_images_travel_as_bytes_and_arrive_normalised(small: None) -> None:
 def test_private_training_with_views_from_bytes_to_weights(small: None, precision: Any) -> None:
     seen: list[torch.Tensor] = []
     module = ImageClassifier(WideResNet(10, 1))
-    module.on_validation_batch_start = lambda batch, batch_idx: seen.append(batch[0])  # type: ignore[method-assign,assignment]
+    module.on_validation_batch_start = lambda batch, batch_idx: seen.append(batch[0])
     private = DifferentialPrivacy(noise_multiplier=1.0, physical_batch_size=8)
     data = CIFARDataModule(batch_size=8, val_batch_size=20)
     trainer(private, AugmentationMultiplicity(k=2), max_steps=2, precision=precision).fit(module, datamodule=data)

@@ -139,7 +139,7 @@ def test_relative_roots_are_found_below_the_folder_of_the_environment(
 ) -> None:
     monkeypatch.setenv("LIGHTNING_DP_DATA", str(folder.parent))
     monkeypatch.chdir("/")
-    assert items(ready("images", tmp_path).train_set) == EXPECTED["train"]  # type: ignore[arg-type]  # a path as a string
+    assert items(ready("images", tmp_path).train_set) == EXPECTED["train"]  # a path as a string
     with pytest.raises(DataError, match=r"^root='else': found neither else nor .*LIGHTNING_DP_DATA\.$"):
         ImageFiles("else")
 

@@ -84,7 +84,7 @@ def run(folder: Path, case: str, ranks: int) -> None:
     elif case == "different_start":  # every rank would initialise differently: rank 0's weights must win
         module = regressor()
         module.on_fit_start = lambda: None
-        module.setup = lambda stage: torch.nn.init.constant_(module.net[0].bias, 0.1 * module.trainer.global_rank)  # type: ignore[assignment]
+        module.setup = lambda stage: torch.nn.init.constant_(module.net[0].bias, 0.1 * module.trainer.global_rank)
         private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16)
         fit = on_ranks(ranks, max_steps=6)
     elif case == "noise":
@@ -117,8 +117,8 @@ def run(folder: Path, case: str, ranks: int) -> None:
 
     def remember() -> None:
         rank = module.trainer.global_rank
-        state.update(weights=weights(module).cpu(), before=before, plan_batch=private.plan.expected_batch_size)  # type: ignore[union-attr]
-        state.update(steps=private.ledger.steps, epsilon=private.statement().epsilon)  # type: ignore[union-attr]
+        state.update(weights=weights(module).cpu(), before=before, plan_batch=private.plan.expected_batch_size)
+        state.update(steps=private.ledger.steps, epsilon=private.statement().epsilon)
         torch.save(state, folder / f"{case}-{ranks}-{rank}.pt")
 
     module.on_train_end = remember

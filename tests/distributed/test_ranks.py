@@ -31,7 +31,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def load(case: str, ranks: int, rank: int = 0) -> dict[str, Any]:
         return torch.load(folder / f"{case}-{ranks}-{rank}.pt", weights_only=True)
 
-    load.folder = folder  # type: ignore[attr-defined]
+    load.folder = folder
     return load
 
 

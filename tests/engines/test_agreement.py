@@ -125,7 +125,7 @@ def test_engines_leave_the_parameters_and_their_gradients_alone(engine: Engine) 
     result = run(engine, of, 1.0)
     for name, parameter in of.parameters().items():
         assert torch.equal(parameter.detach(), before[name])
-        assert torch.equal(parameter.grad, torch.full_like(parameter, 3.0))  # type: ignore[arg-type]
+        assert torch.equal(parameter.grad, torch.full_like(parameter, 3.0))
         assert not result.gradient[name].requires_grad
     assert not any(tensor.requires_grad for part in result.outputs for tensor in part.values())
     assert not any(tensor.requires_grad for tensor in [*result.losses, *result.norms])

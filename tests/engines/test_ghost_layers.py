@@ -138,7 +138,7 @@ class _Elsewhere(Tensor):
     """A tensor that says it is not on the CPU."""
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return torch.device("meta")
 
 

@@ -90,7 +90,7 @@ def test_without_noise_and_clip_and_with_all_examples_it_is_the_mean_gradient(en
     gradient = private_gradient(engine, of.loss_function(), of.parameters(), pieces, mechanism, KEY, 0)
     inputs, targets = of.batch
     of.loss(of.module(inputs), targets).backward()
-    same(gradient, {name: p.grad for name, p in of.parameters().items()}, tolerance=1e-12)  # type: ignore[misc]
+    same(gradient, {name: p.grad for name, p in of.parameters().items()}, tolerance=1e-12)
 
 
 @EVERY_ENGINE

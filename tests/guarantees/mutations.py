@@ -53,7 +53,7 @@ def private_gradient_made_but_not_used() -> Iterator[None]:
         total, parameters = self._pending
         loss = original(self, strategy, closure_loss)
         for name, parameter in parameters.items():
-            parameter.grad = total.gradient[name] / self._ledger.plan.expected_batch_size  # type: ignore[union-attr]
+            parameter.grad = total.gradient[name] / self._ledger.plan.expected_batch_size
         return loss
 
     with patched((PrivateStep, "backward", backward)):

@@ -39,7 +39,7 @@ def sampling_p_values(steps: int = 150, expected: int = 24) -> dict[str, float]:
     def remember(batch: Any, batch_idx: int) -> None:
         members[batch.step, batch.indices.numpy()] = True
 
-    module.on_train_batch_start = remember  # type: ignore[method-assign,assignment]
+    module.on_train_batch_start = remember
     trainer(private, max_steps=steps).fit(module, loader())
     assert private.ledger is not None
     (phase,) = private.ledger.phases

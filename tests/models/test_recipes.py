@@ -83,7 +83,7 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def callback(cli: RecipeCLI, kind: type[L.Callback]) -> Any:
-    found = [c for c in cli.trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
+    found = [c for c in cli.trainer.callbacks if isinstance(c, kind)]
     assert len(found) <= 1
     return found[0] if found else None
 
@@ -105,7 +105,7 @@ def test_header_says_everything_and_its_cost_is_right(name: str) -> None:
         int(number.replace(",", ""))
         for number in re.findall(r"([\d,]+) steps x ([\d,]+) examples x (\d+) view", fields["cost"])[0]
     )
-    total = float(re.match(r"(\S+) view-gradients", fields["cost"])[1])  # type: ignore[index]
+    total = float(re.match(r"(\S+) view-gradients", fields["cost"])[1])
     assert total == pytest.approx(steps * examples * views, rel=0.06)
 
 
@@ -169,7 +169,7 @@ def test_steps_and_batch_are_those_of_the_header_and_the_last_step_is_validated(
     if "simulated" in name:
         assert "NOT PRIVATE" in (FOLDER / name).read_text(encoding="utf-8").splitlines()[0]
         return
-    epsilon = float(re.search(r"_eps([\d.]+)\.yaml$", name)[1])  # type: ignore[index]
+    epsilon = float(re.search(r"_eps([\d.]+)\.yaml$", name)[1])
     delta = {"cifar10": 1e-5, "cifar100": 1e-5, "imagenet": 8e-7, "places365": 5e-7}[name.split("/")[0]]
     assert (private.epsilon, private.delta, private.clip_norm) == (epsilon, delta, 1.0)
     assert private.seed is None, "a shipped recipe draws its noise from secret entropy"

@@ -25,10 +25,10 @@ def test_clipped_sums_agree(engine: Engine) -> None:
     images, labels, clip = torch.randn(12, 1, 8, 8), torch.randint(0, 10, (12,)), 0.7
 
     def loss(parameters: object, batch: object) -> object:
-        x, y = batch  # type: ignore[misc]
-        return nn.functional.cross_entropy(torch.func.functional_call(net, parameters, (x,)), y), []  # type: ignore[arg-type]
+        x, y = batch
+        return nn.functional.cross_entropy(torch.func.functional_call(net, parameters, (x,)), y), []
 
-    ours = engine.clipped_sum(loss, dict(net.named_parameters()), (images, labels), 12, clip)  # type: ignore[arg-type]
+    ours = engine.clipped_sum(loss, dict(net.named_parameters()), (images, labels), 12, clip)
     theirs = opacus.GradSampleModule(net, loss_reduction="mean")
     nn.functional.cross_entropy(theirs(images), labels).backward()
     samples = {name.removeprefix("_module."): p.grad_sample for name, p in theirs.named_parameters()}

@@ -125,7 +125,7 @@ def test_no_secret_and_only_public_numbers_in_a_checkpoint(tmp_path: Path) -> No
     keys: list[bytes] = []
     original = RandomKey.reveal
     try:
-        RandomKey.reveal = lambda self: keys.append(original(self)) or original(self)  # type: ignore[method-assign,func-returns-value]
+        RandomKey.reveal = lambda self: keys.append(original(self)) or original(self)
         run(
             DifferentialPrivacy(noise_multiplier=1.0),
             checkpoint_at(2, tmp_path),
@@ -133,7 +133,7 @@ def test_no_secret_and_only_public_numbers_in_a_checkpoint(tmp_path: Path) -> No
             enable_checkpointing=True,
         )
     finally:
-        RandomKey.reveal = original  # type: ignore[method-assign]
+        RandomKey.reveal = original
     assert keys
     content = (tmp_path / "step=2.ckpt").read_bytes()
     for key in keys:
@@ -245,7 +245,7 @@ def test_skipping_the_rest_of_an_epoch_keeps_sampling_and_ledger_in_step() -> No
     """A batch that is drawn and then skipped is not charged, and no sample is used by two steps."""
     used: list[tuple[int, ...]] = []
 
-    class Skipping(type(regressor())):  # type: ignore[misc]
+    class Skipping(type(regressor())):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
             if batch_idx == 2:
                 return -1
@@ -260,7 +260,7 @@ def test_skipping_the_rest_of_an_epoch_keeps_sampling_and_ledger_in_step() -> No
 
 
 def test_evaluating_the_closure_twice_is_refused_before_a_second_release() -> None:
-    class Twice(type(regressor())):  # type: ignore[misc]
+    class Twice(type(regressor())):
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer_closure()
             optimizer.step(optimizer_closure)

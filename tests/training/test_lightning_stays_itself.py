@@ -192,7 +192,7 @@ def test_validation_test_and_predict_read_all_examples_in_order() -> None:
     assert module.seen == data.tensors[1].tolist()
     fit.validate(module, loader(data), verbose=False)
     assert module.seen == data.tensors[1].tolist()
-    assert torch.equal(torch.cat(fit.predict(module, loader(data))), data.tensors[1])  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(fit.predict(module, loader(data))), data.tensors[1])
 
 
 def test_batch_transfer_hooks_see_micro_batches_and_never_the_logical_one() -> None:
@@ -314,7 +314,7 @@ def test_a_recurrent_module_works_under_some_engine() -> None:
 
 
 def test_workers_and_dict_batches() -> None:
-    class Named(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    class Named(torch.utils.data.Dataset):
         def __init__(self) -> None:
             self.data = regression_data()
 

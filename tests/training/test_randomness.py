@@ -29,7 +29,7 @@ def test_seed_everything_does_not_fix_the_samples_either() -> None:
     for _ in range(2):
         L.seed_everything(0, verbose=False)
         module, seen = regressor(), []
-        module.on_train_batch_start = lambda batch, batch_idx, seen=seen: seen.append(batch.indices.tolist())  # type: ignore[method-assign,assignment,misc]
+        module.on_train_batch_start = lambda batch, batch_idx, seen=seen: seen.append(batch.indices.tolist())
         trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=3).fit(module, loader())
         drawn.append(seen)
     assert drawn[0] != drawn[1]
@@ -63,7 +63,7 @@ def test_dropout_is_reproducible_with_a_seed_and_leaves_the_global_generator_alo
         trainer(DifferentialPrivacy(noise_multiplier=0.0, seed=1), max_steps=3, num_sanity_val_steps=0).fit(
             module, loader()
         )
-        return weights(module), torch.equal(before, torch.random.get_rng_state())  # type: ignore[return-value]
+        return weights(module), torch.equal(before, torch.random.get_rng_state())
 
     (first, _), (second, _) = run(1), run(2)
     assert torch.equal(first, second)
@@ -88,7 +88,7 @@ def test_noise_is_independent_across_steps() -> None:
         moves.append((weights(module) - last).numpy().astype(np.float64))
         last = weights(module).clone()
 
-    module.on_train_batch_end = remember  # type: ignore[method-assign]
+    module.on_train_batch_end = remember
     trainer(DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=16), max_steps=6).fit(module, loader())
     stacked = np.stack(moves) * 16
     assert stats.kstest(stacked.ravel(), stats.norm().cdf).pvalue > 1e-6
@@ -125,8 +125,8 @@ def test_an_example_without_a_finite_gradient_contributes_nothing_and_is_counted
     rest = torch.utils.data.TensorDataset(inputs[[0, 1, 2, 4, 5, 6, 7]], targets[[0, 1, 2, 4, 5, 6, 7]])
     options = {"noise_multiplier": 0.0, "clip_norm": 0.5, "log_train_metrics": False}
     with pytest.warns(UserWarning, match=r"2 per-example gradients .* were not finite"):
-        trainer(DifferentialPrivacy(**options, expected_batch_size=8), max_steps=2).fit(module, loader(data, 8))  # type: ignore[arg-type]
-    trainer(DifferentialPrivacy(**options, expected_batch_size=7), max_steps=2).fit(clean, loader(rest, 7))  # type: ignore[arg-type]
+        trainer(DifferentialPrivacy(**options, expected_batch_size=8), max_steps=2).fit(module, loader(data, 8))
+    trainer(DifferentialPrivacy(**options, expected_batch_size=7), max_steps=2).fit(clean, loader(rest, 7))
     assert bool(torch.isfinite(weights(module)).all())
     start = weights(regressor())
     # the same sum over 8 instead of 7: to first order the move is 7/8 of the other
@@ -139,7 +139,7 @@ def test_a_huge_sigma_does_not_learn() -> None:
     def loss(sigma: float) -> float:
         module = regressor(lr=0.3)
         trainer(DifferentialPrivacy(noise_multiplier=sigma, clip_norm=1.0), max_steps=200).fit(module, loader())
-        inputs, targets = loader(batch_size=64).dataset.tensors  # type: ignore[attr-defined]
+        inputs, targets = loader(batch_size=64).dataset.tensors
         return float(nn.functional.mse_loss(module.net(inputs).squeeze(-1), targets).detach())
 
     assert loss(0.0) < 0.2

@@ -200,7 +200,7 @@ def test_frozen_batch_norm_in_eval_mode_is_accepted_and_watched() -> None:
     module = _BatchNormed(layer)
     trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(module, loader())
     module = _BatchNormed(nn.BatchNorm1d(4).requires_grad_(False).eval())
-    module.on_train_batch_start = lambda *_: module.train() and None  # type: ignore[method-assign,assignment]
+    module.on_train_batch_start = lambda *_: module.train() and None
     with pytest.raises(PreflightError, match="train mode"):
         trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=2).fit(module, loader())
 
@@ -270,7 +270,7 @@ def test_an_override_of_backward_that_would_never_run() -> None:
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`")
 def test_a_training_step_that_fetches_its_own_batches() -> None:
     class Fetching(NeverStepped):
-        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        def training_step(self, dataloader_iter: Any) -> Tensor:
             raise AssertionError
 
     refused(PreflightError, "dataloader_iter", module=Fetching())
@@ -310,7 +310,7 @@ def test_a_training_step_that_learns_through_a_buffer() -> None:
     refused(PreflightError, "seen", module=Remembering())
 
 
-class _Stream(IterableDataset):  # type: ignore[type-arg]
+class _Stream(IterableDataset):
     def __iter__(self) -> Any:
         return iter([])
 
@@ -319,12 +319,12 @@ class _Batches(BatchSampler):
     pass
 
 
-class _OwnIteration(DataLoader):  # type: ignore[type-arg]
+class _OwnIteration(DataLoader):
     def __iter__(self) -> Any:
         return super().__iter__()
 
 
-class _NoLength(torch.utils.data.Dataset):  # type: ignore[type-arg]
+class _NoLength(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Any:
         return index
 
@@ -443,7 +443,7 @@ def test_a_loader_inside_a_dict() -> None:
 
 def test_a_training_step_without_batch_idx() -> None:
     class Short(Regressor):
-        def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+        def training_step(self, batch: Any) -> Tensor:
             return super().training_step(batch, 0)
 
     module = Short()

@@ -95,7 +95,7 @@ def test_gradient_accumulators_outside_the_optimizer_see_the_noisy_gradient_only
     seen: list[np.ndarray] = []
     module = regressor(lr=1.0)
     before = weights(module)
-    module.on_before_optimizer_step = lambda optimizer: seen.append(  # type: ignore[method-assign,assignment]
+    module.on_before_optimizer_step = lambda optimizer: seen.append(
         torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).numpy().copy()
     )
     trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(module, loader())

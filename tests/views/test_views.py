@@ -206,7 +206,7 @@ def test_without_privacy_an_error_leaves_the_module_as_it_was() -> None:
         raise RuntimeError("of the user's own")
 
     class Failing(Classifier):
-        training_step = staticmethod(fail)  # type: ignore[assignment]
+        training_step = staticmethod(fail)
 
     module = Failing()
     with pytest.raises(RuntimeError, match="of the user's own"):
@@ -220,7 +220,7 @@ def test_training_metrics_count_views() -> None:
     updates: list[int] = []
     fitter = trainer(private, AugmentationMultiplicity(k=4), max_steps=1)
     original = module.accuracy.update
-    module.accuracy.update = lambda preds, target: (updates.append(len(target)), original(preds, target))[1]  # type: ignore[method-assign]
+    module.accuracy.update = lambda preds, target: (updates.append(len(target)), original(preds, target))[1]
     fitter.fit(module, DataLoader(data(), batch_size=EXAMPLES))
     assert updates == [4 * EXAMPLES]
 
@@ -237,7 +237,7 @@ class Dicts(Dataset[dict[str, Any]]):
 
 
 class OfDicts(Classifier):
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # type: ignore[override]
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         assert len(batch["name"]) == len(batch["label"]) == len(batch["left"])
         self.trained_on.append(tuple(batch["left"].shape))
         return F.cross_entropy(self.net(batch["left"]), batch["label"])
