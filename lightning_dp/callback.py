@@ -155,7 +155,7 @@ class DifferentialPrivacy(pl.Callback):
         preflight.check_module(pl_module)  # again: configure_model may have added layers
         preflight.check_optimizers(pl_module, trainer.optimizers)
         trainer.fit_loop.setup_data()  # plans, calibrates and refuses before the first (validation) batch
-        if self.ledger is None:
+        if not self._planned:
             return  # limit_train_batches=0: nothing will be trained
         strategy = make_private(trainer.strategy)
         assert strategy.private_step is not None

@@ -155,7 +155,7 @@ class StepCapture:
     def _replay_metric(self, call: MetricCall, arguments: Any) -> Any:
         args, kwargs = arguments
         metric = self.module.get_submodule(call.path)
-        return metric(*args, **kwargs) if call.method == "forward" else metric.update(*args, **kwargs)  # type: ignore[operator]
+        return metric(*args, **kwargs) if call.method == "forward" else metric.update(*args, **kwargs)  # type: ignore[operator]  # a metric by its path
 
     def _logged_value(self, call: LogCall, value: Any, results: list[Any]) -> Any:
         if call.source is not None:
@@ -175,7 +175,7 @@ class StepCapture:
     def _replay_log(self, call: LogCall, examples: int) -> None:
         owner = self.module.get_submodule(call.path)
         value = self.module.get_submodule(call.value.path) if isinstance(call.value, _MetricByPath) else call.value
-        owner.log(call.name, value, **{**call.options, "batch_size": examples})  # type: ignore[operator]
+        owner.log(call.name, value, **{**call.options, "batch_size": examples})  # type: ignore[operator]  # a LightningModule by its path
 
 
 @dataclass

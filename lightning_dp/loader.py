@@ -91,7 +91,7 @@ class PoissonLoader:
         self.plan = plan
         self.physical_batch_size = physical_batch_size
         self._next_step = next_step
-        self._draws = _Draws(len(loader.dataset), plan, key, rank, world_size)  # type: ignore[arg-type]
+        self._draws = _Draws(len(loader.dataset), plan, key, rank, world_size)  # type: ignore[arg-type]  # preflight saw that it has a length
         self._schedule = _Schedule(self._draws, physical_batch_size)
         self._micro_batch_loader = _rebuild(loader, self._schedule)
 
@@ -110,7 +110,7 @@ class PoissonLoader:
 
     def first_examples(self, count: int) -> tuple[Any, int]:
         """The dataset's first ``count`` examples (fewer if it is smaller), collated: for trying an engine out."""
-        count = min(count, len(self.dataset))  # type: ignore[arg-type]
+        count = min(count, len(self.dataset))  # type: ignore[arg-type]  # preflight saw that it has a length
         return self.collate_fn([self.dataset[index] for index in range(count)]), count
 
     def state_dict(self) -> dict[str, Any]:

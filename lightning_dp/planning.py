@@ -64,7 +64,7 @@ def agreed_plan(
         ValueError: a number is out of range, or no σ reaches ε.
     """
     world_size = int(getattr(strategy, "world_size", 1))
-    size = dataset_size if dataset_size is not None else len(loader.dataset)  # type: ignore[arg-type]
+    size = dataset_size if dataset_size is not None else len(loader.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
     batch = expected_batch_size if expected_batch_size is not None else (loader.batch_size or 1) * world_size
 
     def plan(sigma: float) -> PrivacyPlan:

@@ -272,4 +272,4 @@ def _mixes_examples(layer: nn.Module) -> bool:
 
 
 def _has(trainer: pl.Trainer, callback: type[pl.Callback]) -> bool:
-    return any(isinstance(one, callback) for one in trainer.callbacks)  # type: ignore[attr-defined]
+    return any(isinstance(one, callback) for one in trainer.callbacks)  # type: ignore[attr-defined]  # set where type checkers do not see it

@@ -38,7 +38,7 @@ class Report:
     def start(self, trainer: pl.Trainer, step: PrivateStep, selection: Selection) -> None:
         """Announce the plan to people and loggers. Called on every rank before training."""
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to the other ranks
-        self._folder = None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]
+        self._folder = None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]  # set where type checkers do not see it
         plan = self.ledger.plan
         steps = "an open number of steps" if plan.steps is None else f"{plan.steps} steps"
         bound = f"ε ≤ {plan.target_epsilon:g}" if plan.target_epsilon is not None else self._foreseen()

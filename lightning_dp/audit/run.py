@@ -102,7 +102,7 @@ def audit(
         )
     if trainer.world_size != 1:
         raise ValueError(f"world_size={trainer.world_size}: expected 1. Audit on one device (Trainer(devices=1)).")
-    private = next((one for one in trainer.callbacks if isinstance(one, DifferentialPrivacy)), None)  # type: ignore[attr-defined]
+    private = next((one for one in trainer.callbacks if isinstance(one, DifferentialPrivacy)), None)  # type: ignore[attr-defined]  # set where type checkers do not see it
     if private is None:
         raise ValueError(
             "no DifferentialPrivacy among the Trainer's callbacks: expected one, whose claim is to be audited. Add it."
@@ -113,7 +113,7 @@ def audit(
 
     def with_canaries(loader: object) -> DataLoader[Any]:
         loader = check_loader(loader)
-        size = len(loader.dataset)  # type: ignore[arg-type]
+        size = len(loader.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
         if not canaries:
             canaries.append(Canaries.draw(generator, gradient_canaries, input_canaries, size))
             private.dataset_size = private.dataset_size or size
@@ -122,14 +122,14 @@ def audit(
         return observer.loader
 
     private.log_train_metrics = False
-    trainer.callbacks.append(observer)  # type: ignore[attr-defined]
+    trainer.callbacks.append(observer)  # type: ignore[attr-defined]  # set where type checkers do not see it
     given = None
     if train_dataloader is not None:
         given = with_canaries(train_dataloader)
     else:
         owner = module if datamodule is None else datamodule
         original = owner.train_dataloader
-        owner.train_dataloader = lambda: with_canaries(original())  # type: ignore[method-assign]
+        owner.train_dataloader = lambda: with_canaries(original())  # type: ignore[method-assign]  # the audit's own loader, on purpose
     let_in(module, gradient_canaries)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Trainable parameters that no optimizer holds: dp_audit_canaries")

@@ -280,3 +280,11 @@ def test_the_end_is_announced_in_one_sentence(caplog: pytest.LogCaptureFixture) 
     ]
     assert len(sentences) == 1
     assert sentences[0].startswith("(ε = 2.0")
+
+
+def test_a_fit_that_trains_nothing_spends_nothing_also_after_one_that_did() -> None:
+    private = DifferentialPrivacy(noise_multiplier=1.0)
+    run(private, max_steps=2)
+    run(private, max_steps=2, limit_train_batches=0)
+    assert private.ledger is not None
+    assert private.ledger.steps == 2

@@ -149,5 +149,5 @@ class _Call(torch.autograd.Function):
                 if bias is not None and bias.deliver is not None:
                     bias.deliver(operation.of_bias(inputs, g))
 
-        output.register_hook(receive)  # type: ignore[no-untyped-call]
+        output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return output.reshape(shape), 0
