@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger
 from lightning_dp.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
 from lightning_dp.capture import StepCapture
-from lightning_dp.coupling import check_rows_stay_apart
-from lightning_dp.engines.ghost import GhostEngine
-from lightning_dp.engines.ghost.verification import check_agreement
-from lightning_dp.engines.select import EngineName, Selection, select_engine
-from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.engine_trial import try_engines
+from lightning_dp.engines.select import EngineName, Selection
+from lightning_dp.example_loss import example_loss, takes_batch_idx
+from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.functional.views import Views, view_uniforms
 from lightning_dp.loader import LogicalBatch, PoissonLoader
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.physical_batch import default_physical_batch_size
+from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.transfer import let_logical_batches_through, stop_letting_through, to_device
 
 Planner = Callable[[DataLoader[Any]], Ledger]
 """Turns the user's training loader into the ledger of the run, which holds the plan."""
-
-TRIAL_EXAMPLES = 2
 
 
 class PrivateStep:
@@ -88,7 +81,7 @@ class PrivateStep:
         Raises:
             PreflightError: the loader cannot be sampled by Poisson, or there are several of them.
         """
-        module = _module(strategy)
+        module = module_of(strategy)
         loader = preflight.check_loader(dataloader)
         if self._loader is not None and module.trainer.fit_loop._combined_loader is None:
             raise preflight.PreflightError(
@@ -97,15 +90,15 @@ class PrivateStep:
             )
         ledger = self._ledger = self._planner(loader)
         key = self._key = self._key or _shared_key(strategy, self._seed)
-        size = self._physical_batch_size or _default_physical_batch_size(
+        size = self._physical_batch_size or default_physical_batch_size(
             module, ledger.plan, strategy, self._views.k if self._views else 1
         )
         self._loader = PoissonLoader(
             loader,
             ledger.plan,
             key,
-            rank=_rank(strategy),
-            world_size=_world_size(strategy),
+            rank=rank_of(strategy),
+            world_size=world_size_of(strategy),
             physical_batch_size=size,
             next_step=lambda: ledger.steps,
         )
@@ -118,7 +111,7 @@ class PrivateStep:
             EngineError: the engine asked for cannot run this training_step.
             PreflightError: training_step changes a buffer, or returns no loss.
         """
-        module, loader = _module(strategy), self._loader
+        module, loader = module_of(strategy), self._loader
         assert loader is not None
         let_logical_batches_through(module)
         given: Any = module.trainer.train_dataloader
@@ -130,28 +123,13 @@ class PrivateStep:
         check_same_data_on_every_rank(strategy, loader.dataset)
         check_same_parameters_on_every_rank(strategy, module)
         self._capture = StepCapture(module)
-        loss_function = self._loss_function(strategy, (0,) if _takes_batch_idx(module) else ())
-        buffers = preflight.buffer_versions(module)
-        with isolate_rng(), torch.enable_grad():
-            batch, examples = loader.first_examples(TRIAL_EXAMPLES)
-            check_rows_stay_apart(
-                lambda raw: to_device(strategy, raw), batch, examples, "on_before_ or on_after_batch_transfer"
-            )
-
-            def with_views(raw: Any) -> Any:
-                return self._with_views(to_device(strategy, raw), np.arange(examples), seed=torch.initial_seed())
-
-            if self._views is not None:
-                check_rows_stay_apart(with_views, batch, examples, "the transform of AugmentationMultiplicity")
-            on_device, clip_norm = with_views(batch), loader.plan.clip_norm
-
-            def trial(engine: Engine) -> None:
-                engine.clipped_sum(loss_function, _trainable(module), on_device, examples, clip_norm)
-                if isinstance(engine, GhostEngine):
-                    check_agreement(engine, loss_function, _trainable(module), on_device, examples)
-
-            self._selection = select_engine(self._engine_name, trial, module)
-        preflight.check_buffers(module, buffers)
+        self._selection = try_engines(
+            strategy,
+            loader,
+            self._engine_name,
+            self._loss_function(strategy, (0,) if takes_batch_idx(module) else ()),
+            None if self._views is None else self._with_views,
+        )
         rank_zero_info(self._selection.describe())
         return self._selection
 
@@ -162,7 +140,7 @@ class PrivateStep:
             What the user's training_step would return for the whole batch: the mean loss, detached, or a dict with it.
             With no example on this rank the loss is 0.
         """
-        module, ledger, key, capture = _module(strategy), self._ledger, self._key, self._capture
+        module, ledger, key, capture = module_of(strategy), self._ledger, self._key, self._capture
         assert ledger is not None
         assert key is not None
         assert capture is not None
@@ -183,8 +161,8 @@ class PrivateStep:
                 f"{len(mode)} BatchNorm layers were switched to train mode during training: expected eval mode. Do not "
                 "call .train() on a frozen part; batch statistics mix the examples."
             )
-        parameters, buffers = _trainable(module), preflight.buffer_versions(module)
-        with _forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, batch.step, _rank(strategy))):
+        parameters, buffers = trainable(module), preflight.buffer_versions(module)
+        with _forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, batch.step, rank_of(strategy))):
             total = accumulate(
                 self._selection.engine,
                 self._loss_function(strategy, rest),
@@ -198,7 +176,7 @@ class PrivateStep:
 
         extras: dict[str, Any] = {}
         if self._log_train_metrics:
-            some_rank_is_empty = 0 < batch.global_size < _world_size(strategy)
+            some_rank_is_empty = 0 < batch.global_size < world_size_of(strategy)
             extras = capture.replay(total.outputs, total.examples, strategy.broadcast if some_rank_is_empty else None)
             self._say_once_that_metrics_are_private(capture.logged_names)
         loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
@@ -218,7 +196,7 @@ class PrivateStep:
             )
         total, parameters = pending
         self._pending = None
-        module = _module(strategy)
+        module = module_of(strategy)
         strategy.pre_backward(closure_loss)
         strategy.precision_plugin.pre_backward(closure_loss, module)
         step = ledger.steps
@@ -228,7 +206,7 @@ class PrivateStep:
             ledger.plan,
             key,
             step,
-            rank=_rank(strategy),
+            rank=rank_of(strategy),
             all_reduce_sum=lambda flat: strategy.reduce(flat, reduce_op="sum"),
         )
         for name, parameter in parameters.items():
@@ -241,7 +219,7 @@ class PrivateStep:
         """Forget the key and leave the module as it was found."""
         self._key = None
         self._pending = None
-        stop_letting_through(_module(strategy))
+        stop_letting_through(module_of(strategy))
 
     @property
     def randomness(self) -> Literal["secret", "reproducible"]:
@@ -278,29 +256,8 @@ class PrivateStep:
             )
 
     def _loss_function(self, strategy: Strategy, rest: tuple[Any, ...]) -> LossFunction:
-        """The user's own training_step on a batch of one (on its K views), as a function of the parameters."""
-        module, capture = _module(strategy), self._capture
-        assert capture is not None
-        stepper = _TrainingStep(module)
-
-        def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
-            named = {f"module.{name}": parameter for name, parameter in parameters.items()}
-            example = example if self._views is None else self._views.fold(example)
-            with strategy.precision_plugin.train_step_context():
-                return capture.run(lambda: functional_call(stepper, named, (example, *rest)))
-
-        return loss_function
-
-
-class _TrainingStep(nn.Module):
-    """``functional_call`` calls ``forward``; this makes that the module's ``training_step``."""
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any) -> Any:
-        return self.module.training_step(*args)
+        assert self._capture is not None
+        return example_loss(strategy, self._capture, self._views, rest)
 
 
 def _shared_key(strategy: Strategy, seed: int | None) -> RandomKey:
@@ -308,40 +265,6 @@ def _shared_key(strategy: Strategy, seed: int | None) -> RandomKey:
     if seed is not None:
         return RandomKey.from_seed(seed)
     return RandomKey(strategy.broadcast(RandomKey.fresh().reveal()), "secret")
-
-
-def _module(strategy: Strategy) -> pl.LightningModule:
-    module = strategy.lightning_module
-    assert module is not None
-    return module
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-
-
-def _takes_batch_idx(module: pl.LightningModule) -> bool:
-    """Whether Lightning passes ``batch_idx`` to this module's training_step."""
-    return is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-
-
-def _rank(strategy: Strategy) -> int:
-    return int(getattr(strategy, "global_rank", 0))
-
-
-def _world_size(strategy: Strategy) -> int:
-    return int(getattr(strategy, "world_size", 1))
-
-
-def _default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: Strategy, views: int) -> int:
-    """One micro-batch for nearly every step if its per-example gradients fit in 512 MiB (8 GiB on an accelerator).
-
-    At most 512 views, because their activations take memory too.
-    """
-    parameters = sum(parameter.numel() for parameter in _trainable(module).values())
-    room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
-    share = plan.expected_batch_size / _world_size(strategy)
-    return max(1, min(room, 512 // views, math.ceil(share + 4 * math.sqrt(share))))
 
 
 @contextmanager

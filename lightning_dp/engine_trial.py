@@ -1,0 +1,75 @@
+"""The engine of a run, tried on two examples before the first step. Nothing of the trial is kept or released."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_dp import preflight
+from lightning_dp.coupling import check_rows_stay_apart
+from lightning_dp.engines.ghost import GhostEngine
+from lightning_dp.engines.ghost.verification import check_agreement
+from lightning_dp.engines.select import EngineName, Selection, select_engine
+from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.loader import PoissonLoader
+from lightning_dp.strategy_facts import module_of, trainable
+from lightning_dp.transfer import to_device
+
+TRIAL_EXAMPLES = 2
+
+WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
+"""``(batch on the device, indices, seed)`` → the batch with its views."""
+
+
+def try_engines(
+    strategy: Strategy,
+    loader: PoissonLoader,
+    engine_name: EngineName,
+    loss_function: LossFunction,
+    with_views: WithViews | None,
+) -> Selection:
+    """The first engine that runs this training_step, and agrees with the loop where that has to be checked.
+
+    Args:
+        strategy: whose module is tried, on its device.
+        loader: whose first examples are used.
+        engine_name: the engine asked for, or ``"auto"``.
+        loss_function: the user's training_step on one example.
+        with_views: gives each example its K views, or ``None`` without any.
+
+    Raises:
+        EngineError: the engine asked for cannot run this training_step.
+        PreflightError: training_step changes a buffer, or a hook mixes the examples.
+    """
+    module = module_of(strategy)
+    buffers = preflight.buffer_versions(module)
+    with isolate_rng(), torch.enable_grad():
+        batch, examples = loader.first_examples(TRIAL_EXAMPLES)
+        check_rows_stay_apart(
+            lambda raw: to_device(strategy, raw), batch, examples, "on_before_ or on_after_batch_transfer"
+        )
+
+        def prepared(raw: Any) -> Any:
+            on_device = to_device(strategy, raw)
+            if with_views is None:
+                return on_device
+            return with_views(on_device, np.arange(examples), torch.initial_seed())
+
+        if with_views is not None:
+            check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
+        on_device, clip_norm = prepared(batch), loader.plan.clip_norm
+
+        def trial(engine: Engine) -> None:
+            engine.clipped_sum(loss_function, trainable(module), on_device, examples, clip_norm)
+            if isinstance(engine, GhostEngine):
+                check_agreement(engine, loss_function, trainable(module), on_device, examples)
+
+        selection = select_engine(engine_name, trial, module)
+    preflight.check_buffers(module, buffers)
+    return selection

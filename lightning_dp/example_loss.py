@@ -1,0 +1,53 @@
+"""The user's own ``training_step`` as a function of the parameters, for the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_dp.capture import StepCapture
+from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.views import Views
+from lightning_dp.strategy_facts import module_of
+
+
+def example_loss(strategy: Strategy, capture: StepCapture, views: Views | None, rest: tuple[Any, ...]) -> LossFunction:
+    """The user's own training_step on a batch of one (on its K views), as a function of the parameters.
+
+    Args:
+        strategy: whose module and precision are used.
+        capture: takes what the step logs and returns.
+        views: how the K views of an example are folded into a batch, or ``None``.
+        rest: what Lightning passes to training_step after the batch.
+    """
+    stepper = _TrainingStep(module_of(strategy))
+
+    def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
+        named = {f"module.{name}": parameter for name, parameter in parameters.items()}
+        example = example if views is None else views.fold(example)
+        with strategy.precision_plugin.train_step_context():
+            return capture.run(lambda: functional_call(stepper, named, (example, *rest)))
+
+    return loss_function
+
+
+def takes_batch_idx(module: pl.LightningModule) -> bool:
+    """Whether Lightning passes ``batch_idx`` to this module's training_step."""
+    return is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+
+
+class _TrainingStep(nn.Module):
+    """``functional_call`` calls ``forward``; this makes that the module's ``training_step``."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return self.module.training_step(*args)
