@@ -1,0 +1,47 @@
+"""The gallery's page is true: each script runs without privacy, and with one more line as its row says."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.gallery.frame import added_lines, engine_of, private_text, public_text, run, scripts, table
+
+
+def test_every_script_has_a_row_and_every_row_a_script() -> None:
+    assert set(scripts()) == set(table())
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_privacy_is_one_line(name: str) -> None:
+    (line,) = added_lines(name)
+    assert "DifferentialPrivacy(" in line
+    assert "lightning_dp" not in public_text(name)
+    ast.parse(public_text(name))
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_the_row_names_the_scripts_subject(name: str) -> None:
+    docstring = ast.get_docstring(ast.parse(private_text(name)))
+    assert docstring is not None
+    assert docstring.splitlines()[0] == f"{table()[name].subject}."
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_without_the_line_it_is_a_program_that_trains(name: str) -> None:
+    assert not any(line.startswith("lightning_dp") for line in run(public_text(name), name))
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_with_the_line_it_ends_as_the_page_says(name: str) -> None:
+    row = table()[name]
+    if row.message is not None:
+        assert row.engine == "–"
+        with pytest.raises(Exception) as caught:  # noqa: PT011 (the row says which text)
+            run(private_text(name), name)
+        assert row.message in str(caught.value)
+        return
+    engine = engine_of(run(private_text(name), name))
+    assert f"`{engine}`" == row.engine
+    assert row.result.startswith("slower" if engine == "loop" else "works")
