@@ -207,6 +207,7 @@ class PrivateStep:
             key,
             step,
             rank=rank_of(strategy),
+            world_size=world_size_of(strategy),
             all_reduce_sum=lambda flat: strategy.reduce(flat, reduce_op="sum"),
         )
         for name, parameter in parameters.items():

@@ -65,9 +65,16 @@ class RandomKey:
         message = ":".join([stream.value, *(str(int(counter)) for counter in counters)]).encode()
         return hashlib.blake2b(message, key=self._material, digest_size=size, person=b"lightning_dp").digest()
 
-    def generator(self, stream: Stream, *counters: int) -> np.random.Generator:
-        """A NumPy generator (Philox 4×64, Salmon et al. 2011) with a 128-bit key of its own."""
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(self.derive(stream, *counters, size=16), "big")))
+    def generator(self, stream: Stream, *counters: int, block: int = 0) -> np.random.Generator:
+        """A NumPy generator (Philox 4×64, Salmon et al. 2011) with a 128-bit key of its own.
+
+        Args:
+            stream: what the numbers are for.
+            counters: step, then rank or part.
+            block: which of 2⁶⁴ disjoint stretches of 2¹⁹² draws, each, of that key's sequence to start in.
+        """
+        key = int.from_bytes(self.derive(stream, *counters, size=16), "big")
+        return np.random.Generator(np.random.Philox(key=key, counter=block << 192))
 
     def torch_seed(self, stream: Stream, *counters: int) -> int:
         """63 bits to seed a ``torch.Generator``. Note that PyTorch's CPU generator keeps only 32 bits of a seed."""

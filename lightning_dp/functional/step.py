@@ -1,6 +1,6 @@
 """The whole private step on one page. The Lightning strategy must give what this gives.
 
-sample → micro-batches → per-example gradients → clip & sum → + noise (once) → sum over ranks → ÷ expected batch
+sample → micro-batches → per-example gradients → clip & sum → + share of noise → sum over ranks → ÷ expected batch
 """
 
 from __future__ import annotations
@@ -83,20 +83,29 @@ def release(
     step: int,
     *,
     rank: int = 0,
+    world_size: int = 1,
     all_reduce_sum: AllReduceSum = no_reduce,
 ) -> dict[str, Tensor]:
     """Turn the ranks' sums of clipped gradients into the one noisy gradient that may be used and published.
 
-    Rank 0 adds N(0, (σC)²) to its own sum before the ranks' sums are added up, so the total holds the noise exactly
-    once at any number of ranks, and every rank ends up with the very same numbers. The only division is by the public
-    expected batch size.
+    Each rank adds N(0, (σC)²) to its own share of the coordinates of its own sum before the ranks' sums are added up,
+    so the total holds the noise exactly once at any number of ranks, no rank waits for another's noise, and every rank
+    ends up with the very same numbers. The only division is by the public expected batch size.
+
+    Args:
+        gradient: this rank's sums of clipped gradients, in the accumulation type. Left as they are.
+        plan: σ, C and the divisor.
+        key: the run's key, the same on every rank.
+        step: the number of the step in the run's life.
+        rank: this process's number.
+        world_size: how many processes' sums ``all_reduce_sum`` adds up.
+        all_reduce_sum: the sum over the ranks, given on every one of them.
 
     Guarantee:
         The Gaussian mechanism with noise multiplier σ on a sum of L2 sensitivity C; (ε, δ) over steps by the ledger.
     """
     flat = flatten(gradient)
-    if rank == 0:
-        add_gaussian_noise(flat, noise_std=plan.noise_std, key=key, step=step)
+    add_gaussian_noise(flat, noise_std=plan.noise_std, key=key, step=step, rank=rank, world_size=world_size)
     flat = all_reduce_sum(flat)
     return unflatten(flat.div_(plan.expected_batch_size), gradient)
 

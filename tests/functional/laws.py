@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from lightning_dp.functional.noise import BLOCK
 from lightning_dp.plan import PrivacyPlan
 
 FALSE_ALARM = 1e-6  # a right law is rejected by a check this rarely ...
@@ -44,6 +45,16 @@ def standard_normal_p_values(sample: npt.ArrayLike) -> dict[str, float]:
         "beyond 3": float(stats.binomtest(int((np.abs(x) > 3).sum()), n, two_sided(3)).pvalue),
         "beyond 4": float(stats.binomtest(int((np.abs(x) > 4).sum()), n, two_sided(4)).pvalue),
     }
+
+
+def noise_p_values(noise: npt.ArrayLike) -> dict[str, float]:
+    """How likely a step's noise is, in units of σC: as a whole, block of coordinates by block, and between blocks."""
+    x = np.asarray(noise, dtype=np.float64).ravel()
+    blocks = x[: len(x) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    p_values = {**standard_normal_p_values(x), **independence_p_values(blocks)}
+    for place, block in enumerate(blocks):
+        p_values[f"block {place}"] = len(blocks) * min(standard_normal_p_values(block).values())
+    return p_values
 
 
 def independence_p_values(rows: npt.ArrayLike) -> dict[str, float]:

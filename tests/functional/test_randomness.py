@@ -11,6 +11,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_dp.functional.randomness import KEY_BYTES, RandomKey, Stream
 
@@ -116,3 +118,13 @@ def test_numpy_keeps_all_128_bits_of_a_key_where_torch_keeps_32(distance: int) -
     if distance == 2**32:
         near, far = (torch.Generator().manual_seed(5 + offset) for offset in (0, distance))
         assert torch.equal(torch.randn(100, generator=near), torch.randn(100, generator=far))
+
+
+@given(block=st.integers(1, 2**64 - 1))
+def test_the_blocks_of_a_stream_are_stretches_of_one_sequence_and_do_not_meet(block: int) -> None:
+    """Philox counts draws in 256 bits; a block sets the upper 64, which no generator reaches by drawing."""
+    key = RandomKey.from_seed(3)
+    first, other = (key.generator(Stream.NOISE, 5, block=place).bit_generator.state["state"] for place in (0, block))
+    assert list(first["key"]) == list(other["key"])
+    assert [int(word) for word in first["counter"]] == [0, 0, 0, 0]
+    assert [int(word) for word in other["counter"]] == [0, 0, 0, block]

@@ -11,11 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_dp.functional.noise import BLOCK, share_of
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.reduce import flatten, no_reduce, unflatten
 from lightning_dp.functional.step import release
 from lightning_dp.plan import PrivacyPlan
-from tests.functional.laws import CAUGHT, FALSE_ALARM, plan, standard_normal_p_values
+from tests.functional.laws import (
+    CAUGHT,
+    FALSE_ALARM,
+    independence_p_values,
+    noise_p_values,
+    plan,
+    standard_normal_p_values,
+)
+from tests.guarantees import mutations
 
 KEY = RandomKey.from_seed(31)
 SHAPES = {"weight": (30, 20), "bias": (20,), "temperature": (), "none": (0, 3)}
@@ -40,12 +49,10 @@ def release_on_ranks(
             KEY,
             step,
             rank=rank,
+            world_size=len(of_rank),
             all_reduce_sum=lambda flat: sent.append(flat.clone()) or flat,
         )
-    return [
-        release(own, mechanism, KEY, step, rank=rank, all_reduce_sum=lambda flat: torch.stack(sent).sum(0))
-        for rank, own in enumerate(of_rank)
-    ]
+    return [release(own, mechanism, KEY, step, all_reduce_sum=lambda flat: torch.stack(sent).sum(0)) for own in of_rank]
 
 
 @given(
@@ -91,15 +98,19 @@ def test_a_release_leaves_the_sums_as_they_are_and_can_be_repeated_to_the_bit() 
     assert all(torch.equal(first[name], second[name]) for name in total)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_any_number_of_ranks_releases_the_noise_of_one(ranks: int) -> None:
-    parts = [sums(seed) for seed in range(ranks)]
-    together = {name: torch.stack([part[name] for part in parts]).sum(0) for name in SHAPES}
+SEVERAL_BLOCKS = {"bias": (7,), "weight": (1001, 263), "gain": (70_000,)}
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, SEVERAL_BLOCKS], ids=["less than a block", "several blocks"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+def test_any_number_of_ranks_releases_the_noise_of_one(ranks: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    parts = [sums(seed, shapes) for seed in range(ranks)]
+    together = {name: torch.stack([part[name] for part in parts]).sum(0) for name in shapes}
     alone = release(together, plan(), KEY, 2)
     on_ranks = release_on_ranks(parts, plan(), 2)
     for one, other in pairwise(on_ranks):
-        assert all(torch.equal(one[name], other[name]) for name in SHAPES)
-    for name in SHAPES:
+        assert all(torch.equal(one[name], other[name]) for name in shapes)
+    for name in shapes:
         torch.testing.assert_close(on_ranks[0][name], alone[name], rtol=0, atol=1e-12)
 
 
@@ -108,18 +119,63 @@ def noise_of(released: dict[str, Tensor], clean: dict[str, Tensor], mechanism: P
     return (difference / (mechanism.noise_multiplier * mechanism.clip_norm)).numpy()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize(("noise_multiplier", "clip_norm"), [(1.0, 1.0), (0.3, 4.0), (6.0, 0.05)])
+@pytest.mark.parametrize(
+    ("ranks", "noise_multiplier", "clip_norm"), [(1, 1.0, 1.0), (2, 0.3, 4.0), (3, 6.0, 0.05), (4, 1.5, 0.8)]
+)
 def test_the_noise_of_a_release_is_gaussian_of_scale_sigma_c(
     ranks: int, noise_multiplier: float, clip_norm: float
 ) -> None:
     mechanism = plan(noise_multiplier=noise_multiplier, clip_norm=clip_norm)
-    parts = [sums(seed, {"w": (200, 500)}, torch.float32) for seed in range(ranks)]
+    parts = [sums(seed, {"w": (700, 500)}, torch.float32) for seed in range(ranks)]
     clean = {"w": torch.stack([part["w"] for part in parts]).sum(0)}
     noise = noise_of(release_on_ranks(parts, mechanism)[0], clean, mechanism)
-    p_values = standard_normal_p_values(noise)
+    p_values = noise_p_values(noise)
     assert min(p_values.values()) > FALSE_ALARM, p_values
     assert min(standard_normal_p_values(1.03 * noise).values()) < CAUGHT
+
+
+@given(ranks=st.integers(1, 70), blocks=st.integers(0, 200))
+def test_the_ranks_shares_are_disjoint_cover_everything_and_are_nearly_equal(ranks: int, blocks: int) -> None:
+    shares = [share_of(rank, ranks, blocks) for rank in range(ranks)]
+    assert [block for share in shares for block in share] == list(range(blocks))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_that_is_not_one_of_the_ranks_is_refused(rank: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"rank={rank} with world_size={world_size}: expected a rank from 0 to"):
+        release(sums(), plan(), KEY, 0, rank=rank, world_size=world_size)
+
+
+WRONG_SHARES: dict[str, mutations.Mutation] = {
+    "one share without noise": mutations.one_share_without_noise,
+    "no rank adds noise": mutations.no_rank_adds_noise,
+    "one stream for every share": mutations.one_stream_for_every_share,
+    "two ranks add the noise of a block": lambda: mutations.shares_given(
+        lambda rank, world_size, blocks: range(
+            blocks * rank // world_size, min(blocks, blocks * (rank + 1) // world_size + 1)
+        )
+    ),
+    "every rank adds the noise of all blocks": lambda: mutations.shares_given(
+        lambda rank, world_size, blocks: range(blocks)
+    ),
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("fault", WRONG_SHARES)
+def test_noise_that_is_divided_wrongly_among_the_ranks_is_caught(fault: str, ranks: int) -> None:
+    nothing = [{"w": torch.zeros(3 * BLOCK)} for _ in range(ranks)]
+    with WRONG_SHARES[fault]():
+        noise = noise_of(release_on_ranks(nothing, plan())[0], nothing[0], plan())
+    assert min(noise_p_values(noise).values()) < CAUGHT
+
+
+def test_the_shares_of_different_ranks_and_steps_are_independent() -> None:
+    nothing = [{"w": torch.zeros(4 * BLOCK)} for _ in range(4)]
+    steps = [noise_of(release_on_ranks(nothing, plan(), step)[0], nothing[0], plan()) for step in range(5)]
+    p_values = independence_p_values(np.concatenate(steps).reshape(20, BLOCK))
+    assert min(p_values.values()) > FALSE_ALARM, p_values
 
 
 def test_noise_on_every_rank_would_be_caught() -> None:

@@ -74,10 +74,11 @@ def test_ranks_that_walk_different_micro_batches_release_what_one_rank_releases(
         pieces = micro_batches(of, rank_slice(drawn, rank, world_size), rank + 1)
         own = accumulate(engine, of.loss_function(), of.parameters(), pieces, mechanism.clip_norm)
         release(
-            own.gradient, mechanism, KEY, 0, rank=rank, all_reduce_sum=lambda flat: sent.append(flat.clone()) or flat
-        )
+            own.gradient, mechanism, KEY, 0, rank=rank, world_size=world_size,
+            all_reduce_sum=lambda flat: sent.append(flat.clone()) or flat,
+        )  # fmt: skip
     nothing = {name: torch.zeros_like(p) for name, p in of.parameters().items()}
-    together = release(nothing, mechanism, KEY, 0, rank=1, all_reduce_sum=lambda _: torch.stack(sent).sum(0))
+    together = release(nothing, mechanism, KEY, 0, all_reduce_sum=lambda _: torch.stack(sent).sum(0))
     same(together, alone, tolerance=1e-12)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import lightning_dp.engines.vmap as vmap_module
+import lightning_dp.functional.noise as noise_module
 import lightning_dp.functional.step as step_module
 import lightning_dp.private_step as private_step_module
 from lightning_dp.functional.randomness import RandomKey
@@ -129,8 +130,8 @@ def noise_scaled(factor: float) -> Iterator[None]:
     """The noise has ``factor`` times the standard deviation of the plan."""
     original = step_module.add_gaussian_noise
 
-    def add(total: Tensor, *, noise_std: float, key: RandomKey, step: int) -> Tensor:
-        return original(total, noise_std=factor * noise_std, key=key, step=step)
+    def add(total: Tensor, *, noise_std: float, **options: Any) -> Tensor:
+        return original(total, noise_std=factor * noise_std, **options)
 
     with patched((step_module, "add_gaussian_noise", add)):
         yield
@@ -149,18 +150,48 @@ def noise_of_sigma_alone() -> Iterator[None]:
 
 
 @contextmanager
-def every_rank_adds_noise() -> Iterator[None]:
-    """Each rank adds the whole noise: more privacy than stated, and worse models."""
+def _ranks_told(**wrong: int) -> Iterator[None]:
+    """Each rank believes something wrong about which one it is."""
     original = private_step_module.release
-    with patched((private_step_module, "release", lambda *args, **options: original(*args, **{**options, "rank": 0}))):
+    with patched((private_step_module, "release", lambda *args, **options: original(*args, **{**options, **wrong}))):
         yield
 
 
+def every_rank_adds_noise() -> AbstractContextManager[None]:
+    """Each rank adds the whole noise: more privacy than stated, and worse models."""
+    return _ranks_told(rank=0, world_size=1)
+
+
+def two_ranks_add_one_share() -> AbstractContextManager[None]:
+    """Every rank takes itself for rank 0: that share gets its noise twice, and the others none."""
+    return _ranks_told(rank=0)
+
+
 @contextmanager
-def no_rank_adds_noise() -> Iterator[None]:
-    """The rank that should add the noise believes to be another one."""
-    original = private_step_module.release
-    with patched((private_step_module, "release", lambda *args, **options: original(*args, **{**options, "rank": 1}))):
+def shares_given(wrong: Callable[[int, int, int], range]) -> Iterator[None]:
+    """Other blocks of coordinates than the right ones fall to (rank, of world_size, blocks in all)."""
+    with patched((noise_module, "share_of", wrong)):
+        yield
+
+
+def no_rank_adds_noise() -> AbstractContextManager[None]:
+    """Each rank leaves the noise to the others."""
+    return shares_given(lambda rank, world_size, blocks: range(0))
+
+
+def one_share_without_noise() -> AbstractContextManager[None]:
+    """The last rank's share gets no noise, as when the shares are cut for more ranks than there are."""
+    right = noise_module.share_of
+    return shares_given(
+        lambda rank, world_size, blocks: right(rank, world_size, blocks) if rank < world_size - 1 else range(0)
+    )
+
+
+@contextmanager
+def one_stream_for_every_share() -> Iterator[None]:
+    """The stream's counter leaves the block out, so the shares hold the same noise: their difference holds none."""
+    original = noise_module._standard_normal
+    with patched((noise_module, "_standard_normal", lambda like, key, step, block: original(like, key, step, 0))):
         yield
 
 

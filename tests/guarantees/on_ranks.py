@@ -17,7 +17,7 @@ from tests.conftest import loader, weights
 from tests.distributed.ranks import Mute, on_ranks
 from tests.guarantees import mutations
 
-WRONG = ("every_rank_adds_noise", "no_rank_adds_noise", "ranks_are_averaged")
+WRONG = ("every_rank_adds_noise", "no_rank_adds_noise", "ranks_are_averaged", "two_ranks_add_one_share")
 ROOT = Path(__file__).parents[2]
 
 
