@@ -13,11 +13,13 @@ from typing_extensions import override
 
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
+from lightning_dp.agreement import check_same_on_every_rank, facts
 from lightning_dp.augmentation import views_of
 from lightning_dp.engines.select import EngineName, check_engine_name
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
-from lightning_dp.planning import agreed_plan, planned_steps
+from lightning_dp.planning import agreed_plan, check_batch_after_resume, planned_steps
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.ranks import on_every_rank
 from lightning_dp.report import Report
 from lightning_dp.strategy import PrivateStrategy, make_private
 
@@ -112,6 +114,7 @@ class DifferentialPrivacy(pl.Callback):
         self.ledger: Ledger | None = None
         self._report: Report | None = None
         self._spent: dict[str, Any] | None = None
+        self._world_size: int | None = None
         self._global_step_at_start = 0
         self._steps_at_start = 0
         self._planned = False
@@ -135,8 +138,8 @@ class DifferentialPrivacy(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        preflight.check_trainer(trainer)
-        preflight.check_module(pl_module)
+        on_every_rank(trainer.strategy, lambda: _check(trainer, pl_module), preflight.PreflightError)
+        check_same_on_every_rank(trainer.strategy, facts(self, trainer))
         strategy = make_private(trainer.strategy)
         self._spent = None if self.ledger is None else self.ledger.state_dict()
         self._global_step_at_start = trainer.global_step
@@ -193,11 +196,12 @@ class DifferentialPrivacy(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.ledger is None else {"ledger": self.ledger.state_dict()}
+        return {} if self.ledger is None else {"ledger": self.ledger.state_dict(), "world_size": self._world_size}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._spent = state_dict.get("ledger")
+        self._world_size = state_dict.get("world_size")
 
     @override
     def on_load_checkpoint(
@@ -235,6 +239,8 @@ class DifferentialPrivacy(pl.Callback):
                 )
             return self.ledger
         preflight.check_delta_for(plan)
+        check_batch_after_resume(plan, self._spent, self.expected_batch_size, self._world_size, trainer.world_size)
+        self._world_size = trainer.world_size
         self.ledger = Ledger(plan) if self._spent is None else Ledger.resume(plan, self._spent)
         self._steps_at_start = self.ledger.steps
         self._report = Report(self.ledger, "secret" if self.seed is None else "reproducible")
@@ -255,3 +261,8 @@ class DifferentialPrivacy(pl.Callback):
             f"({self.ledger.steps} steps are charged). Training stops here. A new model needs a DifferentialPrivacy of its "
             "own."
         )
+
+
+def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    preflight.check_trainer(trainer)
+    preflight.check_module(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,8 +11,11 @@ from lightning.pytorch.strategies import Strategy
 from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Ledger, noise_multiplier_for
+from lightning_dp.agreement import check_same_on_every_rank
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.preflight import PreflightError
+from lightning_dp.ranks import on_every_rank
+from lightning_dp.strategy_facts import world_size_of
 
 
 def planned_steps(trainer: pl.Trainer, steps_per_epoch: int, already: int) -> int | None:
@@ -63,7 +67,7 @@ def agreed_plan(
         PreflightError: the number of steps is unknown although σ must be found, or ranks disagree.
         ValueError: a number is out of range, or no σ reaches ε.
     """
-    world_size = int(getattr(strategy, "world_size", 1))
+    world_size = world_size_of(strategy)
     size = dataset_size if dataset_size is not None else len(loader.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
     batch = expected_batch_size if expected_batch_size is not None else (loader.batch_size or 1) * world_size
 
@@ -104,14 +108,44 @@ def agreed_plan(
             epsilon, delta, probe.sampling_probability, max(remaining, 1), history=history.phases
         )
 
-    agreed = _on_rank_zero(strategy, lambda: plan(found() if noise_multiplier is None else noise_multiplier))
-    mine = plan(agreed.noise_multiplier)
-    if mine != agreed:
+    mine = on_every_rank(strategy, lambda: plan(1.0 if noise_multiplier is None else noise_multiplier), PreflightError)
+    check_same_on_every_rank(
+        strategy,
+        {
+            "len(dataset)": len(loader.dataset),  # type: ignore[arg-type]  # preflight saw that it has a length
+            "steps already charged": Ledger.resume(mine, spent).steps if spent else 0,
+            "the checkpoint's ledger": spent,
+            **asdict(mine),
+        },
+    )
+    return _on_rank_zero(strategy, lambda: plan(found() if noise_multiplier is None else noise_multiplier))
+
+
+def check_batch_after_resume(
+    plan: PrivacyPlan, spent: dict[str, Any] | None, given: int | None, ranks_before: int | None, ranks: int
+) -> None:
+    """Refuse a resume in which another number of ranks, and nothing else, would change the expected batch size.
+
+    Args:
+        plan: of the steps to come.
+        spent: the state of the ledger that the run continues, or ``None``.
+        given: the expected batch size asked for, or ``None`` for the loader's ``batch_size`` × ranks.
+        ranks_before: how many ranks took the steps before, or ``None`` if nobody knows.
+        ranks: how many there are now.
+
+    Raises:
+        PreflightError: the batch, and with it q and σ, would change because the number of ranks does.
+    """
+    phases = spent["phases"] if spent else []
+    if given is not None or ranks_before in (None, ranks) or not phases:
+        return
+    before, now = phases[-1]["expected_batch_size"], plan.expected_batch_size
+    if before != now:
         raise PreflightError(
-            f"ranks disagree: rank 0 planned {agreed}, this rank {mine}: expected the same data and arguments on every "
-            "rank. Load the whole dataset on each rank; sampling divides it among them."
+            f"expected_batch_size=None with {ranks} ranks after {ranks_before}: expected the batch of the steps before, "
+            f"{before:g}, and the loader's batch_size × ranks is {now:g}. Give DifferentialPrivacy(expected_batch_size="
+            f"{before:g}) to go on as before at any number of ranks, or {now:g} to change it on purpose."
         )
-    return agreed
 
 
 def _on_rank_zero(strategy: Strategy, make: Callable[[], PrivacyPlan]) -> PrivacyPlan:

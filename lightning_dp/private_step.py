@@ -28,6 +28,7 @@ from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.functional.views import Views, view_uniforms
 from lightning_dp.loader import LogicalBatch, PoissonLoader
 from lightning_dp.physical_batch import default_physical_batch_size
+from lightning_dp.ranks import on_every_rank
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.transfer import let_logical_batches_through, stop_letting_through, to_device
 
@@ -82,7 +83,7 @@ class PrivateStep:
             PreflightError: the loader cannot be sampled by Poisson, or there are several of them.
         """
         module = module_of(strategy)
-        loader = preflight.check_loader(dataloader)
+        loader = on_every_rank(strategy, lambda: preflight.check_loader(dataloader), preflight.PreflightError)
         if self._loader is not None and module.trainer.fit_loop._combined_loader is None:
             raise preflight.PreflightError(
                 "several training loaders: expected exactly one. Each would need a budget of its own; join the datasets "

@@ -1,0 +1,147 @@
+"""Processes that torchrun or SLURM start: what they must agree on, what may differ, and what happens when one is lost."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_dp.agreement import PROBES
+from tests.distributed.disagreements import CASES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("cluster")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.cluster", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def load(case: str, ranks: int, rank: int = 0) -> dict[str, Any]:
+        return torch.load(folder / f"{case}-{ranks}-{rank}.pt", weights_only=True)
+
+    load.folder = folder
+    load.told = done.stdout + done.stderr
+    return load
+
+
+SAME = {
+    "seed": r"seed differs between ranks: 0 on rank 0, 1 on rank 1: expected the same on all 2\. .*same number, or None",
+    "one seed": "seed differs between ranks: None on rank 0, 7 on rank 1",
+    "clip norm": "clip_norm differs between ranks: 1.0 on rank 0, 2.0 on rank 1",
+    "noise multiplier": "noise_multiplier differs between ranks: 1.0 on rank 0, 2.0 on rank 1",
+    "budget": "epsilon differs between ranks: 4.0 on rank 0, 5.0 on rank 1",
+    "delta": "delta differs between ranks: 0.001 on rank 0, 0.0001 on rank 1",
+    "logging": "log_train_metrics differs between ranks: True on rank 0, False on rank 1",
+    "steps": "max_steps differs between ranks: 3 on rank 0, 4 on rank 1",
+    "precision": "precision differs between ranks: '32-true' on rank 0, 'bf16-mixed' on rank 1",
+    "length": r"len\(dataset\) differs between ranks: 64 on rank 0, 65 on rank 1: .* Load the whole dataset on each rank",
+    "length, with N given": r"len\(dataset\) differs between ranks: 64 on rank 0, 65 on rank 1",
+    "batch size": "expected_batch_size differs between ranks: 16 on rank 0, 18 on rank 1",
+    "order": r"dataset\[\d+\] differs between rank 0 and rank 1: expected .* random_split",
+    "version": "version of lightning_dp differs between ranks: '9.0' on rank 0, '9.1' on rank 1: .*same environment",
+    "checkpoint on one": "steps already charged differs between ranks: 3 on rank 0, 0 on rank 1: .*same checkpoint",
+    "ledgers": "steps already charged differs between ranks: 3 on rank 0, 4 on rank 1",
+}
+OF_ONE = {"stream on one": "is an IterableDataset", "BatchNorm on one": r"BatchNorm in net\.1: expected"}
+
+
+def test_ranks_may_differ_in_what_changes_speed_alone(results: Any) -> None:
+    assert results("disagree", 2, 0)["nothing"] is None
+    assert results("disagree", 2, 1)["nothing"] is None
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_ranks_that_do_not_run_the_same_thing_all_stop_with_the_same_sentence(results: Any, case: str) -> None:
+    told = [results("disagree", 2, rank)[case] for rank in range(2)]
+    assert told[0] == told[1]
+    assert re.match(f"PreflightError: {SAME[case]}", told[0]), told
+
+
+@pytest.mark.parametrize("case", OF_ONE)
+def test_what_one_rank_refuses_stops_the_others_too(results: Any, case: str) -> None:
+    """Rank 0, which has nothing to refuse, would wait for rank 1 until the collective's time is over."""
+    told = [results("disagree", 2, rank)[case] for rank in range(2)]
+    assert re.match("PreflightError: rank 1 stopped: .*" + OF_ONE[case], told[0]), told
+    assert re.match("PreflightError: .*" + OF_ONE[case], told[1]), told
+    assert "stopped" not in told[1]
+
+
+def test_every_disagreement_is_looked_at() -> None:
+    assert {"nothing", *SAME, *OF_ONE} == set(CASES)
+
+
+def test_ranks_of_different_speed_micro_batches_and_engines_reach_the_weights_of_one(results: Any) -> None:
+    """With B = 2 of 64, ranks are often without an example, and now and then all of them are."""
+    alone = results("uneven", 1)
+    sizes = [len(step) for step in alone["sampled"]]
+    assert 0 in sizes
+    assert max(sizes) > 3
+    for ranks in (2, 3):
+        for rank in range(ranks):
+            here = results("uneven", ranks, rank)
+            torch.testing.assert_close(here["weights"], alone["weights"], rtol=1e-5, atol=1e-6)
+            assert here["statement"] == alone["statement"]
+            assert here["steps"] == 12
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_rank_reads_its_part_of_each_sample_once_and_nothing_else(results: Any, ranks: int) -> None:
+    together: list[list[int]] = [[] for _ in range(12)]
+    for rank in range(ranks):
+        here = results("uneven", ranks, rank)
+        before = 2 + (PROBES if ranks > 1 else 0)  # what tries the engine, and what is compared between the ranks
+        assert here["read"][before:] == [index for step in here["sampled"] for index in step]
+        for step, indices in zip(together, here["sampled"], strict=True):
+            step += indices
+    assert [sorted(step) for step in together] == results("uneven", 1)["sampled"]
+
+
+@pytest.mark.parametrize("case", ["small", "large", "views"])
+def test_a_step_sends_one_sum_of_four_bytes_a_parameter(results: Any, case: str) -> None:
+    """Whatever the batch, the views and the number of micro-batches. (The 8 bytes are Lightning's, about signals.)"""
+    for rank in range(2):
+        counted = results("counted", 2, rank)[case]
+        assert len(counted["steps"]) == 3
+        for calls in counted["steps"]:
+            large = [call for call in calls if tuple(call[:2]) != ("broadcast", 8)]
+            assert large == [("all_reduce", 4 * counted["parameters"], "torch.float32 RedOpType.SUM")]
+            assert len(calls) <= 2
+
+
+def test_a_run_that_goes_from_four_ranks_to_two_to_one_is_the_run_on_one(results: Any) -> None:
+    parts = [results("stretch", ranks)["7"] for ranks in (4, 2, 1)]
+    torch.testing.assert_close(parts[-1]["weights"], results("plain", 1)["weights"], rtol=1e-5, atol=1e-6)
+    assert parts[-1]["statement"] == results("plain", 1)["statement"]
+    assert [part["steps"] for part in parts] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("seed", ["7", "None"])
+def test_no_noise_and_no_sample_is_used_twice_when_the_number_of_ranks_changes(results: Any, seed: str) -> None:
+    noised, drawn = [], []
+    for ranks in (4, 2, 1):
+        of_rank = [results("stretch", ranks, rank)[seed] for rank in range(ranks)]
+        noised += of_rank[0]["noised"]
+        assert all(part["noised"] == [] for part in of_rank[1:])
+        for step in range(2):
+            drawn.append(tuple(sorted(index for part in of_rank for index in part["sampled"][step])))
+            assert len(set(drawn[-1])) == len(drawn[-1])
+    assert noised == list(range(6))
+    assert len(set(drawn)) == 6
+
+
+def test_another_number_of_ranks_does_not_change_the_batch_behind_ones_back(results: Any) -> None:
+    told = [results("other_batch", 2, rank)["error"] for rank in range(2)]
+    assert told[0] == told[1]
+    expected = r"expected_batch_size=None with 2 ranks after 1: expected the batch of the steps before, 16, .*size=16\) to go on"
+    assert re.match(expected, told[0])
+    assert results("other_batch", 1)["steps"] == 1

@@ -1,0 +1,164 @@
+"""What the processes of a launch do: each case trains, and returns what this rank has at the end."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
+from lightning_dp.functional import step as functional_step
+from tests.conftest import Regressor, loader, regression_data, regressor, weights
+from tests.distributed.ranks import Shift
+
+STEPS = 6
+RANK = "RANK"
+
+
+def rank_here() -> int:
+    return int(os.environ.get(RANK, 0))
+
+
+def private(**arguments: Any) -> DifferentialPrivacy:
+    given = {"noise_multiplier": 0.5, "clip_norm": 0.3, "seed": 7, "expected_batch_size": 16}
+    return DifferentialPrivacy(**{**given, **arguments})
+
+
+def outcome(module: Any, callback: DifferentialPrivacy) -> dict[str, Any]:
+    assert callback.ledger is not None
+    return {
+        "weights": weights(module),
+        "steps": callback.ledger.steps,
+        "statement": str(callback.statement()),
+        "privacy": callback.statement().to_dict(),
+    }
+
+
+class Reads(Dataset[Any]):
+    """The data of the other tests, with a list of what has been read."""
+
+    def __init__(self) -> None:
+        self.data, self.read = regression_data(), []
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        self.read.append(int(index))
+        return self.data[index]
+
+
+class Slow(Regressor):
+    """Every rank takes another time over a step, and the last one the longest."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(0.05 * rank_here())
+
+
+def plain(make_trainer: Any, **options: Any) -> dict[str, Any]:
+    """Six steps; the same at any number of ranks and nodes."""
+    module, callback = regressor(), private()
+    make_trainer(callback, max_steps=STEPS, **options).fit(module, loader())
+    return outcome(module, callback)
+
+
+def uneven(make_trainer: Any) -> dict[str, Any]:
+    """Ranks that differ in everything that may differ: micro-batches, engine, speed, and how many examples they get."""
+    torch.manual_seed(0)
+    module = Slow()
+    callback = private(
+        expected_batch_size=2,  # so that some ranks are often empty, and now and then all of them
+        physical_batch_size=1 + rank_here(),
+        engine=("vmap", "loop", "ghost")[rank_here() % 3],
+    )
+    data, sampled = Reads(), Sampled()
+    make_trainer(callback, sampled, max_steps=12).fit(module, loader(data))
+    return {**outcome(module, callback), "read": data.read, "sampled": sampled.indices}
+
+
+def counted(make_trainer: Any) -> dict[str, Any]:
+    """What goes between the ranks in each step, whatever the batch, the views and the micro-batches."""
+    found: dict[str, Any] = {}
+    for name, batch, views, physical in (("small", 8, 0, 64), ("large", 48, 0, 5), ("views", 16, 3, 2)):
+        module, callback = regressor(), private(expected_batch_size=batch, physical_batch_size=physical)
+        fit = make_trainer(callback, max_steps=3)
+        if views:
+            fit.callbacks.append(AugmentationMultiplicity(k=views, transform=Shift(), images=0))
+        with Traffic() as traffic:
+            module.on_train_batch_start = traffic.step  # type: ignore[method-assign, assignment]  # a hook of Lightning's
+            fit.fit(module, loader())
+        found[name] = {"steps": traffic.steps, "parameters": sum(p.numel() for p in module.parameters())}
+    return found
+
+
+class Traffic:
+    """Writes down every collective call of torch.distributed, with its bytes, step by step."""
+
+    TENSOR = ("all_reduce", "broadcast", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather")
+    OTHER = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter", "send", "recv")
+
+    def __init__(self) -> None:
+        self.steps: list[list[tuple[str, int, str]]] = []
+
+    def step(self, *_: Any) -> None:
+        self.steps.append([])
+
+    def note(self, name: str, tensor: Any, op: Any) -> None:
+        if self.steps:
+            size = tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else -1
+            self.steps[-1].append((name, size, f"{getattr(tensor, 'dtype', '')} {op}"))
+
+    def __enter__(self) -> Traffic:
+        self._kept = {name: getattr(dist, name) for name in (*self.TENSOR, *self.OTHER)}
+
+        def watched(name: str, original: Any) -> Any:
+            def call(first: Any, *rest: Any, **named: Any) -> Any:
+                self.note(name, first, named.get("op", ""))
+                return original(first, *rest, **named)
+
+            return call
+
+        for name, original in self._kept.items():
+            setattr(dist, name, watched(name, original))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, original in self._kept.items():
+            setattr(dist, name, original)
+
+
+def stretch(make_trainer: Any, folder: Path, until: int, seed: int | None = 7, **arguments: Any) -> dict[str, Any]:
+    """A part of a run: from the checkpoint of the last stretch, if there is one, to step ``until``."""
+    module, callback = regressor(), private(seed=seed, **arguments)
+    noised: list[int] = []
+    add = functional_step.add_gaussian_noise
+
+    def noted(total: Tensor, **named: Any) -> Tensor:
+        noised.append(named["step"])
+        return add(total, **named)
+
+    functional_step.add_gaussian_noise = noted  # type: ignore[assignment]  # the same, and a note of it
+    fit = make_trainer(callback, max_steps=until)
+    fit.callbacks.append(sampled := Sampled())
+    last = folder / f"stretch-{seed}.ckpt"
+    fit.fit(module, loader(), ckpt_path=last if last.exists() else None)
+    functional_step.add_gaussian_noise = add
+    fit.save_checkpoint(last)
+    return {**outcome(module, callback), "noised": noised, "sampled": sampled.indices}
+
+
+class Sampled(L.Callback):
+    """Which examples this rank was given at each step."""
+
+    def __init__(self) -> None:
+        self.indices: list[list[int]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.indices.append(batch.indices.tolist())
