@@ -46,6 +46,8 @@ class DifferentialPrivacy(pl.Callback):
         dataset_size: N, a public number of examples; ``None`` for ``len(dataset)``.
         physical_batch_size: the most examples whose gradients are in memory at once; ``None`` chooses. Changes memory
             and speed, never the result.
+        max_batch_size: M, the most examples in a step over all ranks: a larger draw is cut to a random part of that size,
+            and a part of δ pays for it (see :mod:`lightning_dp.accounting.distance`). ``None`` never cuts.
         engine: ``"auto"``, ``"ghost"``, ``"vmap"`` or ``"loop"``: how per-example gradients are computed.
         seed: ``None`` (the default) takes sampling and noise from 256 secret bits of the operating system, which no
             ``seed_everything`` fixes. A number makes them reproducible, for tests, and the statement says so.
@@ -73,6 +75,7 @@ class DifferentialPrivacy(pl.Callback):
         expected_batch_size: int | None = None,
         dataset_size: int | None = None,
         physical_batch_size: int | None = None,
+        max_batch_size: int | None = None,
         engine: EngineName = "auto",
         seed: int | None = None,
         log_train_metrics: bool = True,
@@ -93,6 +96,7 @@ class DifferentialPrivacy(pl.Callback):
             ("expected_batch_size", expected_batch_size),
             ("dataset_size", dataset_size),
             ("physical_batch_size", physical_batch_size),
+            ("max_batch_size", max_batch_size),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1, or None for the default.")
@@ -108,6 +112,7 @@ class DifferentialPrivacy(pl.Callback):
         self.expected_batch_size = expected_batch_size
         self.dataset_size = dataset_size
         self.physical_batch_size = physical_batch_size
+        self.max_batch_size = max_batch_size
         self.engine: EngineName = engine
         self.seed = seed
         self.log_train_metrics = log_train_metrics
@@ -227,6 +232,7 @@ class DifferentialPrivacy(pl.Callback):
             clip_norm=self.clip_norm,
             expected_batch_size=self.expected_batch_size,
             dataset_size=self.dataset_size,
+            max_batch_size=self.max_batch_size,
             spent=self._spent,
             remaining_steps=lambda per_epoch: planned_steps(trainer, per_epoch, self._global_step_at_start),
         )

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.functional.microbatch import split
 from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.sample import poisson_sample, rank_slice
+from lightning_dp.functional.sample import cut, poisson_sample, rank_slice
 from lightning_dp.plan import PrivacyPlan
 
 Indices = npt.NDArray[np.int64]
@@ -136,6 +136,8 @@ class _Draws:
                 self._dataset_size,
                 self._plan.sampling_probability,
             )
+            if self._plan.max_batch_size is not None:
+                drawn = cut(self._key.generator(Stream.SAMPLING, step, 1), drawn, self._plan.max_batch_size)
             self._made[step] = (rank_slice(drawn, self._rank, self._world_size), len(drawn))
         return self._made[step]
 

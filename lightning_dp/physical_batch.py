@@ -19,4 +19,5 @@ def default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: 
     parameters = sum(parameter.numel() for parameter in trainable(module).values())
     room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
     share = plan.expected_batch_size / world_size_of(strategy)
-    return max(1, min(room, 512 // views, math.ceil(share + 4 * math.sqrt(share))))
+    most = math.ceil(plan.max_batch_size / world_size_of(strategy)) if plan.max_batch_size else room
+    return max(1, min(room, 512 // views, math.ceil(share + 4 * math.sqrt(share)), most))

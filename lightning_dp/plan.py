@@ -30,6 +30,11 @@ class PrivacyPlan:
         expected_batch_size: B, the expected size of a step's sample over all ranks. ``0 < B <= N``.
         steps: T, the number of steps planned, or ``None`` if the end is not known in advance.
         target_epsilon: the ε that training must not exceed, or ``None`` if σ was given instead.
+        max_batch_size: M, the most examples that a step uses over all ranks: a larger draw is cut to a random part of
+            this size (truncated Poisson sampling). ``None`` never cuts.
+        resolution: Δ, how many units of an integer grid the clip norm has. Noise is then a discrete Gaussian on the
+            grid. ``None`` for noise in floating point.
+        coordinates: P, the most coordinates that get noise; needed with ``resolution``.
 
     Raises:
         ValueError: a field is outside its range; the message names the value, what was expected and the remedy.
@@ -48,6 +53,9 @@ class PrivacyPlan:
     expected_batch_size: float
     steps: int | None = None
     target_epsilon: float | None = None
+    max_batch_size: int | None = None
+    resolution: int | None = None
+    coordinates: int | None = None
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
@@ -74,6 +82,31 @@ class PrivacyPlan:
                 f"clip_norm=inf with noise_multiplier={self.noise_multiplier}: without clipping no finite noise "
                 "protects anybody. Give a finite clip_norm, or noise_multiplier=0 to train without privacy."
             )
+        if self.max_batch_size is not None:
+            check_max_batch_size(self.max_batch_size)
+        if self.resolution is not None:
+            self._check_grid(self.resolution)
+
+    def _check_grid(self, resolution: int) -> None:
+        if self.noise_multiplier == 0:
+            raise ValueError(
+                "noise_multiplier=0 with secure=True: expected noise, since there is nothing else to make secure. Give a "
+                "noise_multiplier above 0, or leave out secure=True."
+            )
+        if self.coordinates is None or self.coordinates < 1:
+            raise ValueError(
+                f"coordinates={self.coordinates} with resolution={resolution}: expected the number of trainable coordinates."
+            )
+        if self.noise_multiplier * resolution < 1:
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier} with resolution={resolution}: expected noise of at least one unit "
+                "of the grid. Raise noise_multiplier."
+            )
+        if (self.dataset_size + 2**10 * self.noise_multiplier) * resolution >= 2**62:
+            raise ValueError(
+                f"dataset_size={self.dataset_size}, noise_multiplier={self.noise_multiplier} with resolution={resolution}: "
+                "expected sums and noise that fit into 62 bits. Lower noise_multiplier, or leave out secure=True."
+            )
 
     @property
     def sampling_probability(self) -> float:
@@ -89,6 +122,15 @@ class PrivacyPlan:
     def steps_per_epoch(self) -> int:
         """round(1/q): the number of steps in which each example is drawn once on average."""
         return max(1, round(1 / self.sampling_probability))
+
+
+def check_max_batch_size(max_batch_size: int) -> None:
+    """Raise ``ValueError`` unless ``max_batch_size`` is at least 1."""
+    if max_batch_size < 1:
+        raise ValueError(
+            f"max_batch_size={max_batch_size}: expected at least 1, well above the expected batch size, or None for draws "
+            "of any size."
+        )
 
 
 def check_epsilon(epsilon: float) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Ledger, noise_multiplier_for
+from lightning_dp.accounting import Ledger, check_distance_is_affordable, noise_multiplier_for, noise_with_reserve
 from lightning_dp.agreement import check_same_on_every_rank
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.preflight import PreflightError
@@ -46,6 +46,9 @@ def agreed_plan(
     clip_norm: float,
     expected_batch_size: int | None,
     dataset_size: int | None,
+    max_batch_size: int | None = None,
+    resolution: int | None = None,
+    coordinates: int | None = None,
     spent: dict[str, Any] | None,
     remaining_steps: Callable[[int], int | None],
 ) -> PrivacyPlan:
@@ -60,6 +63,9 @@ def agreed_plan(
         clip_norm: C.
         expected_batch_size: B, or ``None``.
         dataset_size: N, or ``None``.
+        max_batch_size: M, or ``None`` for draws of any size.
+        resolution: Δ, the clip norm in units of the grid of discrete noise, or ``None`` for noise in floating point.
+        coordinates: P, how many trainable coordinates there are; needed with ``resolution``.
         spent: the state of a ledger that this run continues, or ``None``.
         remaining_steps: further steps this ``fit`` will take, given the steps of an epoch.
 
@@ -78,23 +84,18 @@ def agreed_plan(
             delta=delta,
             dataset_size=size,
             expected_batch_size=batch,
+            max_batch_size=max_batch_size,
+            resolution=resolution,
+            coordinates=coordinates,
         )
-        history = Ledger.resume(probe, spent) if spent else Ledger(probe)
         remaining = remaining_steps(probe.steps_per_epoch)
-        return PrivacyPlan(
-            noise_multiplier=sigma,
-            clip_norm=clip_norm,
-            delta=delta,
-            dataset_size=size,
-            expected_batch_size=batch,
-            steps=None if remaining is None else history.steps + remaining,
-            target_epsilon=epsilon,
-        )
+        steps = None if remaining is None else _ledger(probe, spent).steps + remaining
+        return replace(probe, steps=steps, target_epsilon=epsilon)
 
     def found() -> float:
         assert epsilon is not None
         probe = plan(1.0)
-        history = Ledger.resume(probe, spent) if spent else Ledger(probe)
+        history = _ledger(probe, spent)
         if probe.steps is None:
             raise PreflightError(
                 f"epsilon={epsilon} without an end: expected Trainer(max_steps=...) or Trainer(max_epochs=...). The noise "
@@ -104,21 +105,39 @@ def agreed_plan(
         remaining = probe.steps - history.steps
         if last is not None and (last.sampling_probability == probe.sampling_probability or remaining == 0):
             return last.noise_multiplier  # go on as before; the ledger stops the run before it overspends
-        return noise_multiplier_for(
-            epsilon, delta, probe.sampling_probability, max(remaining, 1), history=history.phases
+        more, q, phases = max(remaining, 1), probe.sampling_probability, history.phases
+        return noise_with_reserve(
+            lambda left: noise_multiplier_for(epsilon, left, q, more, history=phases),
+            epsilon,
+            delta,
+            lambda sigma: _ledger(plan(sigma), spent).distance(history.steps + more),
         )
 
-    mine = on_every_rank(strategy, lambda: plan(1.0 if noise_multiplier is None else noise_multiplier), PreflightError)
+    def probe() -> PrivacyPlan:
+        length = len(loader.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
+        if max_batch_size is not None and size < length:
+            raise PreflightError(
+                f"dataset_size={size} with max_batch_size={max_batch_size}: expected at least the dataset's length, of "
+                "which draws above the bound are counted. Give a larger dataset_size, or leave out max_batch_size."
+            )
+        return plan(1.0 if noise_multiplier is None else noise_multiplier)
+
+    def make() -> PrivacyPlan:
+        made = plan(found() if noise_multiplier is None else noise_multiplier)
+        check_distance_is_affordable(_ledger(made, spent))
+        return made
+
+    mine = on_every_rank(strategy, probe, PreflightError)
     check_same_on_every_rank(
         strategy,
         {
             "len(dataset)": len(loader.dataset),  # type: ignore[arg-type]  # preflight saw that it has a length
-            "steps already charged": Ledger.resume(mine, spent).steps if spent else 0,
+            "steps already charged": _ledger(mine, spent).steps,
             "the checkpoint's ledger": spent,
             **asdict(mine),
         },
     )
-    return _on_rank_zero(strategy, lambda: plan(found() if noise_multiplier is None else noise_multiplier))
+    return _on_rank_zero(strategy, make)
 
 
 def check_batch_after_resume(
@@ -146,6 +165,10 @@ def check_batch_after_resume(
             f"{before:g}, and the loader's batch_size × ranks is {now:g}. Give DifferentialPrivacy(expected_batch_size="
             f"{before:g}) to go on as before at any number of ranks, or {now:g} to change it on purpose."
         )
+
+
+def _ledger(plan: PrivacyPlan, spent: dict[str, Any] | None) -> Ledger:
+    return Ledger.resume(plan, spent) if spent else Ledger(plan)
 
 
 def _on_rank_zero(strategy: Strategy, make: Callable[[], PrivacyPlan]) -> PrivacyPlan:

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
+from lightning_dp.accounting.distance import Distance, distance_of_step
+from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
-from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta
+from lightning_dp.accounting.reserve import ReservedCurve
+from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_max_batch_size
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 MOST_STEPS = 10**9
 """No count of affordable steps exceeds this."""
 
@@ -32,6 +34,9 @@ class _Entry:
     expected_batch_size: float
     dataset_size: int
     delta: float
+    max_batch_size: int | None
+    resolution: int | None
+    coordinates: int | None
 
     @classmethod
     def of(cls, plan: PrivacyPlan, steps: int) -> _Entry:
@@ -43,6 +48,9 @@ class _Entry:
             expected_batch_size=float(plan.expected_batch_size),
             dataset_size=int(plan.dataset_size),
             delta=float(plan.delta),
+            max_batch_size=plan.max_batch_size,
+            resolution=plan.resolution,
+            coordinates=plan.coordinates,
         )
 
     @classmethod
@@ -52,7 +60,9 @@ class _Entry:
             found = sorted(map(str, raw)) if isinstance(raw, Mapping) else raw
             raise ValueError(f"a phase of the ledger's state has {found}: expected {sorted(fields)}. {_REMEDY}")
         for name in fields:
-            kinds = (int,) if name in ("steps", "dataset_size") else (int, float)
+            if raw[name] is None and name in _NULLABLE:
+                continue
+            kinds = (int,) if name in ("steps", "dataset_size", *_NULLABLE) else (int, float)
             if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
                 raise ValueError(f"{name}={raw[name]!r} in the ledger's state: expected a plain number. {_REMEDY}")
         entry = cls(**{str(name): value for name, value in raw.items()})
@@ -60,12 +70,35 @@ class _Entry:
             entry.phase()
             check_clip_norm(entry.clip_norm)
             check_delta(entry.delta)
+            entry.check_distance()
         except ValueError as error:
             raise ValueError(f"the ledger's state is not valid: {error} {_REMEDY}") from error
         return entry
 
     def phase(self) -> Phase:
         return Phase(self.noise_multiplier, self.sampling_probability, self.steps)
+
+    def distance(self) -> Distance:
+        """How far these steps are from what the accountant composes, all together."""
+        one = distance_of_step(
+            dataset_size=self.dataset_size,
+            sampling_probability=self.sampling_probability,
+            noise_multiplier=self.noise_multiplier,
+            max_batch_size=self.max_batch_size,
+            resolution=self.resolution,
+            coordinates=self.coordinates,
+        )
+        return one * self.steps
+
+    def check_distance(self) -> None:
+        if self.max_batch_size is not None:
+            check_max_batch_size(self.max_batch_size)
+        for name, value in (("dataset_size", self.dataset_size), ("resolution", self.resolution)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1.")
+        if self.resolution is not None and (self.coordinates is None or self.coordinates < 1):
+            raise ValueError(f"coordinates={self.coordinates}: expected at least 1 beside a resolution.")
+        self.distance()
 
 
 def _merge(entries: Iterable[_Entry]) -> tuple[_Entry, ...]:
@@ -81,6 +114,7 @@ def _merge(entries: Iterable[_Entry]) -> tuple[_Entry, ...]:
     return tuple(merged)
 
 
+_NULLABLE = ("max_batch_size", "resolution", "coordinates")
 _REMEDY = "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."
 
 
@@ -99,6 +133,7 @@ class Ledger:
     | history has already overspent the target | no step can be charged, ``epsilon()`` still tells |
     | σ or q changed on resume | composed phase by phase, and noted |
     | C changed on resume | noted; ε does not depend on C, because σ is relative to it |
+    | max_batch_size or the grid changed on resume | each stretch counts with its own distance, and noted |
     | dataset size changed on resume | composed, which bounds ε for every example in all phases, and noted |
 
     Args:
@@ -126,11 +161,13 @@ class Ledger:
         planned = self._plan.steps
         foreseen = planned - self._past_steps if planned is not None and planned >= self._past_steps else planned
         self._foreseen = foreseen
-        self._curve = EpsilonCurve(
+        self._curve = ReservedCurve(
             self._past_phases,
+            sum((entry.distance() for entry in self._past), Distance()),
             self._plan.noise_multiplier,
             self._plan.sampling_probability,
             self._plan.delta,
+            _Entry.of(self._plan, 1).distance(),
             foreseen,
         )
         self._surely_affordable: int | None = None
@@ -162,6 +199,11 @@ class Ledger:
         """How many steps have been charged, resumed history included."""
         return self._past_steps + self._charged
 
+    def distance(self, steps: int) -> Distance:
+        """How far ``steps`` steps in all (at least those past) are from what the accountant composes."""
+        past = sum((entry.distance() for entry in self._past), Distance())
+        return past + _Entry.of(self._plan, steps - self._past_steps).distance()
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What changed between phases and a reader of the guarantee should know."""
@@ -185,6 +227,16 @@ class Ledger:
             (
                 "delta",
                 "δ changed during training from {a:g} to {b:g}: ε is stated for all steps at the last δ",
+            ),
+            (
+                "max_batch_size",
+                "the bound on a step's draw changed during training from {a} to {b}: each stretch is accounted for with "
+                "its own",
+            ),
+            (
+                "resolution",
+                "the clip norm's resolution on the grid of discrete noise changed during training from {a} to {b} (None: "
+                "noise in floating point)",
             ),
         ):
             for a, b in pairwise(entries):
@@ -249,11 +301,14 @@ class Ledger:
             return self._curve.at(total - self._past_steps)
         if total < 0:
             raise ValueError(f"steps={total}: expected a non-negative total number of steps.")
-        phases: list[Phase] = []
-        for phase in self._past_phases:
-            phases.append(replace(phase, steps=min(phase.steps, total)))
-            total -= phases[-1].steps
-        return epsilon_bound(phases, self._plan.delta)
+        cut: list[_Entry] = []
+        for entry in self._past:
+            cut.append(replace(entry, steps=min(entry.steps, total)))
+            total -= cut[-1].steps
+        history, last = [entry.phase() for entry in cut[:-1]], cut[-1]
+        distance = sum((entry.distance() for entry in cut), Distance())
+        sigma, q = last.noise_multiplier, last.sampling_probability
+        return ReservedCurve(history, distance, sigma, q, self._plan.delta, Distance(), last.steps).at(last.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been spent and under which public numbers, as plain numbers, lists and strings."""

@@ -48,6 +48,7 @@ class Statement:
         expected_batch_size: B.
         noise_multiplier: σ.
         clip_norm: C.
+        max_batch_size: M, the size to which a larger draw is cut, or ``None``.
         steps: steps taken, resumed history included.
         randomness: ``"secret"`` or ``"reproducible"``.
         version: of this package.
@@ -74,6 +75,7 @@ class Statement:
     expected_batch_size: float
     noise_multiplier: float
     clip_norm: float
+    max_batch_size: int | None
     steps: int
     randomness: Literal["secret", "reproducible"]
     version: str
@@ -110,12 +112,13 @@ class Statement:
             target_epsilon=plan.target_epsilon,
             accountant=bound.accountant,
             neighbouring_relation=NEIGHBOURING_RELATION,
-            sampling=SAMPLING,
+            sampling=SAMPLING if plan.max_batch_size is None else f"truncated {SAMPLING}",
             sampling_probability=plan.sampling_probability,
             dataset_size=plan.dataset_size,
             expected_batch_size=plan.expected_batch_size,
             noise_multiplier=plan.noise_multiplier,
             clip_norm=plan.clip_norm,
+            max_batch_size=plan.max_batch_size,
             steps=ledger.steps,
             randomness=randomness,
             version=__version__,
@@ -141,9 +144,10 @@ class Statement:
             else f" with q = {_plain(self.sampling_probability)}, σ = {_plain(self.noise_multiplier)}"
         )
         seed = ", from a known seed" if self.randomness == "reproducible" else ""
+        bound = "" if self.max_batch_size is None else f", at most {self.max_batch_size} examples a step"
         return (
             f"(ε = {round_up(self.epsilon)}, δ = {self.delta:g})-DP, {self.neighbouring_relation}, "
-            f"{self.sampling} sampling{mechanism}, C = {_plain(self.clip_norm)}, "
+            f"{self.sampling} sampling{mechanism}{bound}, C = {_plain(self.clip_norm)}, "
             f"{_count(self.steps, 'step')}{seed}, {_ACCOUNTANTS[self.accountant]}"
         )
 

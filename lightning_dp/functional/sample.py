@@ -35,6 +35,29 @@ def poisson_sample(
     return np.sort(drawn.astype(np.int64, copy=False))
 
 
+def cut(generator: np.random.Generator, drawn: npt.NDArray[np.int64], max_batch_size: int) -> npt.NDArray[np.int64]:
+    """At most ``max_batch_size`` of the drawn indices, sorted: all of them, or a uniformly random part.
+
+    Args:
+        generator: source of randomness. It must not depend on the data.
+        drawn: indices, ``(n,)``, a whole draw over all ranks.
+        max_batch_size: M ≥ 1.
+
+    Guarantee:
+        A draw of at most M examples is left as it is, so a run differs from one with plain Poisson sampling with at most
+        the probability that some draw exceeds M (:func:`lightning_dp.accounting.distance.truncation_probability`).
+
+    Example:
+        >>> len(cut(np.random.default_rng(0), np.arange(10), 4)), len(cut(np.random.default_rng(0), np.arange(3), 4))
+        (4, 3)
+
+    Source: Chua et al. 2024 (arXiv 2411.04205), truncated Poisson batches.
+    """
+    if len(drawn) <= max_batch_size:
+        return drawn
+    return np.sort(generator.choice(drawn, size=max_batch_size, replace=False, shuffle=False))
+
+
 def rank_slice(indices: npt.NDArray[np.int64], rank: int, world_size: int) -> npt.NDArray[np.int64]:
     """Rank ``rank``'s part of the one global draw: every ``world_size``-th index.
 

@@ -163,7 +163,7 @@ def test_changes_that_do_not_change_the_mechanism_are_noted(changes: dict[str, A
 def test_state_is_plain_numbers() -> None:
     state = charged_ledger(make_plan(), 3).state_dict()
     assert state == {
-        "version": 1,
+        "version": 2,
         "phases": [
             {
                 "steps": 3,
@@ -173,10 +173,13 @@ def test_state_is_plain_numbers() -> None:
                 "expected_batch_size": 100.0,
                 "dataset_size": 1000,
                 "delta": 1e-5,
+                "max_batch_size": None,
+                "resolution": None,
+                "coordinates": None,
             }
         ],
     }
-    assert all(type(value) in (int, float) for value in state["phases"][0].values())
+    assert all(value is None or type(value) in (int, float) for value in state["phases"][0].values())
 
 
 def broken(path: str, value: Any) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def broken(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("version", 2, "version=2"),
+        ("version", 1, "version=1"),
         ("version", None, "version=None"),
         ("phases", None, "phases=None"),
         ("phases", [3], "expected"),
@@ -208,6 +211,14 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("sampling_probability", 1.5, "sampling_probability=1.5"),
         ("clip_norm", 0.0, "clip_norm=0.0"),
         ("delta", 2.0, "delta=2.0"),
+        ("dataset_size", 0, "dataset_size=0"),
+        ("max_batch_size", 0, "max_batch_size=0"),
+        ("max_batch_size", 1.5, "max_batch_size=1.5"),
+        ("max_batch_size", True, "max_batch_size=True"),
+        ("max_batch_size", KeyError, "expected"),
+        ("resolution", 2**30, "coordinates=None"),
+        ("resolution", -1, "resolution=-1"),
+        ("coordinates", "7", "coordinates='7'"),
     ],
 )
 def test_a_bad_state_is_refused_and_changes_nothing(path: str, value: Any, said: str) -> None:
