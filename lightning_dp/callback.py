@@ -15,6 +15,7 @@ from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.agreement import check_same_on_every_rank, facts
 from lightning_dp.augmentation import views_of
+from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
 from lightning_dp.engines.select import EngineName, check_engine_name
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, check_batch_after_resume, planned_steps
@@ -42,6 +43,9 @@ class DifferentialPrivacy(pl.Callback):
         noise_multiplier: σ, the noise's standard deviation in units of ``clip_norm``. 0 trains without privacy.
         delta: δ, well below 1 / dataset_size.
         clip_norm: C, the L2 norm each example's gradient is clipped to.
+        clipping: ``"flat"``, ``"per_layer"`` (each of L layers to C/√L) or ``"automatic"`` (g·C/(‖g‖+γ)). One example moves
+            the sum by at most C under each of them.
+        automatic_gamma: γ of ``"automatic"``.
         expected_batch_size: B over all ranks; ``None`` for the loader's ``batch_size`` × number of ranks.
         dataset_size: N, a public number of examples; ``None`` for ``len(dataset)``.
         physical_batch_size: the most examples whose gradients are in memory at once; ``None`` chooses. Changes memory
@@ -70,6 +74,8 @@ class DifferentialPrivacy(pl.Callback):
         noise_multiplier: float | None = None,
         delta: float = 1e-5,
         clip_norm: float = 1.0,
+        clipping: ClippingStyle = "flat",
+        automatic_gamma: float = DEFAULT_GAMMA,
         expected_batch_size: int | None = None,
         dataset_size: int | None = None,
         physical_batch_size: int | None = None,
@@ -88,6 +94,7 @@ class DifferentialPrivacy(pl.Callback):
             check_noise_multiplier(noise_multiplier)
         check_delta(delta)
         check_clip_norm(clip_norm)
+        check_clipping(clipping, automatic_gamma, clip_norm)
         check_engine_name(engine)
         for name, value in (
             ("expected_batch_size", expected_batch_size),
@@ -105,6 +112,8 @@ class DifferentialPrivacy(pl.Callback):
         self.noise_multiplier = noise_multiplier
         self.delta = delta
         self.clip_norm = clip_norm
+        self.clipping: ClippingStyle = clipping
+        self.automatic_gamma = automatic_gamma
         self.expected_batch_size = expected_batch_size
         self.dataset_size = dataset_size
         self.physical_batch_size = physical_batch_size
@@ -224,7 +233,7 @@ class DifferentialPrivacy(pl.Callback):
             epsilon=self.epsilon,
             noise_multiplier=self.plan.noise_multiplier if self._planned and self.plan else self.noise_multiplier,
             delta=self.delta,
-            clip_norm=self.clip_norm,
+            clipping=Clipping(self.clip_norm, self.clipping, self.automatic_gamma),
             expected_batch_size=self.expected_batch_size,
             dataset_size=self.dataset_size,
             spent=self._spent,

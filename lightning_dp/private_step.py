@@ -169,7 +169,7 @@ class PrivateStep:
                 self._loss_function(strategy, rest),
                 parameters,
                 self._micro_batches(strategy, batch, key),
-                ledger.plan.clip_norm,
+                ledger.plan.clipping_rule,
             )
         preflight.check_buffers(module, buffers)
         self._pending = total, parameters

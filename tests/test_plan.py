@@ -102,7 +102,7 @@ def test_derived_numbers_follow_from_the_fields(
     assert plan.noise_std == noise_multiplier * clip_norm
     assert plan.steps_per_epoch >= 1
     assert plan.steps_per_epoch * plan.sampling_probability == pytest.approx(
-        1, abs=max(0.5 * plan.sampling_probability, 1e-9)
+        1, abs=0.5 * plan.sampling_probability + 1e-9
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
 from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
+from lightning_dp.clipping import DEFAULT_GAMMA, ClippingStyle, check_clipping
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta
 
 STATE_VERSION = 1
@@ -32,6 +33,7 @@ class _Entry:
     expected_batch_size: float
     dataset_size: int
     delta: float
+    clipping: ClippingStyle = "flat"
 
     @classmethod
     def of(cls, plan: PrivacyPlan, steps: int) -> _Entry:
@@ -43,15 +45,18 @@ class _Entry:
             expected_batch_size=float(plan.expected_batch_size),
             dataset_size=int(plan.dataset_size),
             delta=float(plan.delta),
+            clipping=plan.clipping,
         )
 
     @classmethod
     def read(cls, raw: object) -> _Entry:
         fields = cls.__dataclass_fields__
+        if isinstance(raw, Mapping):
+            raw = {"clipping": "flat", **raw}  # all that there was before there were styles
         if not isinstance(raw, Mapping) or set(raw) != set(fields):
             found = sorted(map(str, raw)) if isinstance(raw, Mapping) else raw
             raise ValueError(f"a phase of the ledger's state has {found}: expected {sorted(fields)}. {_REMEDY}")
-        for name in fields:
+        for name in set(fields) - {"clipping"}:
             kinds = (int,) if name in ("steps", "dataset_size") else (int, float)
             if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
                 raise ValueError(f"{name}={raw[name]!r} in the ledger's state: expected a plain number. {_REMEDY}")
@@ -59,6 +64,7 @@ class _Entry:
         try:
             entry.phase()
             check_clip_norm(entry.clip_norm)
+            check_clipping(entry.clipping, DEFAULT_GAMMA, entry.clip_norm)
             check_delta(entry.delta)
         except ValueError as error:
             raise ValueError(f"the ledger's state is not valid: {error} {_REMEDY}") from error
@@ -99,6 +105,7 @@ class Ledger:
     | history has already overspent the target | no step can be charged, ``epsilon()`` still tells |
     | σ or q changed on resume | composed phase by phase, and noted |
     | C changed on resume | noted; ε does not depend on C, because σ is relative to it |
+    | clipping style changed on resume | noted; ε does not depend on it, because C bounds every style's sensitivity |
     | dataset size changed on resume | composed, which bounds ε for every example in all phases, and noted |
 
     Args:
@@ -176,6 +183,10 @@ class Ledger:
             (
                 "clip_norm",
                 "the clip norm changed during training from {a:g} to {b:g}; ε does not depend on it",
+            ),
+            (
+                "clipping",
+                "the clipping style changed during training from {a} to {b}; ε does not depend on it",
             ),
             (
                 "dataset_size",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, same_mechanism
+from lightning_dp.clipping import ClippingStyle
 from lightning_dp.plan import NEIGHBOURING_RELATION, SAMPLING
 from lightning_dp.version import __version__
 
@@ -32,35 +33,38 @@ _KNOWN_SEED = (
 class Statement:
     """The guarantee of a training run, with everything needed to check it.
 
-    ``noise_multiplier``, ``sampling_probability``, ``clip_norm``, ``expected_batch_size`` and
-    ``dataset_size`` are those of the last phase; if training was resumed under other numbers, ``caveats``
-    lists the phases.
+        ``noise_multiplier``, ``sampling_probability``, ``clip_norm``, ``clipping``, ``expected_batch_size``
+        and ``dataset_size`` are those of the last phase; if training was resumed under other numbers, ``caveats``
+        lists the phases.
 
     Args:
-        epsilon: upper bound on ε after ``steps`` steps, not rounded; ``math.inf`` without noise.
-        delta: δ.
-        target_epsilon: the ε that training was not to exceed, or ``None``.
-        accountant: ``"PRV"``, ``"RDP"`` or ``"exact"``.
-        neighbouring_relation: who is protected.
-        sampling: how examples are drawn.
-        sampling_probability: q.
-        dataset_size: N.
-        expected_batch_size: B.
-        noise_multiplier: σ.
-        clip_norm: C.
-        steps: steps taken, resumed history included.
-        randomness: ``"secret"`` or ``"reproducible"``.
-        version: of this package.
-        caveats: sentences without which the number should not be quoted.
+            epsilon: upper bound on ε after ``steps`` steps, not rounded; ``math.inf`` without noise.
+            delta: δ.
+            target_epsilon: the ε that training was not to exceed, or ``None``.
+            accountant: ``"PRV"``, ``"RDP"`` or ``"exact"``.
+            neighbouring_relation: who is protected.
+            sampling: how examples are drawn.
+            sampling_probability: q.
+            dataset_size: N.
+            expected_batch_size: B.
+            noise_multiplier: σ.
+            clip_norm: C, by which one example moves a step's sum at most, under every clipping style.
+            clipping: the clipping style, ``"flat"``, ``"per_layer"`` or ``"automatic"``.
+            automatic_gamma: γ of the automatic style, ``None`` with the others.
+            steps: steps taken, resumed history included.
+            randomness: ``"secret"`` or ``"reproducible"``.
+            version: of this package.
+            caveats: sentences without which the number should not be quoted.
 
     Example:
-        >>> from lightning_dp.plan import PrivacyPlan
-        >>> plan = PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000,
-        ...                    expected_batch_size=100)
-        >>> ledger = Ledger(plan)
-        >>> ledger.charge()
-        >>> print(Statement.of(ledger, randomness="secret"))  # doctest: +ELLIPSIS
-        (ε = ..., δ = 1e-05)-DP, add/remove one example, Poisson sampling with q = 0.1, σ = 2.0, ...
+            >>> from lightning_dp.clipping import ClippingStyle
+    from lightning_dp.plan import PrivacyPlan
+            >>> plan = PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000,
+            ...                    expected_batch_size=100)
+            >>> ledger = Ledger(plan)
+            >>> ledger.charge()
+            >>> print(Statement.of(ledger, randomness="secret"))  # doctest: +ELLIPSIS
+            (ε = ..., δ = 1e-05)-DP, add/remove one example, Poisson sampling with q = 0.1, σ = 2.0, ...
     """
 
     epsilon: float
@@ -74,6 +78,8 @@ class Statement:
     expected_batch_size: float
     noise_multiplier: float
     clip_norm: float
+    clipping: ClippingStyle
+    automatic_gamma: float | None
     steps: int
     randomness: Literal["secret", "reproducible"]
     version: str
@@ -116,6 +122,8 @@ class Statement:
             expected_batch_size=plan.expected_batch_size,
             noise_multiplier=plan.noise_multiplier,
             clip_norm=plan.clip_norm,
+            clipping=plan.clipping,
+            automatic_gamma=plan.automatic_gamma if plan.clipping == "automatic" else None,
             steps=ledger.steps,
             randomness=randomness,
             version=__version__,
@@ -140,10 +148,11 @@ class Statement:
             if composed
             else f" with q = {_plain(self.sampling_probability)}, σ = {_plain(self.noise_multiplier)}"
         )
+        style = "" if self.clipping == "flat" else f" ({self.clipping.replace('_', ' ')} clipping)"
         seed = ", from a known seed" if self.randomness == "reproducible" else ""
         return (
             f"(ε = {round_up(self.epsilon)}, δ = {self.delta:g})-DP, {self.neighbouring_relation}, "
-            f"{self.sampling} sampling{mechanism}, C = {_plain(self.clip_norm)}, "
+            f"{self.sampling} sampling{mechanism}, C = {_plain(self.clip_norm)}{style}, "
             f"{_count(self.steps, 'step')}{seed}, {_ACCOUNTANTS[self.accountant]}"
         )
 

@@ -140,6 +140,7 @@ def test_a_changed_mechanism_is_composed() -> None:
     ("changes", "said"),
     [
         ({"clip_norm": 2.0}, "clip norm changed during training from 1 to 2"),
+        ({"clipping": "automatic"}, "clipping style changed during training from flat to automatic"),
         (
             {"dataset_size": 2000, "expected_batch_size": 200},
             "dataset size changed during training from 1000",
@@ -173,10 +174,11 @@ def test_state_is_plain_numbers() -> None:
                 "expected_batch_size": 100.0,
                 "dataset_size": 1000,
                 "delta": 1e-5,
+                "clipping": "flat",
             }
         ],
     }
-    assert all(type(value) in (int, float) for value in state["phases"][0].values())
+    assert all(type(value) in (int, float, str) for value in state["phases"][0].values())
 
 
 def broken(path: str, value: Any) -> dict[str, Any]:
@@ -208,6 +210,7 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("sampling_probability", 1.5, "sampling_probability=1.5"),
         ("clip_norm", 0.0, "clip_norm=0.0"),
         ("delta", 2.0, "delta=2.0"),
+        ("clipping", "rounding", "clipping='rounding'"),
     ],
 )
 def test_a_bad_state_is_refused_and_changes_nothing(path: str, value: Any, said: str) -> None:
