@@ -17,6 +17,7 @@ from lightning_dp.agreement import check_same_on_every_rank, facts
 from lightning_dp.augmentation import views_of
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
 from lightning_dp.engines.select import EngineName, check_engine_name
+from lightning_dp.physical_batch import PhysicalBatchSize, check_physical_batch_size
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, check_batch_after_resume, planned_steps
 from lightning_dp.private_step import PrivateStep
@@ -48,8 +49,8 @@ class DifferentialPrivacy(pl.Callback):
         automatic_gamma: γ of ``"automatic"``.
         expected_batch_size: B over all ranks; ``None`` for the loader's ``batch_size`` × number of ranks.
         dataset_size: N, a public number of examples; ``None`` for ``len(dataset)``.
-        physical_batch_size: the most examples whose gradients are in memory at once; ``None`` chooses. Changes memory
-            and speed, never the result.
+        physical_batch_size: the most examples that are worked on at once; ``None`` chooses by rule of thumb, ``"auto"``
+            measures before training what fits and is fast. Changes memory and speed, never the result.
         engine: ``"auto"``, ``"ghost"``, ``"vmap"`` or ``"loop"``: how per-example gradients are computed.
         seed: ``None`` (the default) takes sampling and noise from 256 secret bits of the operating system, which no
             ``seed_everything`` fixes. A number makes them reproducible, for tests, and the statement says so.
@@ -78,7 +79,7 @@ class DifferentialPrivacy(pl.Callback):
         automatic_gamma: float = DEFAULT_GAMMA,
         expected_batch_size: int | None = None,
         dataset_size: int | None = None,
-        physical_batch_size: int | None = None,
+        physical_batch_size: PhysicalBatchSize = None,
         engine: EngineName = "auto",
         seed: int | None = None,
         log_train_metrics: bool = True,
@@ -96,10 +97,10 @@ class DifferentialPrivacy(pl.Callback):
         check_clip_norm(clip_norm)
         check_clipping(clipping, automatic_gamma, clip_norm)
         check_engine_name(engine)
+        check_physical_batch_size(physical_batch_size)
         for name, value in (
             ("expected_batch_size", expected_batch_size),
             ("dataset_size", dataset_size),
-            ("physical_batch_size", physical_batch_size),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1, or None for the default.")
