@@ -15,7 +15,9 @@ from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.agreement import check_same_on_every_rank, facts
 from lightning_dp.augmentation import views_of
+from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
 from lightning_dp.engines.select import EngineName, check_engine_name
+from lightning_dp.physical_batch import PhysicalBatchSize, check_physical_batch_size
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, check_batch_after_resume, planned_steps
 from lightning_dp.private_step import PrivateStep
@@ -42,10 +44,13 @@ class DifferentialPrivacy(pl.Callback):
         noise_multiplier: σ, the noise's standard deviation in units of ``clip_norm``. 0 trains without privacy.
         delta: δ, well below 1 / dataset_size.
         clip_norm: C, the L2 norm each example's gradient is clipped to.
+        clipping: ``"flat"``, ``"per_layer"`` (each of L layers to C/√L) or ``"automatic"`` (g·C/(‖g‖+γ)). One example moves
+            the sum by at most C under each of them.
+        automatic_gamma: γ of ``"automatic"``.
         expected_batch_size: B over all ranks; ``None`` for the loader's ``batch_size`` × number of ranks.
         dataset_size: N, a public number of examples; ``None`` for ``len(dataset)``.
-        physical_batch_size: the most examples whose gradients are in memory at once; ``None`` chooses. Changes memory
-            and speed, never the result.
+        physical_batch_size: the most examples that are worked on at once; ``None`` chooses by rule of thumb, ``"auto"``
+            measures before training what fits and is fast. Changes memory and speed, never the result.
         max_batch_size: M, the most examples in a step over all ranks: a larger draw is cut to a random part of that size,
             and a part of δ pays for it (see :mod:`lightning_dp.accounting.distance`). ``None`` never cuts.
         engine: ``"auto"``, ``"ghost"``, ``"vmap"`` or ``"loop"``: how per-example gradients are computed.
@@ -72,9 +77,11 @@ class DifferentialPrivacy(pl.Callback):
         noise_multiplier: float | None = None,
         delta: float = 1e-5,
         clip_norm: float = 1.0,
+        clipping: ClippingStyle = "flat",
+        automatic_gamma: float = DEFAULT_GAMMA,
         expected_batch_size: int | None = None,
         dataset_size: int | None = None,
-        physical_batch_size: int | None = None,
+        physical_batch_size: PhysicalBatchSize = None,
         max_batch_size: int | None = None,
         engine: EngineName = "auto",
         seed: int | None = None,
@@ -91,11 +98,12 @@ class DifferentialPrivacy(pl.Callback):
             check_noise_multiplier(noise_multiplier)
         check_delta(delta)
         check_clip_norm(clip_norm)
+        check_clipping(clipping, automatic_gamma, clip_norm)
         check_engine_name(engine)
+        check_physical_batch_size(physical_batch_size)
         for name, value in (
             ("expected_batch_size", expected_batch_size),
             ("dataset_size", dataset_size),
-            ("physical_batch_size", physical_batch_size),
             ("max_batch_size", max_batch_size),
         ):
             if value is not None and value < 1:
@@ -109,6 +117,8 @@ class DifferentialPrivacy(pl.Callback):
         self.noise_multiplier = noise_multiplier
         self.delta = delta
         self.clip_norm = clip_norm
+        self.clipping: ClippingStyle = clipping
+        self.automatic_gamma = automatic_gamma
         self.expected_batch_size = expected_batch_size
         self.dataset_size = dataset_size
         self.physical_batch_size = physical_batch_size
@@ -229,7 +239,7 @@ class DifferentialPrivacy(pl.Callback):
             epsilon=self.epsilon,
             noise_multiplier=self.plan.noise_multiplier if self._planned and self.plan else self.noise_multiplier,
             delta=self.delta,
-            clip_norm=self.clip_norm,
+            clipping=Clipping(self.clip_norm, self.clipping, self.automatic_gamma),
             expected_batch_size=self.expected_batch_size,
             dataset_size=self.dataset_size,
             max_batch_size=self.max_batch_size,

@@ -63,10 +63,10 @@ def try_engines(
 
         if with_views is not None:
             check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
-        on_device, clip_norm = prepared(batch), loader.plan.clip_norm
+        on_device, clipping = prepared(batch), loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:
-            engine.clipped_sum(loss_function, trainable(module), on_device, examples, clip_norm)
+            engine.clipped_sum(loss_function, trainable(module), on_device, examples, clipping)
             if isinstance(engine, GhostEngine):
                 check_agreement(engine, loss_function, trainable(module), on_device, examples)
 

@@ -101,12 +101,16 @@ class PoissonLoader:
     def __iter__(self) -> Iterator[LogicalBatch]:
         first = self._next_step()
         steps = range(first, first + len(self))
-        self._schedule.steps = steps
+        self._schedule.steps, self._schedule.physical_batch_size = steps, self.physical_batch_size
         self._draws.forget()
         source = _MicroBatchSource(iter(self._micro_batch_loader), self._draws, self.physical_batch_size, first)
         for step in steps:
             mine, global_size = self._draws.at(step)
             yield LogicalBatch(step, torch.from_numpy(mine), global_size, source)
+
+    def resize(self, physical_batch_size: int) -> None:
+        """Work on at most so many examples at once from the next epoch on. Which examples are drawn does not change."""
+        self.physical_batch_size = physical_batch_size
 
     def first_examples(self, count: int) -> tuple[Any, int]:
         """The dataset's first ``count`` examples (fewer if it is smaller), collated: for trying an engine out."""
@@ -153,11 +157,12 @@ class _Schedule:
 
     def __init__(self, draws: _Draws, physical_batch_size: int) -> None:
         self.steps = range(0)
-        self._draws, self._physical_batch_size = draws, physical_batch_size
+        self.physical_batch_size = physical_batch_size
+        self._draws = draws
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            for piece in split(self._draws.at(step)[0], self._physical_batch_size):
+            for piece in split(self._draws.at(step)[0], self.physical_batch_size):
                 yield piece.tolist()
 
 

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from lightning_dp import preflight
+from lightning_dp.batch_search import Found, measured, random_rows, search_size
+from lightning_dp.engines.select import first_line, make_engine
+from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.loader import PoissonLoader
+from lightning_dp.memory import room_for_micro_batches
 from lightning_dp.plan import PrivacyPlan
-from lightning_dp.strategy_facts import trainable, world_size_of
+from lightning_dp.ranks import gathered
+from lightning_dp.strategy_facts import module_of, trainable, world_size_of
+from lightning_dp.transfer import to_device
+
+WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
+"""``(batch on the device, indices, seed)`` → the batch with its views."""
+
+PhysicalBatchSize = int | Literal["auto"] | None
+"""As the user gives it: a number, ``"auto"`` to have it found by measuring, ``None`` for a size by rule of thumb."""
+
+
+def check_physical_batch_size(size: object) -> None:
+    """Raise ``ValueError`` unless ``size`` is a :data:`PhysicalBatchSize`."""
+    if size is None or size == "auto" or (isinstance(size, int) and size >= 1):
+        return
+    raise ValueError(f"physical_batch_size={size!r}: expected at least 1, 'auto', or None for the default.")
 
 
 def default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: Strategy, views: int) -> int:
@@ -18,6 +46,95 @@ def default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: 
     """
     parameters = sum(parameter.numel() for parameter in trainable(module).values())
     room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
+    return max(1, min(room, 512 // views, largest_useful_size(plan, strategy)))
+
+
+def largest_useful_size(plan: PrivacyPlan, strategy: Strategy) -> int:
+    """A size that this rank's share of a draw hardly ever exceeds: its mean and four standard deviations."""
     share = plan.expected_batch_size / world_size_of(strategy)
-    most = math.ceil(plan.max_batch_size / world_size_of(strategy)) if plan.max_batch_size else room
-    return max(1, min(room, 512 // views, math.ceil(share + 4 * math.sqrt(share)), most))
+    usual = math.ceil(share + 4 * math.sqrt(share))
+    return (
+        usual if plan.max_batch_size is None else min(usual, math.ceil(plan.max_batch_size / world_size_of(strategy)))
+    )
+
+
+def settle_physical_batch_size(
+    strategy: Strategy,
+    loader: PoissonLoader,
+    given: PhysicalBatchSize,
+    engine: Engine,
+    loss_function: LossFunction,
+    with_views: WithViews | None,
+) -> PhysicalBatchSize:
+    """With ``"auto"``, find the size that fits and is fast, measured on random data, and have ``loader`` use it.
+
+    The ranks that look for a size agree on the smallest. Parameters, buffers, gradients, global random generators and the
+    ledger are as before when it returns. A collective call, whatever is given.
+
+    Args:
+        strategy: whose module is measured, on its device.
+        loader: of whose first examples shapes, types and ranges are taken. Where nothing can be measured it keeps its
+            size.
+        given: what the user asked for.
+        engine: the one to train with. ``loop`` needs no more memory for more examples, and is not measured.
+        loss_function: the user's training_step on one example.
+        with_views: gives each example its K views, or ``None``.
+
+    Returns:
+        The size found, or what was given if that is not ``"auto"``.
+
+    Raises:
+        PreflightError: training_step changes a buffer.
+    """
+    if given != "auto":
+        gathered(strategy, None)
+        return given
+    room, found, reason = room_for_micro_batches(strategy), None, "engine 'loop' takes one example at a time"
+    if engine.name != "loop":
+        module = module_of(strategy)
+        buffers = preflight.buffer_versions(module)
+        try:
+            with isolate_rng(), torch.enable_grad():
+                found = _search(strategy, loader, engine, loss_function, with_views, room)
+            reason = "a single example does not fit"
+        except Exception as error:  # whatever a training_step has against random data; the default is safe
+            reason = f"random data cannot be trained on: {first_line(error)}"
+        preflight.check_buffers(module, buffers)
+        if strategy.root_device.type == "cuda":
+            torch.cuda.empty_cache()
+    size = found.examples if found else loader.physical_batch_size
+    agreed = min(other for other in gathered(strategy, size) if other is not None)
+    told = (
+        found.describe(room)
+        if found
+        else f"lightning_dp: physical_batch_size='auto' stays at {size} without being measured: {reason}."
+    )
+    rank_zero_info(told + ("" if agreed == size else f" Another rank has room for {agreed} only."))
+    loader.resize(agreed)
+    return agreed
+
+
+def _search(
+    strategy: Strategy,
+    loader: PoissonLoader,
+    engine: Engine,
+    loss_function: LossFunction,
+    with_views: WithViews | None,
+    room: int,
+) -> Found | None:
+    module = module_of(strategy)
+    raw, examples = loader.first_examples(2)
+    batch = to_device(strategy, raw)
+    if with_views is not None:
+        batch = with_views(batch, np.arange(examples), 0)
+
+    def measure(rows: int) -> Any:
+        drawn = random_rows(batch, rows)
+
+        def fresh() -> Callable[[], object]:
+            mine = make_engine(engine.name, module)
+            return lambda: mine.clipped_sum(loss_function, trainable(module), drawn, rows, loader.plan.clipping_rule)
+
+        return measured(fresh, rows, strategy.root_device)
+
+    return search_size(measure, room, largest_useful_size(loader.plan, strategy))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
+
 NEIGHBOURING_RELATION = "add/remove one example"
 SAMPLING = "Poisson"
 
@@ -13,8 +15,8 @@ SAMPLING = "Poisson"
 class PrivacyPlan:
     """Everything the mechanism is, as plain public numbers.
 
-    One step draws every example independently with probability :attr:`sampling_probability`, clips each drawn
-    example's gradient to L2 norm ``clip_norm``, sums, adds Gaussian noise of standard deviation
+    One step draws every example independently with probability :attr:`sampling_probability`, bounds each drawn
+    example's gradient to L2 norm ``clip_norm`` in the style of ``clipping``, sums, adds Gaussian noise of standard deviation
     :attr:`noise_std` to every coordinate of the sum, and divides by ``expected_batch_size`` (Abadi et al. 2016,
     Algorithm 1, with Poisson sampling).
 
@@ -35,6 +37,8 @@ class PrivacyPlan:
         resolution: Δ, how many units of an integer grid the clip norm has. Noise is then a discrete Gaussian on the
             grid. ``None`` for noise in floating point.
         coordinates: P, the most coordinates that get noise; needed with ``resolution``.
+        clipping: ``"flat"``, ``"per_layer"`` or ``"automatic"``, see :class:`lightning_dp.clipping.Clipping`.
+        automatic_gamma: γ of the automatic style.
 
     Raises:
         ValueError: a field is outside its range; the message names the value, what was expected and the remedy.
@@ -56,10 +60,13 @@ class PrivacyPlan:
     max_batch_size: int | None = None
     resolution: int | None = None
     coordinates: int | None = None
+    clipping: ClippingStyle = "flat"
+    automatic_gamma: float = DEFAULT_GAMMA
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
         check_clip_norm(self.clip_norm)
+        check_clipping(self.clipping, self.automatic_gamma, self.clip_norm)
         check_delta(self.delta)
         if self.target_epsilon is not None:
             check_epsilon(self.target_epsilon)
@@ -114,9 +121,14 @@ class PrivacyPlan:
         return self.expected_batch_size / self.dataset_size
 
     @property
+    def clipping_rule(self) -> Clipping:
+        """How a step clips, with its sensitivity: what the engines are given."""
+        return Clipping(self.clip_norm, self.clipping, self.automatic_gamma)
+
+    @property
     def noise_std(self) -> float:
-        """σ·C, the standard deviation of the noise added to each coordinate of the *sum* of clipped gradients."""
-        return self.noise_multiplier * self.clip_norm if self.noise_multiplier > 0 else 0.0
+        """σ times the clipping's sensitivity (C): the noise on each coordinate of the *sum* of clipped gradients."""
+        return self.noise_multiplier * self.clipping_rule.sensitivity if self.noise_multiplier > 0 else 0.0
 
     @property
     def steps_per_epoch(self) -> int:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Ledger, check_distance_is_affordable, noise_multiplier_for, noise_with_reserve
 from lightning_dp.agreement import check_same_on_every_rank
+from lightning_dp.clipping import Clipping
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.preflight import PreflightError
 from lightning_dp.ranks import on_every_rank
@@ -43,7 +44,7 @@ def agreed_plan(
     epsilon: float | None,
     noise_multiplier: float | None,
     delta: float,
-    clip_norm: float,
+    clipping: Clipping,
     expected_batch_size: int | None,
     dataset_size: int | None,
     max_batch_size: int | None = None,
@@ -60,7 +61,7 @@ def agreed_plan(
         epsilon: target ε, or ``None``.
         noise_multiplier: σ, or ``None`` to have it found.
         delta: δ.
-        clip_norm: C.
+        clipping: C and how it is kept.
         expected_batch_size: B, or ``None``.
         dataset_size: N, or ``None``.
         max_batch_size: M, or ``None`` for draws of any size.
@@ -80,7 +81,9 @@ def agreed_plan(
     def plan(sigma: float) -> PrivacyPlan:
         probe = PrivacyPlan(
             noise_multiplier=sigma,
-            clip_norm=clip_norm,
+            clip_norm=clipping.clip_norm,
+            clipping=clipping.style,
+            automatic_gamma=clipping.gamma,
             delta=delta,
             dataset_size=size,
             expected_batch_size=batch,

@@ -27,7 +27,7 @@ from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.functional.views import Views, view_uniforms
 from lightning_dp.loader import LogicalBatch, PoissonLoader
-from lightning_dp.physical_batch import default_physical_batch_size
+from lightning_dp.physical_batch import PhysicalBatchSize, default_physical_batch_size, settle_physical_batch_size
 from lightning_dp.ranks import on_every_rank
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.transfer import let_logical_batches_through, stop_letting_through, to_device
@@ -46,7 +46,8 @@ class PrivateStep:
         planner: makes the plan when the training loader is known; called again if Lightning reloads it.
         seed: ``None`` for secret randomness, a number for a reproducible run.
         engine: name of the engine, see :data:`lightning_dp.engines.select.EngineName`.
-        physical_batch_size: the most examples in a micro-batch, or ``None`` for a size that suits the module.
+        physical_batch_size: the most examples in a micro-batch, ``"auto"`` to have that measured in
+            :meth:`choose_engine`, or ``None`` for a size by rule of thumb.
         log_train_metrics: whether what training_step logs reaches the loggers.
         views: how the K augmented views of each example are made, or ``None`` for the examples as they are.
     """
@@ -57,7 +58,7 @@ class PrivateStep:
         *,
         seed: int | None = None,
         engine: EngineName = "auto",
-        physical_batch_size: int | None = None,
+        physical_batch_size: PhysicalBatchSize = None,
         log_train_metrics: bool = True,
         views: Views | None = None,
     ) -> None:
@@ -91,9 +92,8 @@ class PrivateStep:
             )
         ledger = self._ledger = self._planner(loader)
         key = self._key = self._key or _shared_key(strategy, self._seed)
-        size = self._physical_batch_size or default_physical_batch_size(
-            module, ledger.plan, strategy, self._views.k if self._views else 1
-        )
+        given, views = self._physical_batch_size, self._views.k if self._views else 1
+        size = given if isinstance(given, int) else default_physical_batch_size(module, ledger.plan, strategy, views)
         self._loader = PoissonLoader(
             loader,
             ledger.plan,
@@ -124,14 +124,13 @@ class PrivateStep:
         check_same_data_on_every_rank(strategy, loader.dataset)
         check_same_parameters_on_every_rank(strategy, module)
         self._capture = StepCapture(module)
-        self._selection = try_engines(
-            strategy,
-            loader,
-            self._engine_name,
-            self._loss_function(strategy, (0,) if takes_batch_idx(module) else ()),
-            None if self._views is None else self._with_views,
-        )
+        loss_function = self._loss_function(strategy, (0,) if takes_batch_idx(module) else ())
+        with_views = None if self._views is None else self._with_views
+        self._selection = try_engines(strategy, loader, self._engine_name, loss_function, with_views)
         rank_zero_info(self._selection.describe())
+        self._physical_batch_size = settle_physical_batch_size(
+            strategy, loader, self._physical_batch_size, self._selection.engine, loss_function, with_views
+        )
         return self._selection
 
     def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
@@ -169,7 +168,7 @@ class PrivateStep:
                 self._loss_function(strategy, rest),
                 parameters,
                 self._micro_batches(strategy, batch, key),
-                ledger.plan.clip_norm,
+                ledger.plan.clipping_rule,
             )
         preflight.check_buffers(module, buffers)
         self._pending = total, parameters
@@ -231,7 +230,7 @@ class PrivateStep:
     @property
     def physical_batch_size(self) -> int | None:
         """The most examples in a micro-batch, once the loader is known."""
-        return self._physical_batch_size if self._loader is None else self._loader.physical_batch_size
+        return None if self._loader is None else self._loader.physical_batch_size
 
     def _micro_batches(self, strategy: Strategy, batch: LogicalBatch, key: RandomKey) -> Iterator[tuple[Any, int]]:
         """The micro-batches of a step on the device, with their views, and how many examples each holds."""

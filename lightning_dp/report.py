@@ -41,10 +41,11 @@ class Report:
         self._folder = None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]  # set where type checkers do not see it
         plan = self.ledger.plan
         steps = "an open number of steps" if plan.steps is None else f"{plan.steps} steps"
+        style = "" if plan.clipping == "flat" else f" ({plan.clipping_rule})"
         bound = f"ε ≤ {plan.target_epsilon:g}" if plan.target_epsilon is not None else self._foreseen()
         rank_zero_info(
             f"Differential privacy: {bound} at δ = {plan.delta:g} over {steps}: noise multiplier "
-            f"{plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}, expected batch {plan.expected_batch_size:g} of "
+            f"{plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}{style}, expected batch {plan.expected_batch_size:g} of "
             f"{plan.dataset_size} (q = {plan.sampling_probability:.4g}), engine {selection.engine.name}, micro-batches of "
             f"up to {step.physical_batch_size}, {self.randomness} randomness."
         )

@@ -12,6 +12,7 @@ from lightning_dp.accounting.distance import Distance, distance_of_step
 from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
 from lightning_dp.accounting.reserve import ReservedCurve
+from lightning_dp.clipping import DEFAULT_GAMMA, ClippingStyle, check_clipping
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_max_batch_size
 
 STATE_VERSION = 2
@@ -37,6 +38,7 @@ class _Entry:
     max_batch_size: int | None
     resolution: int | None
     coordinates: int | None
+    clipping: ClippingStyle = "flat"
 
     @classmethod
     def of(cls, plan: PrivacyPlan, steps: int) -> _Entry:
@@ -51,15 +53,18 @@ class _Entry:
             max_batch_size=plan.max_batch_size,
             resolution=plan.resolution,
             coordinates=plan.coordinates,
+            clipping=plan.clipping,
         )
 
     @classmethod
     def read(cls, raw: object) -> _Entry:
         fields = cls.__dataclass_fields__
+        if isinstance(raw, Mapping):
+            raw = {"clipping": "flat", **raw}  # all that there was before there were styles
         if not isinstance(raw, Mapping) or set(raw) != set(fields):
             found = sorted(map(str, raw)) if isinstance(raw, Mapping) else raw
             raise ValueError(f"a phase of the ledger's state has {found}: expected {sorted(fields)}. {_REMEDY}")
-        for name in fields:
+        for name in set(fields) - {"clipping"}:
             if raw[name] is None and name in _NULLABLE:
                 continue
             kinds = (int,) if name in ("steps", "dataset_size", *_NULLABLE) else (int, float)
@@ -69,6 +74,7 @@ class _Entry:
         try:
             entry.phase()
             check_clip_norm(entry.clip_norm)
+            check_clipping(entry.clipping, DEFAULT_GAMMA, entry.clip_norm)
             check_delta(entry.delta)
             entry.check_distance()
         except ValueError as error:
@@ -134,6 +140,7 @@ class Ledger:
     | σ or q changed on resume | composed phase by phase, and noted |
     | C changed on resume | noted; ε does not depend on C, because σ is relative to it |
     | max_batch_size or the grid changed on resume | each stretch counts with its own distance, and noted |
+    | clipping style changed on resume | noted; ε does not depend on it, because C bounds every style's sensitivity |
     | dataset size changed on resume | composed, which bounds ε for every example in all phases, and noted |
 
     Args:
@@ -218,6 +225,10 @@ class Ledger:
             (
                 "clip_norm",
                 "the clip norm changed during training from {a:g} to {b:g}; ε does not depend on it",
+            ),
+            (
+                "clipping",
+                "the clipping style changed during training from {a} to {b}; ε does not depend on it",
             ),
             (
                 "dataset_size",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, same_mechanism
+from lightning_dp.clipping import ClippingStyle
 from lightning_dp.plan import NEIGHBOURING_RELATION, SAMPLING
 from lightning_dp.version import __version__
 
@@ -32,8 +33,8 @@ _KNOWN_SEED = (
 class Statement:
     """The guarantee of a training run, with everything needed to check it.
 
-    ``noise_multiplier``, ``sampling_probability``, ``clip_norm``, ``expected_batch_size`` and
-    ``dataset_size`` are those of the last phase; if training was resumed under other numbers, ``caveats``
+    ``noise_multiplier``, ``sampling_probability``, ``clip_norm``, ``clipping``, ``expected_batch_size``
+    and ``dataset_size`` are those of the last phase; if training was resumed under other numbers, ``caveats``
     lists the phases.
 
     Args:
@@ -47,7 +48,9 @@ class Statement:
         dataset_size: N.
         expected_batch_size: B.
         noise_multiplier: σ.
-        clip_norm: C.
+        clip_norm: C, by which one example moves a step's sum at most, under every clipping style.
+        clipping: the clipping style, ``"flat"``, ``"per_layer"`` or ``"automatic"``.
+        automatic_gamma: γ of the automatic style, ``None`` with the others.
         max_batch_size: M, the size to which a larger draw is cut, or ``None``.
         steps: steps taken, resumed history included.
         randomness: ``"secret"`` or ``"reproducible"``.
@@ -76,6 +79,8 @@ class Statement:
     noise_multiplier: float
     clip_norm: float
     max_batch_size: int | None
+    clipping: ClippingStyle
+    automatic_gamma: float | None
     steps: int
     randomness: Literal["secret", "reproducible"]
     version: str
@@ -119,6 +124,8 @@ class Statement:
             noise_multiplier=plan.noise_multiplier,
             clip_norm=plan.clip_norm,
             max_batch_size=plan.max_batch_size,
+            clipping=plan.clipping,
+            automatic_gamma=plan.automatic_gamma if plan.clipping == "automatic" else None,
             steps=ledger.steps,
             randomness=randomness,
             version=__version__,
@@ -143,11 +150,12 @@ class Statement:
             if composed
             else f" with q = {_plain(self.sampling_probability)}, σ = {_plain(self.noise_multiplier)}"
         )
+        style = "" if self.clipping == "flat" else f" ({self.clipping.replace('_', ' ')} clipping)"
         seed = ", from a known seed" if self.randomness == "reproducible" else ""
         bound = "" if self.max_batch_size is None else f", at most {self.max_batch_size} examples a step"
         return (
             f"(ε = {round_up(self.epsilon)}, δ = {self.delta:g})-DP, {self.neighbouring_relation}, "
-            f"{self.sampling} sampling{mechanism}{bound}, C = {_plain(self.clip_norm)}, "
+            f"{self.sampling} sampling{mechanism}{bound}, C = {_plain(self.clip_norm)}{style}, "
             f"{_count(self.steps, 'step')}{seed}, {_ACCOUNTANTS[self.accountant]}"
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.clipping import Clipping
 from lightning_dp.functional.clip import accumulation_dtype, clip_and_sum
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
 from lightning_dp.functional.microbatch import batch_of_one, check_batch_axis
@@ -28,14 +29,16 @@ class LoopEngine:
         parameters: Mapping[str, Tensor],
         batch: Any,
         examples: int,
-        clip_norm: float,
+        clipping: Clipping | float,
+        *,
+        counted: int | None = None,
     ) -> ClippedSum:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
         check_batch_axis(batch, examples)
         total = {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters.items()}
         leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         norms, losses, outputs = [], [], []
-        for index in range(examples):
+        for index in range(examples if counted is None else counted):
             with torch.enable_grad():
                 loss, output = loss_function(leaves, batch_of_one(batch, index))
                 loss = scalar_loss(loss)
@@ -45,7 +48,7 @@ class LoopEngine:
                     else [torch.zeros_like(leaf) for leaf in leaves.values()]
                 )
             rows = {name: g.detach().unsqueeze(0) for name, g in zip(leaves, gradients, strict=True)}
-            clipped, norm = clip_and_sum(rows, clip_norm)
+            clipped, norm = clip_and_sum(rows, clipping)
             for name, gradient in clipped.items():
                 total[name] += gradient
             norms.append(norm)

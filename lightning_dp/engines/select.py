@@ -65,7 +65,7 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
         Exception: what the training_step itself raises when even a batch of one fails is passed on as it is.
     """
     if name != "auto":
-        engine = _make(name, module)
+        engine = make_engine(name, module)
         try:
             trial(engine)
         except BatchAxisError:
@@ -80,7 +80,7 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
         return Selection(engine)
     reasons: list[str] = []
     for candidate in AUTO if module is not None else AUTO[1:]:
-        engine = _make(candidate, module)
+        engine = make_engine(candidate, module)
         try:
             trial(engine)
         except BatchAxisError:
@@ -94,7 +94,8 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
     return Selection(engine, reason="; ".join(reasons) or None)
 
 
-def _make(name: str, module: nn.Module | None) -> Engine:
+def make_engine(name: str, module: nn.Module | None) -> Engine:
+    """A new engine of that name; ``module`` is the one whose layers the loss calls, which ``ghost`` needs to know."""
     if name != "ghost":
         return ENGINES[name]()
     if module is None:

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from lightning_dp.clipping import Clipping
 from lightning_dp.functional.clip import clip_and_sum
-from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
+from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
 from lightning_dp.functional.microbatch import mappable
 
 
@@ -30,7 +31,9 @@ class VmapEngine:
         parameters: Mapping[str, Tensor],
         batch: Any,
         examples: int,
-        clip_norm: float,
+        clipping: Clipping | float,
+        *,
+        counted: int | None = None,
     ) -> ClippedSum:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
         tensors, example = mappable(batch, examples)
@@ -42,5 +45,5 @@ class VmapEngine:
         per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness="different")
         detached = {name: parameter.detach() for name, parameter in parameters.items()}
         gradients, (losses, outputs) = per_example(detached, tensors)
-        gradient, norms = clip_and_sum(gradients, clip_norm)
-        return ClippedSum(gradient=gradient, norms=norms, losses=losses.detach(), outputs=outputs)
+        gradient, norms = clip_and_sum(gradients, clipping, counted)
+        return ClippedSum(gradient, norms[:counted], losses.detach()[:counted], first_rows(outputs, counted))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_dp.clipping import Clipping, as_clipping
 
 NORM_BLOCK = 128
 """How many squares are added up one after the other before rounding errors are stopped from growing."""
@@ -29,18 +32,25 @@ def per_example_norms(gradients: Mapping[str, Tensor]) -> Tensor:
     return norms
 
 
-def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
-    """The factor min(1, C/‖g‖) by which each example's gradient is scaled (Abadi et al. 2016, Algorithm 1).
+def clip_factors(norms: Tensor, clipping: Clipping | float) -> Tensor:
+    """The factor by which each example's gradient, or each layer's part of it, is scaled.
+
+    min(1, C/‖g‖), per layer min(1, (C/√L)/‖g_l‖), or C/(‖g‖ + γ), by the style of ``clipping``.
+
+    Args:
+        norms: ``(B,)``, or ``(L, B)`` for the parts in L layers.
+        clipping: the style and its numbers; a number C for flat clipping.
 
     Guarantee:
-        ‖factor · g‖ ≤ C for every example up to rounding in the accumulation type (relative 2⁻²⁰ or less), so adding
-        or removing one example moves the sum by at most C.
+        ‖factor · g‖ ≤ C for every example up to rounding in the accumulation type (relative 2⁻²⁰ or less), all layers
+        together, so adding or removing one example moves the sum by at most C.
 
     Edge cases:
         ====================  ======================================================
-        ‖g‖ = 0               factor 1
+        ‖g‖ = 0               factor 1 (C/γ with the automatic style)
         C = ∞                 factor 1
         ‖g‖ = NaN or ∞        factor 0: the example contributes nothing (see clip_and_sum)
+        ‖g_l‖ = NaN or ∞      factor 0 in every layer, likewise
         B = 0                 an empty tensor
         ====================  ======================================================
 
@@ -48,37 +58,87 @@ def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
         >>> clip_factors(torch.tensor([0.0, 0.5, 2.0, float("nan")]), 1.0)
         tensor([1.0000, 1.0000, 0.5000, 0.0000])
     """
-    factors = (clip_norm / norms).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+    clipping = as_clipping(clipping)
+    if clipping.style == "automatic":
+        factors = clipping.clip_norm / (norms + clipping.gamma)
+    else:
+        factors = (clipping.budget(len(norms) if norms.ndim > 1 else 1) / norms).clamp(max=1.0)
+    finite = torch.isfinite(norms)
+    finite = finite.all(0) if norms.ndim > 1 else finite
+    return torch.where(finite, factors, torch.zeros_like(factors))
 
 
-def clip_and_sum(gradients: Mapping[str, Tensor], clip_norm: float) -> tuple[dict[str, Tensor], Tensor]:
-    """Clip each example's gradient to L2 norm ``clip_norm`` and add the examples up.
+@dataclass(frozen=True)
+class Factors:
+    """What each example's gradient is multiplied by, parameter by parameter.
+
+    Attributes:
+        by_name: parameter name → factors, ``(B,)``.
+        norms: L2 norms before clipping over all parameters together, ``(B,)``.
+        broken: ``(B,)`` of bool: the examples whose gradient is not finite. Their factors are 0, and since 0 · NaN is
+            NaN, their rows have to be blanked before the weighted sum.
+    """
+
+    by_name: dict[str, Tensor]
+    norms: Tensor
+    broken: Tensor
+
+    @classmethod
+    def of(
+        cls, norms: Mapping[str, Tensor], names: Iterable[str], clipping: Clipping, counted: int | None = None
+    ) -> Factors:
+        """The factors that follow from the norms of the parameters' gradients.
+
+        Args:
+            norms: parameter name → norms of the examples' gradients, ``(B,)``; at least one. A parameter that is
+                missing has a gradient of zero.
+            names: of all trainable parameters, which fix the layers and their number.
+            clipping: the style and its numbers.
+            counted: how many examples count; the others, at the end, are padding and get the factor 0.
+        """
+        layers = clipping.layers(names)
+        together = {layer: [norms[n] for n in layers if layers[n] == layer and n in norms] for layer in layers.values()}
+        blank = torch.zeros_like(next(iter(norms.values())))
+        parts = torch.stack(
+            [torch.linalg.vector_norm(torch.stack(own), dim=0) if own else blank for own in together.values()]
+        )
+        total = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(parts, dim=0)
+        broken = ~torch.isfinite(total)
+        factors = clip_factors(parts, clipping).masked_fill(broken, 0.0)
+        if counted is not None:
+            factors[:, counted:] = 0.0
+        of_layer = dict(zip(together, factors, strict=True))
+        return cls({name: of_layer[layer] for name, layer in layers.items()}, total, broken)
+
+
+def clip_and_sum(
+    gradients: Mapping[str, Tensor], clipping: Clipping | float, counted: int | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Clip each example's gradient and add the examples up.
 
     Args:
-        gradients: parameter name → per-example gradients ``(B, *parameter.shape)``. May be overwritten.
-        clip_norm: C > 0; ``inf`` for no clipping.
+        gradients: parameter name → per-example gradients ``(B, *parameter.shape)``, of all trainable parameters. May be
+            overwritten.
+        clipping: the style and its numbers; a number C for flat clipping to that norm, ``inf`` for none.
+        counted: how many examples count; the others, at the end, are padding and contribute exactly zero.
 
     Returns:
-        The sums, parameter name → ``(*parameter.shape)`` in the accumulation type, and the norms before clipping,
-        ``(B,)``. An example whose norm is not finite contributes exactly zero; its norm stays visible.
+        The sums, parameter name → ``(*parameter.shape)`` in the accumulation type, and the norms before clipping over
+        all parameters together, ``(B,)``. An example whose norm is not finite contributes exactly zero; its norm stays
+        visible.
 
     Guarantee:
-        L2 sensitivity C under adding or removing one example. No mean is taken.
+        L2 sensitivity ``clipping.sensitivity`` under adding or removing one example. No mean is taken.
     """
-    norms = per_example_norms(gradients)
-    factors = clip_factors(norms, clip_norm)
-    if not bool(torch.isfinite(norms).all()):  # 0 · NaN is NaN: blank those rows before the weighted sum
-        broken = ~torch.isfinite(norms)
-        gradients = {
-            name: gradient.masked_fill(broken.view(-1, *[1] * (gradient.ndim - 1)), 0.0)
-            for name, gradient in gradients.items()
-        }
+    rows = {name: _rows(gradient) for name, gradient in gradients.items()}
+    factors = Factors.of({name: _row_norms(r) for name, r in rows.items()}, gradients, as_clipping(clipping), counted)
+    if bool(factors.broken.any()):
+        rows = {name: r.masked_fill(factors.broken.unsqueeze(1), 0.0) for name, r in rows.items()}
     sums = {}
     for name, gradient in gradients.items():
-        rows = _rows(gradient).to(accumulation_dtype(gradient.dtype))
-        sums[name] = (factors.to(rows.dtype) @ rows).view(gradient.shape[1:])
-    return sums, norms
+        wide = rows[name].to(accumulation_dtype(gradient.dtype))
+        sums[name] = (factors.by_name[name].to(wide.dtype) @ wide).view(gradient.shape[1:])
+    return sums, factors.norms
 
 
 def _rows(gradient: Tensor) -> Tensor:

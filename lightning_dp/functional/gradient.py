@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_dp.clipping import Clipping
 
 LossFunction = Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Any]]
 """``(parameters by name, a batch of one) -> (scalar loss, outputs)``. Outputs are any nest of tensors."""
@@ -18,7 +21,7 @@ class ClippedSum:
 
     Attributes:
         gradient: parameter name → sum over the B examples of their clipped gradients, in the accumulation type.
-        norms: gradient norms before clipping, ``(B,)``; not finite where an example's gradient was not.
+        norms: gradient norms before clipping over all parameters, ``(B,)``; not finite where a gradient was not.
         losses: per-example losses, ``(B,)``.
         outputs: the loss function's outputs, every tensor with a leading axis of B.
     """
@@ -40,21 +43,32 @@ class Engine(Protocol):
         parameters: Mapping[str, Tensor],
         batch: Any,
         examples: int,
-        clip_norm: float,
+        clipping: Clipping | float,
+        *,
+        counted: int | None = None,
     ) -> ClippedSum:
-        """Clip each of the ``examples`` per-example gradients in ``batch`` to ``clip_norm`` and add them up.
+        """Clip each of the ``examples`` per-example gradients in ``batch`` and add them up.
 
         Args:
             loss_function: the loss of a batch of one.
             parameters: the trainable parameters, by name.
             batch: any nest whose tensors have ``examples`` rows.
             examples: B ≥ 1, how many examples ``batch`` holds.
-            clip_norm: C.
+            clipping: how; a number C for flat clipping to that norm.
+            counted: how many of the examples count, ``None`` for all. The others, at the end, are padding: they add
+                exactly nothing to the sum, and norms, losses and outputs are those of the first ``counted``.
 
         Raises:
             BatchAxisError: a tensor of ``batch`` does not have one row per example.
         """
         ...
+
+
+def first_rows(outputs: Any, counted: int | None) -> Any:
+    """The outputs of the first ``counted`` examples: every tensor without its rows of padding."""
+    if counted is None:
+        return outputs
+    return pytree.tree_map(lambda leaf: leaf[:counted] if isinstance(leaf, Tensor) else leaf, outputs)
 
 
 def scalar_loss(loss: Any) -> Tensor:

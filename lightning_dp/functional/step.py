@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dp.clipping import Clipping
 from lightning_dp.functional.clip import accumulation_dtype
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.noise import add_gaussian_noise
@@ -52,7 +53,7 @@ def accumulate(
     loss_function: LossFunction,
     parameters: Mapping[str, Tensor],
     micro_batches: Iterable[tuple[Any, int]],
-    clip_norm: float,
+    clipping: Clipping | float,
 ) -> Accumulated:
     """Sum of the clipped per-example gradients of a step's micro-batches. No noise yet, nothing may be released.
 
@@ -61,13 +62,13 @@ def accumulate(
         loss_function: ``(parameters, batch of one) -> (loss, outputs)``.
         parameters: the trainable parameters by name.
         micro_batches: pairs of a batch and its number of examples. None at all is fine: the sum is zero.
-        clip_norm: C.
+        clipping: the plan's; a number C for flat clipping to that norm.
     """
     total = Accumulated(
         {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters.items()}
     )
     for batch, examples in micro_batches:
-        clipped = engine.clipped_sum(loss_function, parameters, batch, examples, clip_norm)
+        clipped = engine.clipped_sum(loss_function, parameters, batch, examples, clipping)
         for name, gradient in clipped.gradient.items():
             total.gradient[name] += gradient
         total.losses.append(clipped.losses)
@@ -102,7 +103,7 @@ def release(
         all_reduce_sum: the sum over the ranks, given on every one of them.
 
     Guarantee:
-        The Gaussian mechanism with noise multiplier σ on a sum of L2 sensitivity C; (ε, δ) over steps by the ledger.
+        The Gaussian mechanism with noise multiplier σ on a sum of L2 sensitivity C, whatever the clipping style; (ε, δ) over steps by the ledger.
     """
     flat = flatten(gradient)
     add_gaussian_noise(flat, noise_std=plan.noise_std, key=key, step=step, rank=rank, world_size=world_size)
@@ -120,5 +121,5 @@ def private_gradient(
     step: int,
 ) -> dict[str, Tensor]:
     """One DP-SGD step's gradient on a single rank, from micro-batches to what the optimizer gets."""
-    total = accumulate(engine, loss_function, parameters, micro_batches, plan.clip_norm)
+    total = accumulate(engine, loss_function, parameters, micro_batches, plan.clipping_rule)
     return release(total.gradient, plan, key, step)

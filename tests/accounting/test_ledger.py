@@ -140,6 +140,7 @@ def test_a_changed_mechanism_is_composed() -> None:
     ("changes", "said"),
     [
         ({"clip_norm": 2.0}, "clip norm changed during training from 1 to 2"),
+        ({"clipping": "automatic"}, "clipping style changed during training from flat to automatic"),
         (
             {"dataset_size": 2000, "expected_batch_size": 200},
             "dataset size changed during training from 1000",
@@ -176,10 +177,11 @@ def test_state_is_plain_numbers() -> None:
                 "max_batch_size": None,
                 "resolution": None,
                 "coordinates": None,
+                "clipping": "flat",
             }
         ],
     }
-    assert all(value is None or type(value) in (int, float) for value in state["phases"][0].values())
+    assert all(value is None or type(value) in (int, float, str) for value in state["phases"][0].values())
 
 
 def broken(path: str, value: Any) -> dict[str, Any]:
@@ -219,6 +221,7 @@ def broken(path: str, value: Any) -> dict[str, Any]:
         ("resolution", 2**30, "coordinates=None"),
         ("resolution", -1, "resolution=-1"),
         ("coordinates", "7", "coordinates='7'"),
+        ("clipping", "rounding", "clipping='rounding'"),
     ],
 )
 def test_a_bad_state_is_refused_and_changes_nothing(path: str, value: Any, said: str) -> None:

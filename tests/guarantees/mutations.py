@@ -18,6 +18,7 @@ import lightning_dp.engines.vmap as vmap_module
 import lightning_dp.functional.noise as noise_module
 import lightning_dp.functional.step as step_module
 import lightning_dp.private_step as private_step_module
+from lightning_dp.clipping import as_clipping
 from lightning_dp.functional.randomness import RandomKey
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
@@ -249,7 +250,11 @@ Gradients = Mapping[str, Tensor]
 @contextmanager
 def _clipping(wrong: Callable[[Callable[..., Any], dict[str, Tensor], float], Any]) -> Iterator[None]:
     original = vmap_module.clip_and_sum
-    with patched((vmap_module, "clip_and_sum", lambda gradients, clip: wrong(original, dict(gradients), clip))):
+
+    def clip_and_sum(gradients: Gradients, clipping: Any, *_: Any) -> Any:
+        return wrong(original, dict(gradients), as_clipping(clipping).clip_norm)
+
+    with patched((vmap_module, "clip_and_sum", clip_and_sum)):
         yield
 
 

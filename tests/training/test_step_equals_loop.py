@@ -15,7 +15,27 @@ from lightning_dp.functional.sample import poisson_sample
 from tests.conftest import loader, regression_data, regressor, trainer, weights
 
 
-def dp_sgd_by_hand(steps: int, *, sigma: float, clip: float, batch: int, seed: int, lr: float) -> torch.Tensor:
+def flat(parts: list[torch.Tensor], clip: float) -> torch.Tensor:
+    gradient = torch.cat([part.flatten() for part in parts])
+    return gradient * min(1.0, clip / float(gradient.norm()))
+
+
+def per_layer(parts: list[torch.Tensor], clip: float) -> torch.Tensor:
+    """The regressor has two layers, each with a weight and a bias."""
+    return torch.cat([flat(parts[:2], clip / math.sqrt(2)), flat(parts[2:], clip / math.sqrt(2))])
+
+
+def automatic(parts: list[torch.Tensor], clip: float) -> torch.Tensor:
+    gradient = torch.cat([part.flatten() for part in parts])
+    return gradient * clip / (float(gradient.norm()) + 0.05)
+
+
+STYLES = {"flat": flat, "per_layer": per_layer, "automatic": automatic}
+
+
+def dp_sgd_by_hand(
+    steps: int, *, sigma: float, clip: float, batch: int, seed: int, lr: float, style: str = "flat"
+) -> torch.Tensor:
     """DP-SGD as in Abadi et al. 2016, one example at a time, plain autograd and plain arithmetic."""
     module, data, key = regressor(), regression_data(), RandomKey.from_seed(seed)
     parameters = list(module.parameters())
@@ -25,8 +45,7 @@ def dp_sgd_by_hand(steps: int, *, sigma: float, clip: float, batch: int, seed: i
         for index in drawn.tolist():
             inputs, target = data[index]
             loss = (module.net(inputs[None])[0, 0] - target) ** 2
-            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-            total += gradient * min(1.0, clip / float(gradient.norm()))
+            total += STYLES[style](list(torch.autograd.grad(loss, parameters)), clip)
         noise = key.generator(Stream.NOISE, step).standard_normal(len(total), dtype="float32")
         noisy = (total + sigma * clip * torch.from_numpy(noise)) / batch
         torch.nn.utils.vector_to_parameters(weights(module) - lr * noisy, parameters)
@@ -43,6 +62,20 @@ def test_training_equals_the_batch_of_one_loop(engine: str, physical_batch_size:
     trainer(private, max_steps=6).fit(module, loader(batch_size=16))
     expected = dp_sgd_by_hand(6, sigma=0.7, clip=0.3, batch=16, seed=3, lr=0.5)
     torch.testing.assert_close(weights(module), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["ghost", "vmap", "loop"])
+@pytest.mark.parametrize("style", ["per_layer", "automatic"])
+def test_every_clipping_style_equals_its_loop(engine: str, style: str) -> None:
+    module = regressor()
+    private = DifferentialPrivacy(
+        noise_multiplier=0.7, clip_norm=0.3, seed=3, engine=engine, clipping=style, automatic_gamma=0.05
+    )
+    trainer(private, max_steps=4).fit(module, loader(batch_size=16))
+    expected = dp_sgd_by_hand(4, sigma=0.7, clip=0.3, batch=16, seed=3, lr=0.5, style=style)
+    torch.testing.assert_close(weights(module), expected, rtol=1e-5, atol=1e-6)
+    assert private.statement().to_dict()["clipping"] == style
+    assert f"({style.replace('_', ' ')} clipping)" in str(private.statement())
 
 
 def test_without_noise_clip_or_sampling_it_is_plain_lightning() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
+from lightning_dp.clipping import Clipping, as_clipping
 from lightning_dp.engines.ghost.attention import folded_attention
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Pass
@@ -28,8 +29,8 @@ from lightning_dp.engines.ghost.layers import (
 )
 from lightning_dp.engines.ghost.multihead import has_multihead_rule, multihead_forward
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
-from lightning_dp.functional.clip import accumulation_dtype, clip_factors
-from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
+from lightning_dp.functional.clip import Factors, accumulation_dtype
+from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
 from lightning_dp.functional.microbatch import mappable
 
 
@@ -74,7 +75,9 @@ class GhostEngine:
         parameters: Mapping[str, Tensor],
         batch: Any,
         examples: int,
-        clip_norm: float,
+        clipping: Clipping | float,
+        *,
+        counted: int | None = None,
     ) -> ClippedSum:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
         tensors, example = mappable(batch, examples)
@@ -88,11 +91,10 @@ class GhostEngine:
         self._handled = {name: " + ".join(sorted(books.handled.get(name, {"not used"}))) for name in parameters}
         contributions = {name: merged(books.by_name[name]) for name in parameters if name in books.by_name}
         books.by_name.clear()
-        norms = _total_norms(contributions, books.losses)
-        factors = clip_factors(norms, clip_norm)
-        broken = ~torch.isfinite(norms)
-        if bool(broken.any()):  # 0 · NaN is NaN: blank those rows before the weighted sum
-            contributions = {name: one.without(broken) for name, one in contributions.items()}
+        norms = {name: one.norms() for name, one in contributions.items()} or _no_norms(parameters, books.losses)
+        factors = Factors.of(norms, parameters, as_clipping(clipping), counted)
+        if bool(factors.broken.any()):
+            contributions = {name: one.without(factors.broken) for name, one in contributions.items()}
         gradient = {}
         for name, parameter in parameters.items():
             dtype = accumulation_dtype(parameter.dtype)
@@ -100,10 +102,10 @@ class GhostEngine:
             gradient[name] = (
                 torch.zeros_like(parameter, dtype=dtype).detach()
                 if one is None
-                else one.weighted_sum(factors).to(dtype)
+                else one.weighted_sum(factors.by_name[name]).to(dtype)
             )
         self._buffers.take_back()
-        return ClippedSum(gradient, norms, books.losses, books.outputs)
+        return ClippedSum(gradient, factors.norms[:counted], books.losses[:counted], first_rows(books.outputs, counted))
 
     def _run(
         self,
@@ -209,8 +211,6 @@ class _Books:
         return receive
 
 
-def _total_norms(contributions: Mapping[str, Contribution], losses: Tensor) -> Tensor:
-    if not contributions:
-        return torch.zeros_like(losses, dtype=accumulation_dtype(losses.dtype))
-    norms: Tensor = torch.linalg.vector_norm(torch.stack([one.norms() for one in contributions.values()]), dim=0)
-    return norms
+def _no_norms(parameters: Mapping[str, Tensor], losses: Tensor) -> dict[str, Tensor]:
+    """Norms of zero for a loss that depends on no parameter."""
+    return {name: torch.zeros_like(losses, dtype=accumulation_dtype(losses.dtype)) for name in list(parameters)[:1]}
