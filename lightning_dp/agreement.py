@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_dp.functional.opened import open_containers
 from lightning_dp.preflight import PreflightError
 from lightning_dp.ranks import gathered
 from lightning_dp.strategy_facts import world_size_of
@@ -145,7 +146,7 @@ def _digest(dataset: Any, index: int) -> str:
         random.seed(index)
         example = dataset[index]
     hashed = hashlib.sha256()
-    for leaf in pytree.tree_leaves(example):
+    for leaf in pytree.tree_leaves(open_containers(example)):
         hashed.update(_content(leaf))
     return hashed.hexdigest()
 

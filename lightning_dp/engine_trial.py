@@ -17,6 +17,7 @@ from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.verification import check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.functional.opened import close_containers, open_containers
 from lightning_dp.loader import PoissonLoader
 from lightning_dp.strategy_facts import module_of, trainable
 from lightning_dp.transfer import to_device
@@ -52,17 +53,22 @@ def try_engines(
     with isolate_rng(), torch.enable_grad():
         batch, examples = loader.first_examples(TRIAL_EXAMPLES)
         check_rows_stay_apart(
-            lambda raw: to_device(strategy, raw), batch, examples, "on_before_ or on_after_batch_transfer"
+            lambda raw: to_device(strategy, close_containers(raw)),
+            open_containers(batch),
+            examples,
+            "on_before_ or on_after_batch_transfer",
         )
 
         def prepared(raw: Any) -> Any:
-            on_device = to_device(strategy, raw)
+            on_device = to_device(strategy, close_containers(raw))
             if with_views is None:
                 return on_device
             return with_views(on_device, np.arange(examples), torch.initial_seed())
 
         if with_views is not None:
-            check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
+            check_rows_stay_apart(
+                prepared, open_containers(batch), examples, "the transform of AugmentationMultiplicity"
+            )
         on_device, clipping = prepared(batch), loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from lightning_dp.capture import StepCapture
 from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.opened import close_containers
 from lightning_dp.functional.views import Views
 from lightning_dp.strategy_facts import module_of
 
@@ -30,7 +31,7 @@ def example_loss(strategy: Strategy, capture: StepCapture, views: Views | None, 
 
     def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
         named = {f"module.{name}": parameter for name, parameter in parameters.items()}
-        example = example if views is None else views.fold(example)
+        example = close_containers(example if views is None else views.fold(example))
         with strategy.precision_plugin.train_step_context():
             return capture.run(lambda: functional_call(stepper, named, (example, *rest)))
 

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 
+from lightning_dp.functional.opened import open_containers
 from lightning_dp.loader import LogicalBatch
 
 HOOK = "_on_before_batch_transfer"
@@ -15,6 +16,8 @@ HOOK = "_on_before_batch_transfer"
 
 def to_device(strategy: Strategy, batch: Any) -> Any:
     """Convert a micro-batch to the Trainer's precision and move it to the device, the user's hooks included.
+
+    Containers of the user's own come back in parts (:mod:`lightning_dp.functional.opened`), for the stages that follow.
 
     Args:
         strategy: connected to the module; its precision plugin, device and the module's (or data module's)
@@ -25,7 +28,8 @@ def to_device(strategy: Strategy, batch: Any) -> Any:
     assert module is not None
     batch = strategy.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
+    batch = module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
+    return open_containers(batch)
 
 
 def let_logical_batches_through(module: pl.LightningModule) -> None:

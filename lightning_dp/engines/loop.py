@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dp.clipping import Clipping
+from lightning_dp.engines.groups import check_one_structure
 from lightning_dp.functional.clip import accumulation_dtype, clip_and_sum
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
 from lightning_dp.functional.microbatch import batch_of_one, check_batch_axis
@@ -60,12 +61,7 @@ class LoopEngine:
 def _stack(outputs: list[Any]) -> Any:
     """Per-example outputs with a leading axis of examples, as vmap would give them."""
     flattened = [pytree.tree_flatten(output) for output in outputs]
-    structures = {str(structure) for _, structure in flattened}
-    if len(structures) > 1:
-        raise ValueError(
-            f"outputs of {len(structures)} different structures: expected training_step to log and return the same "
-            "things for every example. Log unconditionally, or log in a hook such as on_train_batch_end."
-        )
+    check_one_structure([structure for _, structure in flattened])
     columns = zip(*(leaves for leaves, _ in flattened), strict=True)
     stacked = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
     return pytree.tree_unflatten(stacked, flattened[0][1])

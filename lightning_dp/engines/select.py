@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from lightning_dp.engines.decisions import PartingError
+from lightning_dp.engines.explain import explain
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.vmap import VmapEngine
@@ -37,6 +39,10 @@ class Selection:
         lines = [f"lightning_dp: engine '{self.engine.name}'"]
         if self.reason:
             lines[0] += f": {self.reason}"
+        lines += [
+            f"  training_step {parting.what} ({parting.line}): examples that agree run together."
+            for parting in _partings(self.engine)[:1]
+        ]
         if isinstance(self.engine, GhostEngine):
             counts = Counter(self.engine.handled.values())
             lines += [f"  {count:4d} parameters: {how}" for how, count in counts.most_common()]
@@ -74,11 +80,11 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
             if name == "loop":
                 raise
             raise EngineError(
-                f"engine={name!r} cannot run this training_step: {first_line(error)}. "
-                "Use engine='auto' or engine='loop', or remove what depends on an example's values in Python."
+                f"engine={name!r} cannot run this training_step: {explain(error, module)}. "
+                "Use engine='auto' or engine='loop', or change that line."
             ) from error
         return Selection(engine)
-    reasons: list[str] = []
+    reasons: dict[str, list[str]] = {}
     for candidate in AUTO if module is not None else AUTO[1:]:
         engine = make_engine(candidate, module)
         try:
@@ -88,10 +94,19 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
         except Exception as refusal:
             if candidate == "loop":
                 raise  # an error here is the training_step's own
-            reasons.append(f"{candidate} cannot trace this training_step: {first_line(refusal)}")
+            reasons.setdefault(f"cannot run this training_step: {explain(refusal, module)}", []).append(candidate)
         else:
-            break
-    return Selection(engine, reason="; ".join(reasons) or None)
+            alone = [parting for parting in _partings(engine) if parting.single]
+            if not alone:
+                break
+            reason = f"would run one by one: training_step {alone[0].what} ({alone[0].line})"
+            reasons.setdefault(reason, []).append(candidate)
+    texts = [f"{' and '.join(candidates)} {reason}" for reason, candidates in reasons.items()]
+    return Selection(engine, reason="; ".join(texts) or None)
+
+
+def _partings(engine: Engine) -> list[PartingError]:
+    return engine.groups.partings if isinstance(engine, (GhostEngine, VmapEngine)) else []
 
 
 def make_engine(name: str, module: nn.Module | None) -> Engine:
@@ -101,9 +116,3 @@ def make_engine(name: str, module: nn.Module | None) -> Engine:
     if module is None:
         raise EngineError("engine='ghost' without a module: expected the module whose layers the loss calls.")
     return GhostEngine(module)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

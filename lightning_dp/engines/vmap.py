@@ -9,21 +9,27 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from lightning_dp.clipping import Clipping
+from lightning_dp.engines.decisions import answered_for_all
+from lightning_dp.engines.examples import mappable
+from lightning_dp.engines.groups import Groups
+from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.functional.clip import clip_and_sum
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
-from lightning_dp.functional.microbatch import mappable
 
 
 class VmapEngine:
     """``vmap(grad(loss))`` over the examples of a micro-batch; the reference engine.
 
     Memory: one gradient of every parameter per example of the micro-batch. The loss function sees batches of one
-    (each tensor keeps its first axis, with length 1); anything in it that depends on an example's *values* in
-    Python (``.item()``, ``if tensor:``) cannot be traced, and in-place changes of buffers are refused by torch.func.
-    Random layers draw independently for each example. Leaves that are not tensors are shared by all examples.
+    (each tensor keeps its first axis, with length 1). Where it decides in Python on an example's *values*
+    (``if tensor:``, ``.item()``), examples that decide alike run together, see :mod:`lightning_dp.engines.decisions`.
+    In-place changes of buffers are refused by torch.func. Random layers draw independently for each example.
     """
 
     name = "vmap"
+
+    def __init__(self) -> None:
+        self.groups = Groups()
 
     def clipped_sum(
         self,
@@ -36,14 +42,34 @@ class VmapEngine:
         counted: int | None = None,
     ) -> ClippedSum:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
-        tensors, example = mappable(batch, examples)
 
-        def loss_of_one(params: dict[str, Tensor], rows: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Any]]:
+        def one_by_one(rows: Any, count: int) -> ClippedSum:
+            return LoopEngine().clipped_sum(loss_function, parameters, rows, count, clipping)
+
+        def at_once(rows: Any, count: int, counted: int | None) -> ClippedSum:
+            return _at_once(loss_function, parameters, rows, count, clipping, counted)
+
+        return self.groups.clipped_sum(at_once, one_by_one, batch, examples, counted)
+
+
+def _at_once(
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    examples: int,
+    clipping: Clipping | float,
+    counted: int | None,
+) -> ClippedSum:
+    """The clipped sum of examples that decide alike."""
+    tensors, example = mappable(batch, examples)
+
+    def loss_of_one(params: dict[str, Tensor], rows: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Any]]:
+        with answered_for_all(rows[0]):
             loss, outputs = loss_function(params, example(rows))
-            return scalar_loss(loss), outputs
+        return scalar_loss(loss), outputs
 
-        per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness="different")
-        detached = {name: parameter.detach() for name, parameter in parameters.items()}
-        gradients, (losses, outputs) = per_example(detached, tensors)
-        gradient, norms = clip_and_sum(gradients, clipping, counted)
-        return ClippedSum(gradient, norms[:counted], losses.detach()[:counted], first_rows(outputs, counted))
+    per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness="different")
+    detached = {name: parameter.detach() for name, parameter in parameters.items()}
+    gradients, (losses, outputs) = per_example(detached, tensors)
+    gradient, norms = clip_and_sum(gradients, clipping, counted)
+    return ClippedSum(gradient, norms[:counted], losses.detach()[:counted], first_rows(outputs, counted))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,10 +35,10 @@ def check_batch_axis(batch: Any, examples: int) -> None:
     gradient too, and no clip norm bounds that. So what is unclear is refused rather than guessed at. Clear are
 
     - tensors with ``examples`` rows,
-    - lists and tuples of ``examples`` strings or numbers (what PyTorch's default collate makes of strings),
+    - lists and tuples of ``examples`` strings, numbers or objects (what PyTorch's default collate makes of strings),
     - ``None`` and single strings and numbers, which all examples share and which must not depend on the data,
 
-    in any nest of dicts, lists, tuples and named tuples.
+    in any nest of dicts, lists, tuples and named tuples, and of what :mod:`lightning_dp.functional.opened` takes apart.
 
     Example:
         >>> import torch
@@ -87,31 +86,26 @@ def batch_of_one(batch: Any, index: int) -> Any:
     return pytree.tree_map(one, batch, is_leaf=is_list_of_values)
 
 
-def mappable(batch: Any, examples: int) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
-    """The tensors of ``batch``, and a function from one row of each to the example as a batch of one.
+def take(batch: Any, indices: list[int]) -> Any:
+    """The examples of ``batch`` at ``indices``, as a batch. See :func:`batch_of_one`."""
 
-    For ``torch.func.vmap``: leaves that are not tensors are shared by all examples.
+    def some(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf[indices]
+        return type(leaf)(leaf[index] for index in indices) if is_list_of_values(leaf) else leaf
 
-    Raises:
-        BatchAxisError: see :func:`check_batch_axis`.
-        TypeError: the batch holds a list of strings or numbers, one per example, which vmap cannot map over.
-    """
-    check_batch_axis(batch, examples)
-    leaves, structure = pytree.tree_flatten(batch)
-    if examples > 1 and pytree.tree_structure(batch_of_one(batch, 0)) != structure:
-        raise TypeError("the batch holds a list of strings or numbers, one per example, which vmap cannot map over")
-
-    def example(rows: list[Tensor]) -> Any:
-        remaining = iter(rows)
-        one = [next(remaining).unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return pytree.tree_unflatten(one, structure)
-
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], example
+    return pytree.tree_map(some, batch, is_leaf=is_list_of_values)
 
 
 _VALUES = (str, bytes, int, float)
 
 
 def is_list_of_values(node: Any) -> bool:
-    """Whether ``node`` is a list or tuple of strings or numbers, one for each example."""
-    return type(node) in (list, tuple) and len(node) > 0 and all(isinstance(item, _VALUES) for item in node)
+    """Whether ``node`` is a list or tuple of strings, numbers or objects that hold no tensor, one for each example."""
+    return type(node) in (list, tuple) and len(node) > 0 and all(map(_is_value, node))
+
+
+def _is_value(item: Any) -> bool:
+    if isinstance(item, _VALUES):
+        return True
+    return item is not None and not isinstance(item, Tensor) and pytree.tree_is_leaf(item)

@@ -3,12 +3,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_dp.engines.explain import explain
 from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.engines.select import EngineError, check_engine_name, first_line, select_engine
+from lightning_dp.engines.select import EngineError, check_engine_name, select_engine
 from lightning_dp.functional.gradient import Engine
 from lightning_dp.functional.microbatch import BatchAxisError
 from tests.engines.family import case
@@ -27,8 +29,19 @@ def smooth(parameters: Any, batch: Tensor) -> tuple[Tensor, Any]:
     return (parameters["w"] * batch).sum(), []
 
 
+def through_numpy(parameters: Any, batch: Tensor) -> tuple[Tensor, Any]:
+    return (parameters["w"] * batch).sum() * float(np.sign(batch.numpy().sum())), []
+
+
+def reading(parameters: Any, batch: Tensor) -> tuple[Tensor, Any]:
+    return (parameters["w"] * batch).sum() * batch.sum().item(), []
+
+
 def branching(parameters: Any, batch: Tensor) -> tuple[Tensor, Any]:
-    return (parameters["w"] * batch).sum() * (2.0 if batch.sum().item() > 0 else 1.0), []
+    return (parameters["w"] * batch).sum() * (2.0 if batch.sum() > 0 else 1.0), []
+
+
+DIFFERENT = torch.tensor([[1.0, 0, 0], [0, -1.0, 0]])
 
 
 class BugError(Exception):
@@ -47,12 +60,28 @@ def test_what_can_be_traced_gets_the_engine_asked_for(name: Any, chosen: str) ->
 
 
 def test_auto_falls_back_to_the_loop_and_names_the_reason() -> None:
-    selection = select_engine("auto", trial(branching))
+    selection = select_engine("auto", trial(through_numpy))
     assert isinstance(selection.engine, LoopEngine)
     assert selection.reason is not None
-    assert selection.reason.startswith("vmap cannot trace this training_step: ")
-    assert ".item()" in selection.reason
+    assert selection.reason.startswith("vmap cannot run this training_step: it hands a tensor to code outside torch")
     assert "\n" not in selection.reason
+
+
+def test_a_line_that_decides_alike_for_many_does_not_cost_the_engine() -> None:
+    selection = select_engine("auto", trial(branching, DIFFERENT))
+    assert selection.engine.name == "vmap"
+    assert "takes a value of an example into Python" in selection.describe()
+    assert f"test_select.py:{branching.__code__.co_firstlineno + 1} in branching" in selection.describe()
+
+
+def test_a_line_in_which_no_two_examples_are_alike_does_and_is_named() -> None:
+    selection = select_engine("auto", trial(reading, DIFFERENT))
+    assert isinstance(selection.engine, LoopEngine)
+    assert selection.reason is not None
+    assert selection.reason.startswith(
+        "vmap would run one by one: training_step takes a value of an example into Python"
+    )
+    assert f"test_select.py:{reading.__code__.co_firstlineno + 1} in reading" in selection.reason
 
 
 def test_auto_falls_back_for_recurrent_layers() -> None:
@@ -68,14 +97,14 @@ def test_auto_falls_back_for_recurrent_layers() -> None:
 
 def test_vmap_by_name_refuses_what_it_cannot_trace() -> None:
     with pytest.raises(
-        EngineError, match=r"engine='vmap' cannot run this training_step: .*item.*engine='loop'"
+        EngineError, match=r"engine='vmap' cannot run this training_step: .*NumPy.*engine='loop'"
     ) as refusal:
-        select_engine("vmap", trial(branching))
+        select_engine("vmap", trial(through_numpy))
     assert isinstance(refusal.value.__cause__, RuntimeError)
 
 
 def test_the_loop_by_name_takes_what_vmap_cannot_trace() -> None:
-    assert select_engine("loop", trial(branching)).engine.name == "loop"
+    assert select_engine("loop", trial(through_numpy)).engine.name == "loop"
 
 
 @pytest.mark.parametrize("name", ["auto", "loop"])
@@ -88,7 +117,9 @@ def test_a_bug_in_the_training_step_surfaces_unchanged(name: Any) -> None:
 
 
 def test_a_bug_under_vmap_by_name_is_named_and_chained() -> None:
-    with pytest.raises(EngineError, match=r"cannot run this training_step: no such layer\. Use") as refusal:
+    with pytest.raises(
+        EngineError, match=r"run this training_step: no such layer \(.*test_select.py:\d+ in buggy\)\. Use"
+    ) as refusal:
         select_engine("vmap", trial(buggy))
     assert isinstance(refusal.value.__cause__, BugError)
 
@@ -119,5 +150,5 @@ def test_the_names_there_are_pass() -> None:
 
 
 def test_the_first_line_of_an_error_is_what_is_quoted() -> None:
-    assert first_line(ValueError("\n  one.\ntwo")) == "one"
-    assert first_line(ValueError()) == "ValueError"
+    assert explain(ValueError("\n  one.\ntwo")) == "one"
+    assert explain(ValueError()) == "ValueError"

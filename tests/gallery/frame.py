@@ -18,7 +18,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "gallery.md"
-MACHINERY = ("__init__", "frame")
+MACHINERY = ("__init__", "frame", "text")
 
 BRIEF: dict[str, Any] = {
     "accelerator": "cpu",

@@ -8,6 +8,8 @@ import pytest
 
 from tests.gallery.frame import added_lines, engine_of, private_text, public_text, run, scripts, table
 
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+
 
 def test_every_script_has_a_row_and_every_row_a_script() -> None:
     assert set(scripts()) == set(table())

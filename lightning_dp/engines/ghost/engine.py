@@ -15,6 +15,8 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from lightning_dp.clipping import Clipping, as_clipping
+from lightning_dp.engines.decisions import answered_for_all
+from lightning_dp.engines.examples import mappable
 from lightning_dp.engines.ghost.attention import folded_attention
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Pass
@@ -29,9 +31,10 @@ from lightning_dp.engines.ghost.layers import (
 )
 from lightning_dp.engines.ghost.multihead import has_multihead_rule, multihead_forward
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
+from lightning_dp.engines.groups import Groups
+from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.functional.clip import Factors, accumulation_dtype
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
-from lightning_dp.functional.microbatch import mappable
 
 
 class GhostEngine:
@@ -60,6 +63,7 @@ class GhostEngine:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.groups = Groups()
         self._per_example: set[nn.Module] = set()
         self._handled: dict[str, str] = {}
         self._buffers = Buffers()
@@ -80,6 +84,25 @@ class GhostEngine:
         counted: int | None = None,
     ) -> ClippedSum:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
+
+        def one_by_one(rows: Any, count: int) -> ClippedSum:
+            return LoopEngine().clipped_sum(loss_function, parameters, rows, count, clipping)
+
+        def at_once(rows: Any, count: int, counted: int | None) -> ClippedSum:
+            return self._at_once(loss_function, parameters, rows, count, clipping, counted)
+
+        return self.groups.clipped_sum(at_once, one_by_one, batch, examples, counted)
+
+    def _at_once(
+        self,
+        loss_function: LossFunction,
+        parameters: Mapping[str, Tensor],
+        batch: Any,
+        examples: int,
+        clipping: Clipping | float,
+        counted: int | None,
+    ) -> ClippedSum:
+        """The clipped sum of examples that decide alike."""
         tensors, example = mappable(batch, examples)
         self._buffers.take_back()  # also what an earlier call that failed half-way left behind
         while True:
@@ -124,7 +147,8 @@ class GhostEngine:
 
         def loss_of_one(copies: dict[str, Tensor], rows: list[Tensor], one: Tensor) -> tuple[Tensor, Any]:
             of.witness = one
-            loss, outputs = loss_function(copies, example(rows))
+            with answered_for_all(one):
+                loss, outputs = loss_function(copies, example(rows))
             return scalar_loss(loss), outputs
 
         with torch.enable_grad():

@@ -1,0 +1,89 @@
+"""Where in the user's own program something happened, for messages."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from torch import nn
+
+_HERE = str(Path(__file__).parent)
+_OURS_AND_THEIRS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
+_PACKAGES = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+_STANDARD = sysconfig.get_path("stdlib")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of somebody's program.
+
+    Attributes:
+        file: the path of its file.
+        number: counted from 1.
+        function: the function it is in.
+    """
+
+    file: str
+    number: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.number} in {self.function}"
+
+
+def line_of_the_caller() -> Line | None:
+    """The line of the user's own that is being run, if any; see :func:`line_of_error` for which."""
+    return _line(list(_outwards(sys._getframe(1))))
+
+
+def line_of_error(error: BaseException) -> Line | None:
+    """The line of the user's own in which ``error`` was raised, if any.
+
+    That is the innermost one of no installed package; failing that, the innermost one outside torch, Lightning and this
+    package, as for a module that is itself installed.
+    """
+    return _line([(frame, number) for frame, number in reversed(list(_of_error(error)))])
+
+
+def layer_of_error(error: BaseException) -> nn.Module | None:
+    """The innermost ``torch.nn.Module`` in whose method ``error`` was raised, or ``None``."""
+    for frame, _ in reversed(list(_of_error(error))):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return owner
+    return None
+
+
+def _of_error(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next
+
+
+def _outwards(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
+    while frame is not None:
+        yield frame, frame.f_lineno
+        frame = frame.f_back
+
+
+def _line(innermost_first: list[tuple[FrameType, int]]) -> Line | None:
+    for is_users in (_is_nobodys_package, _is_another_package):
+        for frame, number in innermost_first:
+            if is_users(frame.f_code.co_filename):
+                return Line(frame.f_code.co_filename, number, frame.f_code.co_name)
+    return None
+
+
+def _is_nobodys_package(file: str) -> bool:
+    library = file.startswith((_HERE, *_PACKAGES, _STANDARD, "<frozen")) or "site-packages" in file
+    return not library and file != "<string>"
+
+
+def _is_another_package(file: str) -> bool:
+    known = tuple(f"{root}/{name}/" for root in _PACKAGES for name in _OURS_AND_THEIRS)
+    return file.startswith(_PACKAGES) and not file.startswith((_HERE, *known))
