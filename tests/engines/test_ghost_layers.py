@@ -211,6 +211,53 @@ OTHER_WAYS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+class Multiplying(nn.Module):
+    """A linear layer written by hand, its weight lying as in GPT-2."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.weight, self.bias = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "addmm":
+            return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        if self.how == "scaled":
+            return torch.addmm(self.bias, x.flatten(0, -2), self.weight, beta=0.5)
+        if self.how == "the other way":
+            return torch.addmm(self.bias[:, None], self.weight.t(), x.flatten(0, -2).t())
+        return {"@": lambda: x @ self.weight, "matmul": lambda: torch.matmul(x, self.weight)}[self.how]() + self.bias
+
+
+@pytest.mark.parametrize(
+    ("how", "handled"),
+    [
+        ("addmm", "from within"),
+        ("@", "per example"),  # the bias is added by itself, so the layer is repeated with copies
+        ("matmul", "per example"),
+        ("scaled", "per example"),
+        ("the other way", "per example"),
+    ],
+)
+@pytest.mark.parametrize("positions", [1, 12])
+def test_products_written_by_hand(how: str, handled: str, positions: int) -> None:
+    engine = agree(*build(lambda: Multiplying(how), 3, 3, positions, 6), clip_norm=0.3)
+    assert all(handled in way for way in engine.handled.values()), engine.handled
+
+
+def test_a_product_with_a_weight_alone_is_kept_books_of() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    engine = agree(*build(Alone, 3, 3, 5, 6), clip_norm=0.3)
+    assert engine.handled == {"weight": "Alone, from within"}
+
+
 class Scale2(Scale):
     def __init__(self) -> None:
         super().__init__()

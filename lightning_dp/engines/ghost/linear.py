@@ -36,6 +36,20 @@ class Linear:
         return Written(g.reshape(len(x), -1, g.shape[-1]).sum(1))
 
 
+@dataclass(frozen=True)
+class Product(Linear):
+    """y = x W + b, the weight lying the other way: ∂W of an example is Σ_t a_t g_tᵀ."""
+
+    def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
+        """See :class:`lightning_dp.engines.ghost.call.Operation`."""
+        assert weight is not None
+        return super().forward(x, weight.t(), bias)
+
+    def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
+        """See :class:`lightning_dp.engines.ghost.call.Operation`."""
+        return of_positions(g.reshape(len(x), -1, g.shape[-1]), x.reshape(len(x), -1, x.shape[-1]))
+
+
 def of_positions(a: Tensor, g: Tensor) -> Contribution:
     """Σ_t g_t a_tᵀ of each example, in the cheaper form: written out, or in factors when 2T² < p·d.
 

@@ -20,7 +20,7 @@ from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Operand, Operation, Pass
 from lightning_dp.engines.ghost.contribution import Contribution, Written
 from lightning_dp.engines.ghost.convolution import Convolution
-from lightning_dp.engines.ghost.linear import Linear
+from lightning_dp.engines.ghost.linear import Linear, Product
 from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm
 from lightning_dp.engines.ghost.projection import find_projection
 
@@ -131,6 +131,19 @@ def _read_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> R
     return Linear(), input, weight, bias
 
 
+def _read_product(input: Tensor, other: Tensor) -> Read:
+    known = isinstance(other, Tensor) and other.ndim == MATRIX and input.ndim > 1
+    return Product() if known else None, input, other, None
+
+
+def _read_sum_and_product(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Read:
+    known = not scales and input.ndim == 1 and len(input) == mat2.shape[1]
+    return Product() if known else None, mat1, mat2, input
+
+
+MATRIX = 2
+
+
 def _reader_of_convolution(axes: int) -> Callable[..., Read]:
     def read(
         input: Tensor,
@@ -169,6 +182,11 @@ def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
 
 _READERS: dict[Any, Callable[..., Read]] = {
     F.linear: _read_linear,
+    torch.mm: _read_product,
+    torch.matmul: _read_product,
+    Tensor.matmul: _read_product,
+    Tensor.__matmul__: _read_product,
+    torch.addmm: _read_sum_and_product,
     F.conv1d: _reader_of_convolution(1),
     F.conv2d: _reader_of_convolution(2),
     F.conv3d: _reader_of_convolution(3),
