@@ -2,7 +2,8 @@
 
 from lightning_dp.data.cifar import CIFARDataModule
 from lightning_dp.data.digits import DigitsDataModule
+from lightning_dp.data.features import FixedFeatures
 from lightning_dp.data.folder import ImageFolderDataModule
 from lightning_dp.data.images import DataError
 
-__all__ = ["CIFARDataModule", "DataError", "DigitsDataModule", "ImageFolderDataModule"]
+__all__ = ["CIFARDataModule", "DataError", "DigitsDataModule", "FixedFeatures", "ImageFolderDataModule"]
