@@ -17,6 +17,7 @@ from lightning_dp.agreement import check_same_on_every_rank, facts
 from lightning_dp.augmentation import views_of
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
 from lightning_dp.engines.select import EngineName, check_engine_name
+from lightning_dp.optimizers import check_public_optimizers
 from lightning_dp.physical_batch import PhysicalBatchSize, check_physical_batch_size
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, check_batch_after_resume, planned_steps
@@ -58,6 +59,9 @@ class DifferentialPrivacy(pl.Callback):
             ``seed_everything`` fixes. A number makes them reproducible, for tests, and the statement says so.
         log_train_metrics: ``False`` keeps what ``training_step`` logs from the loggers: those numbers are computed from
             private examples without noise.
+        public_optimizers: under manual optimization, places in ``configure_optimizers`` of the optimizers that see no
+            private data, such as a GAN's generator: neither clipped nor charged, and given zeros for a batch. All others
+            are private.
 
     Raises:
         ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
@@ -86,6 +90,7 @@ class DifferentialPrivacy(pl.Callback):
         engine: EngineName = "auto",
         seed: int | None = None,
         log_train_metrics: bool = True,
+        public_optimizers: list[int] | None = None,
     ) -> None:
         if (epsilon is None) == (noise_multiplier is None):
             raise ValueError(
@@ -126,6 +131,7 @@ class DifferentialPrivacy(pl.Callback):
         self.engine: EngineName = engine
         self.seed = seed
         self.log_train_metrics = log_train_metrics
+        self.public_optimizers = list(public_optimizers or [])
         self.ledger: Ledger | None = None
         self._report: Report | None = None
         self._spent: dict[str, Any] | None = None
@@ -133,6 +139,7 @@ class DifferentialPrivacy(pl.Callback):
         self._global_step_at_start = 0
         self._steps_at_start = 0
         self._planned = False
+        self._unused_samples = 0
 
     @property
     def plan(self) -> PrivacyPlan | None:
@@ -166,12 +173,14 @@ class DifferentialPrivacy(pl.Callback):
             physical_batch_size=self.physical_batch_size,
             log_train_metrics=self.log_train_metrics,
             views=views_of(trainer),
+            public_optimizers=self.public_optimizers,
         )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         preflight.check_module(pl_module)  # again: configure_model may have added layers
         preflight.check_optimizers(pl_module, trainer.optimizers)
+        check_public_optimizers(pl_module, trainer.optimizers, self.public_optimizers)
         trainer.fit_loop.setup_data()  # plans, calibrates and refuses before the first (validation) batch
         if not self._planned:
             return  # limit_train_batches=0: nothing will be trained
@@ -188,6 +197,8 @@ class DifferentialPrivacy(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert self._report is not None
+        step = make_private(trainer.strategy).private_step
+        self._unused_samples = 0 if step is None else step.unused_samples
         settings: Any = trainer  # Lightning sets log_every_n_steps where type checkers do not see it
         for name, value in self._report.metrics(settings.log_every_n_steps).items():
             pl_module.log(name, value, prog_bar=name == "dp/epsilon", batch_size=1)
@@ -211,12 +222,16 @@ class DifferentialPrivacy(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.ledger is None else {"ledger": self.ledger.state_dict(), "world_size": self._world_size}
+        if self.ledger is None:
+            return {}
+        spent = self.ledger.state_dict()
+        return {"ledger": spent, "world_size": self._world_size, "unused_samples": self._unused_samples}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._spent = state_dict.get("ledger")
         self._world_size = state_dict.get("world_size")
+        self._unused_samples = int(state_dict.get("unused_samples", 0))
 
     @override
     def on_load_checkpoint(
@@ -244,7 +259,7 @@ class DifferentialPrivacy(pl.Callback):
             dataset_size=self.dataset_size,
             max_batch_size=self.max_batch_size,
             spent=self._spent,
-            remaining_steps=lambda per_epoch: planned_steps(trainer, per_epoch, self._global_step_at_start),
+            remaining_steps=lambda per_epoch: self._planned_steps(trainer, per_epoch),
         )
         if self._planned and self.ledger is not None:  # reload_dataloaders_every_n_epochs
             if self.ledger.plan != plan:
@@ -260,15 +275,22 @@ class DifferentialPrivacy(pl.Callback):
         self.ledger = Ledger(plan) if self._spent is None else Ledger.resume(plan, self._spent)
         self._steps_at_start = self.ledger.steps
         self._report = Report(self.ledger, "secret" if self.seed is None else "reproducible")
+        if strategy.private_step is not None:
+            strategy.private_step.unused_samples = self._unused_samples  # a resumed run goes on behind them
         self._planned = True
         return self.ledger
+
+    def _planned_steps(self, trainer: pl.Trainer, per_epoch: int) -> int | None:
+        step = make_private(trainer.strategy).private_step
+        per_batch = 1 if step is None else step.optimizer_steps_per_batch
+        return planned_steps(trainer, per_epoch, self._global_step_at_start, per_batch)
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         """Stop before a step that would overspend, unless the Trainer is about to end by itself."""
         assert self.ledger is not None
         if self.ledger.can_charge() or trainer.should_stop:
             return
-        planned = planned_steps(trainer, self.ledger.plan.steps_per_epoch, self._global_step_at_start)
+        planned = self._planned_steps(trainer, self.ledger.plan.steps_per_epoch)
         if planned is not None and self.ledger.steps - self._steps_at_start >= planned:
             return
         trainer.should_stop = True

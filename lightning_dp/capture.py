@@ -29,17 +29,21 @@ class MetricCall:
 
 @dataclass
 class LogCall:
-    """A ``self.log`` inside training_step. ``source`` points to the metric call whose result is logged, if any."""
+    """A ``self.log`` inside training_step.
+
+    ``source`` points to the metric call whose result is logged, if any; ``number`` says that a Python number was.
+    """
 
     path: str
     name: str
     value: Any
     options: dict[str, Any]
     source: tuple[int, str | None] | None = None
+    number: bool = False
 
 
 @dataclass
-class _Recording:
+class Recording:
     """The calls of one pass through training_step. Their tensors leave vmap as its outputs; the rest stays here."""
 
     metric_calls: list[MetricCall]
@@ -78,12 +82,11 @@ class StepCapture:
 
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
-        self._recording: _Recording | None = None
+        self._recording: Recording | None = None
 
     def run(self, call: Callable[[], Any]) -> tuple[Tensor, list[Tensor]]:
         """Call ``training_step`` and split what it did into the loss and the tensors it logged, counted or returned."""
-        recording = _Recording([], [], {})
-        with self._listening(recording):
+        with self.listening() as recording:
             output = call()
         loss, recording.extras = split_output(output)
         self._recording = recording
@@ -126,11 +129,13 @@ class StepCapture:
             shared = share(log_calls)
             log_calls = log_calls if outputs else shared
         for call in log_calls:
-            self._replay_log(call, max(examples, 1))
+            self.log(call, max(examples, 1))
         return {name: _rows(value) for name, value in extras.items()}
 
     @contextmanager
-    def _listening(self, recording: _Recording) -> Iterator[None]:
+    def listening(self) -> Iterator[Recording]:
+        """While open, logs and metric calls go into the recording and nowhere else."""
+        recording = Recording([], [], {})
         replaced: list[tuple[Any, str, Any]] = []
 
         def replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
@@ -144,7 +149,7 @@ class StepCapture:
                 elif isinstance(child, (Metric, MetricCollection)):
                     replace(child, "forward", _record_metric(recording, path, child, "forward"))
                     replace(child, "update", _record_metric(recording, path, child, "update"))
-            yield
+            yield recording
         finally:
             for owner, name, original in reversed(replaced):
                 if original is None:
@@ -172,7 +177,8 @@ class StepCapture:
             )
         return _reduce(per_example, call.options.get("reduce_fx", "mean"))
 
-    def _replay_log(self, call: LogCall, examples: int) -> None:
+    def log(self, call: LogCall, examples: int) -> None:
+        """Make one ``self.log`` for a whole step of ``examples`` examples."""
         owner = self.module.get_submodule(call.path)
         value = self.module.get_submodule(call.value.path) if isinstance(call.value, _MetricByPath) else call.value
         owner.log(call.name, value, **{**call.options, "batch_size": examples})  # type: ignore[operator]  # a LightningModule by its path
@@ -203,10 +209,10 @@ def split_output(output: Any) -> tuple[Tensor, dict[str, Any]]:
     return output, {}
 
 
-def _record_log(recording: _Recording, path: str, module: pl.LightningModule) -> Callable[..., None]:
+def _record_log(recording: Recording, path: str, module: pl.LightningModule) -> Callable[..., None]:
     def log(name: str, value: Any, *args: Any, **options: Any) -> None:
         positional = dict(zip(_LOG_ARGUMENTS, args, strict=False))
-        source = None
+        source, number = None, not isinstance(value, Tensor) and isinstance(value, (int, float))
         if isinstance(value, Tensor):
             source = next(
                 (
@@ -217,12 +223,12 @@ def _record_log(recording: _Recording, path: str, module: pl.LightningModule) ->
                 ),
                 None,
             )
-        elif isinstance(value, (int, float)):
+        elif number:
             value = torch.tensor(float(value))
         elif isinstance(value, Metric):
             place = next((place for place, child in module.named_modules() if child is value), None)
             value = value if place is None else _MetricByPath(place)  # Lightning refuses a stranger, and says why
-        recording.log_calls.append(LogCall(path, name, value, {**positional, **options}, source))
+        recording.log_calls.append(LogCall(path, name, value, {**positional, **options}, source, number))
 
     return log
 
@@ -233,7 +239,7 @@ _LOG_ARGUMENTS = (
 )  # fmt: skip
 
 
-def _record_metric(recording: _Recording, path: str, metric: Any, method: str) -> Callable[..., Any]:
+def _record_metric(recording: Recording, path: str, metric: Any, method: str) -> Callable[..., Any]:
     def record(*args: Any, **kwargs: Any) -> Any:
         placeholder: Any = None
         if method == "forward":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from lightning_dp import preflight
 from lightning_dp.coupling import check_rows_stay_apart
@@ -34,6 +35,7 @@ def try_engines(
     engine_name: EngineName,
     loss_function: LossFunction,
     with_views: WithViews | None,
+    parameters: Mapping[str, nn.Parameter] | None = None,
 ) -> Selection:
     """The first engine that runs this training_step, and agrees with the loop where that has to be checked.
 
@@ -43,6 +45,7 @@ def try_engines(
         engine_name: the engine asked for, or ``"auto"``.
         loss_function: the user's training_step on one example.
         with_views: gives each example its K views, or ``None`` without any.
+        parameters: what is differentiated, by name; ``None`` for everything trainable.
 
     Raises:
         EngineError: the engine asked for cannot run this training_step.
@@ -50,6 +53,7 @@ def try_engines(
     """
     module = module_of(strategy)
     buffers = preflight.buffer_versions(module)
+    given = trainable(module) if parameters is None else parameters
     with isolate_rng(), torch.enable_grad():
         batch, examples = loader.first_examples(TRIAL_EXAMPLES)
         check_rows_stay_apart(
@@ -72,9 +76,9 @@ def try_engines(
         on_device, clipping = prepared(batch), loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:
-            engine.clipped_sum(loss_function, trainable(module), on_device, examples, clipping)
+            engine.clipped_sum(loss_function, given, on_device, examples, clipping)
             if isinstance(engine, GhostEngine):
-                check_agreement(engine, loss_function, trainable(module), on_device, examples)
+                check_agreement(engine, loss_function, given, on_device, examples)
 
         selection = select_engine(engine_name, trial, module)
     preflight.check_buffers(module, buffers)

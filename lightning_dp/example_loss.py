@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +19,15 @@ from lightning_dp.functional.views import Views
 from lightning_dp.strategy_facts import module_of
 
 
-def example_loss(strategy: Strategy, capture: StepCapture, views: Views | None, rest: tuple[Any, ...]) -> LossFunction:
+def example_loss(
+    strategy: Strategy,
+    capture: StepCapture,
+    views: Views | None,
+    rest: tuple[Any, ...],
+    *,
+    fixed: Mapping[str, Tensor] | None = None,
+    run: Callable[[Callable[[], Any]], Any] | None = None,
+) -> LossFunction:
     """The user's own training_step on a batch of one (on its K views), as a function of the parameters.
 
     Args:
@@ -26,14 +35,18 @@ def example_loss(strategy: Strategy, capture: StepCapture, views: Views | None, 
         capture: takes what the step logs and returns.
         views: how the K views of an example are folded into a batch, or ``None``.
         rest: what Lightning passes to training_step after the batch.
+        fixed: values of other parameters, by name, that are not differentiated.
+        run: calls training_step and gives what it "returned"; manual optimization, where it need not return the loss,
+            says what that is.
     """
     stepper = _TrainingStep(module_of(strategy))
 
     def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
-        named = {f"module.{name}": parameter for name, parameter in parameters.items()}
+        named = {f"module.{name}": parameter for name, parameter in {**(fixed or {}), **parameters}.items()}
         example = close_containers(example if views is None else views.fold(example))
         with strategy.precision_plugin.train_step_context():
-            return capture.run(lambda: functional_call(stepper, named, (example, *rest)))
+            call = partial(functional_call, stepper, named, (example, *rest))
+            return capture.run(call if run is None else partial(run, call))
 
     return loss_function
 

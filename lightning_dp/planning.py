@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -19,22 +20,26 @@ from lightning_dp.ranks import on_every_rank
 from lightning_dp.strategy_facts import world_size_of
 
 
-def planned_steps(trainer: pl.Trainer, steps_per_epoch: int, already: int) -> int | None:
+def planned_steps(
+    trainer: pl.Trainer, steps_per_epoch: int, already: int, optimizer_steps_per_batch: int = 1
+) -> int | None:
     """How many further private steps ``fit`` will take, or ``None`` if nothing but time bounds them.
 
     Args:
         trainer: its ``max_steps``, ``max_epochs`` and ``limit_train_batches`` are read.
         steps_per_epoch: round(1/q).
         already: optimizer steps taken before this ``fit`` (of the checkpoint, when resuming).
+        optimizer_steps_per_batch: the fewest optimizer steps in a batch; more than 1 under manual optimization, where
+            ``max_steps`` counts the steps of all optimizers and one batch is one private step.
     """
     limit = trainer.limit_train_batches
     per_epoch = min(steps_per_epoch, limit) if isinstance(limit, int) else int(steps_per_epoch * limit)
     bounds = []
     if trainer.max_steps != -1:
-        bounds.append(trainer.max_steps)
+        bounds.append(math.ceil(trainer.max_steps / optimizer_steps_per_batch))
     if trainer.max_epochs is not None and trainer.max_epochs != -1:
         bounds.append(trainer.max_epochs * per_epoch)
-    return max(0, min(bounds) - already) if bounds else None
+    return max(0, min(bounds) - already // optimizer_steps_per_batch) if bounds else None
 
 
 def agreed_plan(

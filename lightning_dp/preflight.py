@@ -73,11 +73,6 @@ def check_module(module: pl.LightningModule) -> None:
     Raises:
         PreflightError: see the message.
     """
-    if not module.automatic_optimization:
-        raise PreflightError(
-            "automatic_optimization=False: expected True. With manual optimization this release cannot tell which "
-            "backward passes read private data. Return the loss from training_step and let Lightning optimize."
-        )
     parameters = inspect.signature(module.training_step).parameters
     if "dataloader_iter" in parameters:
         raise PreflightError(
@@ -118,19 +113,18 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[torch.optim.Op
     Raises:
         PreflightError: see the message.
     """
-    if len(optimizers) != 1:
+    if module.automatic_optimization and len(optimizers) != 1:
         raise PreflightError(
             f"{len(optimizers)} optimizers: expected exactly one. Return a single optimizer from configure_optimizers "
             "(it may have several parameter groups)."
         )
-    optimizer = optimizers[0]
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
         raise PreflightError(
             "optimizer=LBFGS: expected one that evaluates its closure once per step. Every further evaluation would be "
             "an unaccounted release. Use SGD or Adam."
         )
     known = {id(parameter) for parameter in module.parameters()}
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     strangers = len(held - known)
     if strangers:
         raise PreflightError(

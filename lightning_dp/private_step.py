@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,13 +16,14 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger
 from lightning_dp.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
 from lightning_dp.capture import StepCapture
-from lightning_dp.engine_trial import try_engines
+from lightning_dp.engine_trial import WithViews, try_engines
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.example_loss import example_loss, takes_batch_idx
 from lightning_dp.functional.gradient import LossFunction
@@ -27,8 +31,10 @@ from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.functional.views import Views, view_uniforms
 from lightning_dp.loader import LogicalBatch, PoissonLoader
+from lightning_dp.manual import ManualOptimization
 from lightning_dp.physical_batch import PhysicalBatchSize, default_physical_batch_size, settle_physical_batch_size
 from lightning_dp.ranks import on_every_rank
+from lightning_dp.step_sample import StepSample
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.transfer import let_logical_batches_through, stop_letting_through, to_device
 
@@ -50,6 +56,7 @@ class PrivateStep:
             :meth:`choose_engine`, or ``None`` for a size by rule of thumb.
         log_train_metrics: whether what training_step logs reaches the loggers.
         views: how the K augmented views of each example are made, or ``None`` for the examples as they are.
+        public_optimizers: under manual optimization, places of the optimizers that see no private data.
     """
 
     def __init__(
@@ -61,7 +68,12 @@ class PrivateStep:
         physical_batch_size: PhysicalBatchSize = None,
         log_train_metrics: bool = True,
         views: Views | None = None,
+        public_optimizers: Sequence[int] = (),
     ) -> None:
+        self._public_optimizers = public_optimizers
+        self._manual: ManualOptimization | None = None
+        self.unused_samples = 0
+        self.optimizer_steps_per_batch = 1
         self._planner = planner
         self._views = views
         self._seed = seed
@@ -90,6 +102,10 @@ class PrivateStep:
                 "several training loaders: expected exactly one. Each would need a budget of its own; join the datasets "
                 "with torch.utils.data.ConcatDataset."
             )
+        self._capture = self._capture or StepCapture(module)
+        if not module.automatic_optimization and self._manual is None:
+            self._manual = ManualOptimization(strategy, self._capture, self._views, self._public_optimizers)
+            self.optimizer_steps_per_batch = self._manual.rehearse(loader, self._physical_batch_size)
         ledger = self._ledger = self._planner(loader)
         key = self._key = self._key or _shared_key(strategy, self._seed)
         given, views = self._physical_batch_size, self._views.k if self._views else 1
@@ -101,7 +117,7 @@ class PrivateStep:
             rank=rank_of(strategy),
             world_size=world_size_of(strategy),
             physical_batch_size=size,
-            next_step=lambda: ledger.steps,
+            next_step=lambda: ledger.steps + self.unused_samples,
         )
         return self._loader
 
@@ -123,13 +139,14 @@ class PrivateStep:
             )
         check_same_data_on_every_rank(strategy, loader.dataset)
         check_same_parameters_on_every_rank(strategy, module)
-        self._capture = StepCapture(module)
-        loss_function = self._loss_function(strategy, (0,) if takes_batch_idx(module) else ())
-        with_views = None if self._views is None else self._with_views
-        self._selection = try_engines(strategy, loader, self._engine_name, loss_function, with_views)
+        if self._manual is not None:
+            self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
+        else:
+            loss_function = self._loss_function(strategy, (0,) if takes_batch_idx(module) else ())
+            self._selection = self.try_engines(strategy, loss_function, trainable(module))
         rank_zero_info(self._selection.describe())
         self._physical_batch_size = settle_physical_batch_size(
-            strategy, loader, self._physical_batch_size, self._selection.engine, loss_function, with_views
+            strategy, loader, self._physical_batch_size, self._selection.engine, loss_function, self._with_views_or_none
         )
         return self._selection
 
@@ -150,46 +167,110 @@ class PrivateStep:
                 f"batch of type {type(batch).__name__}: expected a LogicalBatch. Something replaced the private training "
                 "loader; pass the data to trainer.fit as usual and do not touch trainer.fit_loop."
             )
-        if batch.step != ledger.steps:
+        if batch.step != ledger.steps + self.unused_samples:
             raise RuntimeError(
                 f"The sample of step {batch.step} arrived when {ledger.steps} steps are charged: expected one release for "
                 "each sample. An override of optimizer_step or a callback left a batch unused; step on every batch."
             )
+        some_rank_is_empty = 0 < batch.global_size < world_size_of(strategy)
+        share = strategy.broadcast if some_rank_is_empty else None
+        if self._manual is not None:
+            seed = key.torch_seed(Stream.DROPOUT, batch.step, rank_of(strategy), 1)
+            sample = StepSample(
+                micro_batches=lambda: self._micro_batches(strategy, batch, key),
+                sum_clipped=partial(self.clipped_sum, strategy, batch.step),
+                release=partial(self.released, strategy, batch.step),
+                try_engines=partial(self.try_engines, strategy),
+                seeded=lambda: _forked_rng(strategy.root_device, seed),
+            )
+            output: STEP_OUTPUT = self._manual.training_step(sample, rest, share, self._log_train_metrics)
+            self.unused_samples += not sample.charged
+            if self._log_train_metrics:
+                self._say_once_that_metrics_are_private(capture.logged_names)
+            return output
+        parameters = trainable(module)
+        micro_batches = self._micro_batches(strategy, batch, key)
+        total = self.clipped_sum(
+            strategy, batch.step, self._selection, self._loss_function(strategy, rest), parameters, micro_batches
+        )
+        self._pending = total, parameters
+        extras: dict[str, Any] = {}
+        if self._log_train_metrics:
+            extras = capture.replay(total.outputs, total.examples, share)
+            self._say_once_that_metrics_are_private(capture.logged_names)
+        loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
+        return {"loss": loss, **extras} if extras else loss
+
+    def clipped_sum(
+        self,
+        strategy: Strategy,
+        step: int,
+        selection: Selection,
+        loss_function: LossFunction,
+        parameters: Mapping[str, nn.Parameter],
+        micro_batches: Iterable[tuple[Any, int]],
+    ) -> Accumulated:
+        """The sum of the clipped gradients of this rank's part of a step's sample. Nothing of it may be released."""
+        module, ledger, key = module_of(strategy), self._ledger, self._key
+        assert ledger is not None
+        assert key is not None
         mode = [layer for layer in preflight.batch_norms(module) if layer.training]
         if mode:
             raise preflight.PreflightError(
                 f"{len(mode)} BatchNorm layers were switched to train mode during training: expected eval mode. Do not "
                 "call .train() on a frozen part; batch statistics mix the examples."
             )
-        parameters, buffers = trainable(module), preflight.buffer_versions(module)
-        with _forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, batch.step, rank_of(strategy))):
-            total = accumulate(
-                self._selection.engine,
-                self._loss_function(strategy, rest),
-                parameters,
-                self._micro_batches(strategy, batch, key),
-                ledger.plan.clipping_rule,
-            )
+        buffers = preflight.buffer_versions(module)
+        with _forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
+            total = accumulate(selection.engine, loss_function, parameters, micro_batches, ledger.plan.clipping_rule)
         preflight.check_buffers(module, buffers)
-        self._pending = total, parameters
         self.not_finite += total.not_finite
+        return total
 
-        extras: dict[str, Any] = {}
-        if self._log_train_metrics:
-            some_rank_is_empty = 0 < batch.global_size < world_size_of(strategy)
-            extras = capture.replay(total.outputs, total.examples, strategy.broadcast if some_rank_is_empty else None)
-            self._say_once_that_metrics_are_private(capture.logged_names)
-        loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
-        return {"loss": loss, **extras} if extras else loss
+    def released(
+        self, strategy: Strategy, step: int, gradient: Mapping[str, Tensor], *, part: int = 0, parts: int = 1
+    ) -> dict[str, Tensor]:
+        """Charge for a sample at its first release, and give the noisy gradient that may be used and published.
 
-    def backward(self, strategy: Strategy, closure_loss: Tensor) -> Tensor:
+        Args:
+            strategy: adds the ranks' sums up.
+            step: the sample's number.
+            gradient: this rank's sum of clipped gradients.
+            part: the release's number among those of the sample, from 0.
+            parts: how many the sample makes at most. The noise is √parts as large, so that together they cost one.
+
+        Raises:
+            BudgetExceededError: the step would overspend the target ε. Nothing is released.
+        """
+        ledger, key = self._ledger, self._key
+        assert ledger is not None
+        assert key is not None
+        if part == 0:
+            ledger.charge()
+        else:  # noise of its own
+            key = RandomKey(key.derive(Stream.NOISE, step, part), key.mode)
+        return release(
+            gradient,
+            ledger.plan
+            if parts == 1
+            else replace(ledger.plan, noise_multiplier=ledger.plan.noise_multiplier * math.sqrt(parts)),
+            key,
+            step,
+            rank=rank_of(strategy),
+            world_size=world_size_of(strategy),
+            all_reduce_sum=lambda flat: strategy.reduce(flat, reduce_op="sum"),
+        )
+
+    def backward(self, strategy: Strategy, closure_loss: Tensor, **options: Any) -> Tensor:
         """Charge the ledger, release the noisy gradient, and put it into ``p.grad`` of the trainable parameters.
 
         Raises:
             BudgetExceededError: the step would overspend the target ε. Nothing is released.
         """
-        ledger, key, pending = self._ledger, self._key, self._pending
-        if pending is None or ledger is None or key is None:
+        if self._manual is not None:
+            return self._manual.backward(closure_loss, **options)
+        ledger, pending = self._ledger, self._pending
+        if pending is None or ledger is None:
             raise RuntimeError(
                 "backward without a private training_step: expected one training_step for each backward. "
                 "Use automatic optimization and an optimizer that calls its closure once per step."
@@ -199,22 +280,25 @@ class PrivateStep:
         module = module_of(strategy)
         strategy.pre_backward(closure_loss)
         strategy.precision_plugin.pre_backward(closure_loss, module)
-        step = ledger.steps
-        ledger.charge()
-        gradient = release(
-            total.gradient,
-            ledger.plan,
-            key,
-            step,
-            rank=rank_of(strategy),
-            world_size=world_size_of(strategy),
-            all_reduce_sum=lambda flat: strategy.reduce(flat, reduce_op="sum"),
-        )
+        gradient = self.released(strategy, ledger.steps, total.gradient)
         for name, parameter in parameters.items():
             parameter.grad = gradient[name].to(parameter.dtype)
         closure_loss = strategy.precision_plugin.post_backward(closure_loss, module)
         strategy.post_backward(closure_loss)
         return closure_loss
+
+    def step_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure of an optimizer's step; under manual optimization it also brings that step's gradient."""
+        return closure if self._manual is None else self._manual.step_closure(optimizer, closure)
+
+    def try_engines(
+        self, strategy: Strategy, loss_function: LossFunction, parameters: Mapping[str, nn.Parameter]
+    ) -> Selection:
+        """The engine for one loss, tried on the first examples."""
+        assert self._loader is not None
+        return try_engines(
+            strategy, self._loader, self._engine_name, loss_function, self._with_views_or_none, parameters
+        )
 
     def teardown(self, strategy: Strategy) -> None:
         """Forget the key and leave the module as it was found."""
@@ -239,6 +323,10 @@ class PrivateStep:
             indices = batch.indices[start : start + size].numpy()
             yield self._with_views(to_device(strategy, micro_batch), indices, seed), size
             start += size
+
+    @property
+    def _with_views_or_none(self) -> WithViews | None:
+        return None if self._views is None else self._with_views
 
     def _with_views(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
         """A micro-batch whose tensors are ``(B, K, ...)``, or as it is without views."""

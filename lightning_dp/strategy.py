@@ -65,7 +65,11 @@ class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        return _step(self).backward(self, closure_loss)
+        return _step(self).backward(self, closure_loss, **kwargs)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        return super().optimizer_step(optimizer, _step(self).step_closure(optimizer, closure), model, **kwargs)
 
     @override
     def teardown(self) -> None:
@@ -109,7 +113,11 @@ class PrivateDDPStrategy(DDPStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        return _step(self).backward(self, closure_loss)
+        return _step(self).backward(self, closure_loss, **kwargs)
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        return super().optimizer_step(optimizer, _step(self).step_closure(optimizer, closure), model, **kwargs)
 
     @override
     def teardown(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
 from lightning_dp.functional.transforms import ViewTransform
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
+from tests.training.manual_modules import gan
 
 
 class Mute(Regressor):
@@ -104,6 +105,10 @@ def run(folder: Path, case: str, ranks: int) -> None:
         module = regressor()
         private = DifferentialPrivacy(noise_multiplier=0.5)
         fit = on_ranks(ranks, max_steps=3)
+    elif case == "gan":
+        module = gan()
+        private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, public_optimizers=[0])
+        fit = on_ranks(ranks, max_steps=6)
     elif case == "disagree":  # as after a random split that each rank seeds for itself
         refuse_disagreement(folder, ranks, regressor(), OwnOrder())
         return

@@ -23,7 +23,7 @@ RANKS = [1, 2, 3]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = "equal,by_name,different_start,noise,storm,views,secret,disagree,frozen_on_one"
+    cases = "equal,by_name,different_start,noise,storm,views,secret,gan,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -38,7 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "noise", "storm", "views", "secret"])
+@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "noise", "storm", "views", "secret", "gan"])
 def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) -> None:
     first = results(case, ranks)["weights"]
     assert not torch.equal(first, results(case, ranks)["before"])

@@ -206,7 +206,7 @@ def test_frozen_batch_norm_in_eval_mode_is_accepted_and_watched() -> None:
         trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=2).fit(module, loader())
 
 
-def test_manual_optimization() -> None:
+def test_manual_optimization_that_optimizes_nothing() -> None:
     module = NeverStepped()
     module.automatic_optimization = False
     refused(PreflightError, "automatic_optimization=False", module=module)

@@ -67,6 +67,7 @@ class GhostEngine:
         self._per_example: set[nn.Module] = set()
         self._handled: dict[str, str] = {}
         self._buffers = Buffers()
+        self.randomness = "different"
 
     @property
     def handled(self) -> dict[str, str]:
@@ -157,7 +158,9 @@ class GhostEngine:
                 for name, parameter in parameters.items()
             }
             with self._keeping(books, parameters, of), folded_attention():
-                losses, outputs = vmap(loss_of_one, in_dims=(0, 0, 0), randomness="different")(copies, tensors, witness)
+                losses, outputs = vmap(loss_of_one, in_dims=(0, 0, 0), randomness=self.randomness)(
+                    copies, tensors, witness
+                )
             if losses.requires_grad:
                 self._backward(books, losses, anchor, copies)
         books.losses = losses.detach()

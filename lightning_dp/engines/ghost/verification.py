@@ -31,7 +31,8 @@ def check_agreement(
     """Compare ``engine`` with one backward pass per example, on the module in eval mode.
 
     Both run in float64 where the module lets them: parameters, buffers and floating-point inputs are replaced by copies
-    for these calls, the module is not changed. In eval mode random layers are inert, so both see the same function.
+    for these calls, the module is not changed. In eval mode random layers are inert, and what the loss draws by itself is the
+    same for every example, so both see the same function.
     Compared are all examples' norms and the sum of the unclipped gradients, parameter by parameter.
 
     Args:
@@ -47,12 +48,17 @@ def check_agreement(
     Raises:
         DisagreementError: they differ by more than rounding.
     """
-    with _inert(engine.module):
+
+    def seeded(given: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
+        torch.manual_seed(0)
+        return loss_function(given, example)
+
+    with _inert(engine.module), _same_draws(engine):
         try:
-            pair = _in_float64(engine, loss_function, parameters, batch, examples)
+            pair = _in_float64(engine, seeded, parameters, batch, examples)
         except Exception:  # a module that makes float32 tensors of its own; what else is wrong shows in float32 too
             engines = (engine, LoopEngine())
-            pair = [one.clipped_sum(loss_function, parameters, batch, examples, torch.inf) for one in engines]
+            pair = [one.clipped_sum(seeded, parameters, batch, examples, torch.inf) for one in engines]
             _compare(pair, TOLERANCE_FLOAT32)
             return "float32"
         _compare(pair, TOLERANCE)
@@ -98,6 +104,17 @@ def _compare(pair: list[ClippedSum], tolerance: float) -> None:
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def _same_draws(engine: GhostEngine) -> Iterator[None]:
+    """Every example gets the same random numbers, and torch's generators are put back afterwards."""
+    usual, engine.randomness = engine.randomness, "same"
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        engine.randomness = usual
 
 
 @contextmanager

@@ -1,0 +1,296 @@
+"""Manual optimization: the user's training_step runs once on a batch that holds nobody's data, and steers.
+
+Where it tells a private optimizer to step, the gradient of that step is found from the sample: training_step runs for each
+example, up to that very ``step()``, and what it gave to ``manual_backward`` since the step before is the example's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_dp.attributes import attributes_put_back
+from lightning_dp.capture import Recording, StepCapture
+from lightning_dp.commands import Commands, intercepted
+from lightning_dp.engines.select import Selection
+from lightning_dp.example_loss import example_loss, takes_batch_idx
+from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.step import Accumulated
+from lightning_dp.functional.views import Views
+from lightning_dp.late_logs import KnownLoss, in_place_of, log_late
+from lightning_dp.preflight import PreflightError
+from lightning_dp.rehearsal import check_private_step, check_public_steps, parameters_put_back, rehearse
+from lightning_dp.stand_in import without_content
+from lightning_dp.step_sample import StepSample, TryEngines
+from lightning_dp.strategy_facts import module_of, world_size_of
+from lightning_dp.transfer import to_device
+
+
+@dataclass
+class _Live:
+    """One training_step under way."""
+
+    rest: tuple[Any, ...]
+    sample: StepSample
+    parameters: list[dict[str, nn.Parameter]]
+    step: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    known: list[KnownLoss] = field(default_factory=list)
+    stepped: list[int] = field(default_factory=list)
+    total: Accumulated | None = None
+    recording: Recording | None = None
+    logged: int = 0
+
+
+class _ReachedError(BaseException):
+    """The step whose gradient is wanted has been reached; not an Exception, so that no user's ``except`` stops it."""
+
+
+class ManualOptimization:
+    """Runs a training_step with ``automatic_optimization=False`` privately.
+
+    One Lightning batch is one sample and one charge, whatever the number of private optimizers m: each of their releases
+    gets noise multiplier σ·√m, and m Gaussian releases of one sample with σ·√m each are together no more than one with σ
+    (Dong, Roth, Su 2019, arXiv 1905.02383, corollary 2). Steps of public optimizers are neither clipped nor charged; their
+    losses are computed from the stand-in, so they cannot see the data.
+
+    Args:
+        strategy: connected to the module, whose optimizers are set up.
+        capture: takes what training_step logs.
+        views: how the K views of an example are folded into a batch, or ``None``.
+        public: places in ``configure_optimizers`` of the optimizers that see no private data.
+    """
+
+    def __init__(self, strategy: Strategy, capture: StepCapture, views: Views | None, public: Sequence[int]) -> None:
+        self._strategy, self._capture, self._views = strategy, capture, views
+        self._public = frozenset(public)
+        self._private = [place for place in range(len(strategy.optimizers)) if place not in self._public]
+        self._selections: dict[int, Selection] = {}
+        self._scripts: list[list[int]] = []
+        self._stand_in: Any = None
+        self._live: _Live | None = None
+        self._default_dtype = torch.get_default_dtype()
+
+    def rehearse(self, loader: DataLoader[Any], physical_batch_size: int | str | None) -> int:
+        """Run training_step on a stand-in for the first batches, and see what steps.
+
+        Args:
+            loader: the user's; the shape of its first example is taken for public.
+            physical_batch_size: bounds how many rows the stand-in has, which public steps see.
+
+        Returns:
+            The fewest optimizer steps in a batch, so that ``max_steps`` can be turned into a number of batches.
+
+        Raises:
+            PreflightError: training_step steers training in a way that cannot be private.
+        """
+        module = module_of(self._strategy)
+        batch_size = loader.batch_size or 1
+        most = physical_batch_size if isinstance(physical_batch_size, int) else batch_size
+        rows = min(batch_size, most) if self._public else 1
+        collate: Any = loader.collate_fn
+        example = to_device(self._strategy, collate([loader.dataset[0]] * rows))
+        self._stand_in = without_content(example)
+        self._scripts = rehearse(module, self._capture, self._stand_in, self._private)
+        if not any(place in script for script in self._scripts for place in self._private):
+            raise PreflightError(
+                f"no private optimizer steps in the first {len(self._scripts)} batches: expected training_step to call "
+                "opt.step() of one of self.optimizers(). With automatic_optimization=False Lightning steps none by itself."
+            )
+        for place in self._public:
+            at = [index for index, script in enumerate(self._scripts) if place in script][:1]
+            check_public_steps(module, self._capture, [place], self._stand_in, example, at)
+        return max(1, min(len(script) for script in self._scripts if script))
+
+    def choose_engines(self, try_engines: TryEngines) -> tuple[Selection, LossFunction]:
+        """Try engines for each private optimizer seen in rehearsal; the first one's, and its loss, are returned.
+
+        Raises:
+            EngineError: the engine asked for cannot run this training_step.
+            PreflightError: training_step writes into parameters before a private step.
+        """
+        module = module_of(self._strategy)
+        first: tuple[Selection, LossFunction] | None = None
+        for index, script in enumerate(self._scripts):
+            for number, place in enumerate(script):
+                if place in self._public or place in self._selections:
+                    continue
+                rest = (index,) if takes_batch_idx(module) else ()
+                parameters = self._parameters()[place]
+                before = {name: p.detach().clone() for name, p in module.named_parameters()}
+                with parameters_put_back(module):
+                    loss_function = self._loss_function(rest, number, place, parameters)
+                    self._selections[place] = try_engines(loss_function, parameters)
+                    changed = [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
+                if changed:
+                    raise PreflightError(
+                        f"training_step writes into {', '.join(changed[:5])} before the step of optimizer {place}: expected "
+                        "parameters that only optimizers change up to the last private step. Until there, training_step "
+                        "runs for each example. Move such updates (weight clipping, target networks) to the end of "
+                        "training_step or to on_train_batch_end."
+                    )
+                first = first or (self._selections[place], loss_function)
+        assert first is not None, "rehearsal saw a private step"
+        return first
+
+    def training_step(
+        self, sample: StepSample, rest: tuple[Any, ...], share: Callable[[Any], Any] | None, log: bool
+    ) -> Any:
+        """Run the user's training_step once, on the stand-in; private steps get their gradient from the sample.
+
+        Args:
+            sample: of this step; the private optimizers' gradients are made of it.
+            rest: what Lightning passes to training_step after the batch.
+            share: see :meth:`lightning_dp.capture.StepCapture.replay`.
+            log: whether what training_step logs is handed to Lightning.
+
+        Returns:
+            What training_step returned, with the sample's mean loss in the place of the stand-in's.
+
+        Raises:
+            PreflightError: training_step did what it did not do in rehearsal and what cannot be private.
+        """
+        module = module_of(self._strategy)
+        live = self._live = _Live(rest, sample, self._parameters())
+        self._default_dtype = torch.get_default_dtype()
+        try:
+            with (
+                sample.seeded(),
+                self._capture.listening() as recording,
+                self._strategy.precision_plugin.train_step_context(),
+            ):
+                live.recording = recording
+                output = module.training_step(self._stand_in, *rest)
+        finally:
+            self._live = None
+        if live.losses:
+            raise PreflightError(
+                "training_step called manual_backward without a step of an optimizer after it: expected opt.step() in "
+                "every training_step that has a loss. Gradients are not accumulated over batches."
+            )
+        examples = 0 if live.total is None else live.total.examples
+        if log:
+            if live.total is not None:
+                self._capture.replay(live.total.outputs, examples, share)
+            log_late(self._capture, recording.log_calls[live.logged :], live.known, examples)
+        return in_place_of(output, live.known)
+
+    def backward(self, loss: Tensor, *args: Any, **options: Any) -> Tensor:
+        """A ``manual_backward`` on the stand-in: its gradient is nobody's, and a private step replaces it."""
+        if self._live is None:
+            raise RuntimeError(
+                "manual_backward outside training_step: expected it inside. Only there is it known whose data it sees."
+            )
+        self._live.losses.append(loss)
+        return Strategy.backward(self._strategy, loss, None, *args, **options)
+
+    def step_closure(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure of an ``optimizer.step()``, followed by what puts the gradient of that step into ``p.grad``."""
+        live = self._live
+        if live is None:
+            raise RuntimeError(
+                "optimizer.step() outside training_step: expected it inside. A step anywhere else would use a gradient "
+                "that was released for another step."
+            )
+        place = next(place for place, one in enumerate(self._strategy.optimizers) if one is optimizer)
+
+        def then() -> Any:
+            outcome = closure()
+            if place in self._public:
+                self._average_over_ranks(live, place)
+            else:
+                self._put_private_gradient(live, place)
+            live.step += 1
+            live.losses.clear()
+            return outcome
+
+        return then
+
+    def _put_private_gradient(self, live: _Live, place: int) -> None:
+        check_private_step(place, live.losses, live.stepped)
+        parameters = live.parameters[place]
+        loss_function = self._loss_function(live.rest, live.step, place, parameters)
+        with torch.enable_grad(), self._outside_the_precision_context():
+            if place not in self._selections:
+                self._selections[place] = live.sample.try_engines(loss_function, parameters)
+            several = len(self._private) > 1
+            total = live.sample.clipped_sum(loss_function, parameters, self._selections[place], several)
+            gradient = live.sample.released(total, len(live.stepped), len(self._private))
+        for group in self._strategy.optimizers[place].param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        for name, parameter in parameters.items():
+            parameter.grad = gradient[name].to(parameter.dtype)
+        live.stepped.append(place)
+        live.total = total
+        live.logged = 0 if live.recording is None else len(live.recording.log_calls)
+        for column, loss in enumerate(live.losses, start=-len(live.losses)):
+            means = [output[column] for output in total.outputs]
+            live.known.append(
+                KnownLoss(loss.detach(), torch.cat(means).mean() if means else torch.zeros_like(loss).detach())
+            )
+
+    def _average_over_ranks(self, live: _Live, place: int) -> None:
+        """Public losses draw other random numbers on every rank: the mean of their gradients keeps the ranks equal."""
+        live.known += [KnownLoss(loss.detach(), loss.detach()) for loss in live.losses]
+        if world_size_of(self._strategy) == 1:
+            return
+        for parameter in live.parameters[place].values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self._strategy.reduce(gradient, reduce_op="mean")
+
+    @contextmanager
+    def _outside_the_precision_context(self) -> Iterator[None]:
+        """Norms, clipping and noise are computed as under automatic optimization: not in the step's low precision."""
+        inside = torch.get_default_dtype()
+        torch.set_default_dtype(self._default_dtype)
+        try:
+            with torch.autocast(self._strategy.root_device.type, enabled=False):
+                yield
+        finally:
+            torch.set_default_dtype(inside)
+
+    def _parameters(self) -> list[dict[str, nn.Parameter]]:
+        """For each optimizer the trainable parameters it holds, by name."""
+        named = [(name, p) for name, p in module_of(self._strategy).named_parameters() if p.requires_grad]
+        held = [{id(p) for group in one.param_groups for p in group["params"]} for one in self._strategy.optimizers]
+        return [{name: p for name, p in named if id(p) in ids} for ids in held]
+
+    def _loss_function(
+        self, rest: tuple[Any, ...], number: int, place: int, parameters: dict[str, nn.Parameter]
+    ) -> LossFunction:
+        """An example's loss at the ``number``-th step of training_step, which must be that of optimizer ``place``."""
+        module = module_of(self._strategy)
+        fixed = {name: p.detach() for name, p in module.named_parameters() if name not in parameters}
+
+        def on_step(notes: Commands, stepping: int) -> None:
+            if len(notes.steps) == number:
+                if stepping != place or not notes.losses:
+                    raise _other_way(number, place)
+                raise _ReachedError
+
+        def up_to_the_step(call: Callable[[], Any]) -> dict[str, Any]:
+            with attributes_put_back(module), intercepted(module, on_step) as notes:
+                try:
+                    call()
+                except _ReachedError:
+                    losses = [loss.reshape(()) for loss in notes.losses]
+                    return {"loss": sum(losses[1:], losses[0]), "losses": losses}
+            raise _other_way(number, place)
+
+        return example_loss(self._strategy, self._capture, self._views, rest, fixed=fixed, run=up_to_the_step)
+
+
+def _other_way(number: int, place: int) -> PreflightError:
+    return PreflightError(
+        f"training_step does not come to step {number + 1}, of optimizer {place}, for an example as it does for a batch of "
+        "zeros: expected the same steps in the same order for every batch. When to step may depend on batch_idx, never on "
+        "the data. Remove the condition."
+    )
