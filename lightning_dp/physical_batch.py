@@ -16,7 +16,8 @@ from torch import nn
 
 from lightning_dp import preflight
 from lightning_dp.batch_search import Found, measured, random_rows, search_size
-from lightning_dp.engines.select import first_line, make_engine
+from lightning_dp.engines.explain import explain
+from lightning_dp.engines.select import make_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.loader import PoissonLoader
 from lightning_dp.memory import room_for_micro_batches
@@ -98,7 +99,7 @@ def settle_physical_batch_size(
                 found = _search(strategy, loader, engine, loss_function, with_views, room)
             reason = "a single example does not fit"
         except Exception as error:  # whatever a training_step has against random data; the default is safe
-            reason = f"random data cannot be trained on: {first_line(error)}"
+            reason = f"random data cannot be trained on: {explain(error, module_of(strategy))}"
         preflight.check_buffers(module, buffers)
         if strategy.root_device.type == "cuda":
             torch.cuda.empty_cache()
