@@ -39,7 +39,7 @@ PACKAGES = ("lightning", "torch", "numpy", "prv-accountant")
 MOST = 200
 """So much of a value is shown."""
 
-SPEED = ("physical_batch_size", "engine")
+SPEED = ("physical_batch_size", "engine", "static_shapes")
 """Arguments that may differ between ranks, as machines may."""
 
 _REMEDIES = {

@@ -62,6 +62,8 @@ class DifferentialPrivacy(pl.Callback):
         public_optimizers: under manual optimization, places in ``configure_optimizers`` of the optimizers that see no
             private data, such as a GAN's generator: neither clipped nor charged, and given zeros for a batch. All others
             are private.
+        static_shapes: ``True`` pads every micro-batch to ``physical_batch_size`` with rows that count in nothing, so that
+            shapes do not vary with the draw. Changes speed, never the result.
 
     Raises:
         ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
@@ -91,6 +93,7 @@ class DifferentialPrivacy(pl.Callback):
         seed: int | None = None,
         log_train_metrics: bool = True,
         public_optimizers: list[int] | None = None,
+        static_shapes: bool = False,
     ) -> None:
         if (epsilon is None) == (noise_multiplier is None):
             raise ValueError(
@@ -132,6 +135,7 @@ class DifferentialPrivacy(pl.Callback):
         self.seed = seed
         self.log_train_metrics = log_train_metrics
         self.public_optimizers = list(public_optimizers or [])
+        self.static_shapes = static_shapes
         self.ledger: Ledger | None = None
         self._report: Report | None = None
         self._spent: dict[str, Any] | None = None
@@ -172,6 +176,7 @@ class DifferentialPrivacy(pl.Callback):
             engine=self.engine,
             physical_batch_size=self.physical_batch_size,
             log_train_metrics=self.log_train_metrics,
+            static_shapes=self.static_shapes,
             views=views_of(trainer),
             public_optimizers=self.public_optimizers,
         )

@@ -51,12 +51,13 @@ def default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: 
 
 
 def largest_useful_size(plan: PrivacyPlan, strategy: Strategy) -> int:
-    """A size that this rank's share of a draw hardly ever exceeds: its mean and four standard deviations."""
-    share = plan.expected_batch_size / world_size_of(strategy)
-    usual = math.ceil(share + 4 * math.sqrt(share))
-    return (
-        usual if plan.max_batch_size is None else min(usual, math.ceil(plan.max_batch_size / world_size_of(strategy)))
-    )
+    """A size that this rank's share of a draw hardly ever exceeds: its mean and four standard deviations.
+
+    Never more than its share of the largest draw there can be.
+    """
+    ranks = world_size_of(strategy)
+    share, most = plan.expected_batch_size / ranks, plan.max_batch_size or plan.dataset_size
+    return min(math.ceil(share + 4 * math.sqrt(share)), math.ceil(most / ranks))
 
 
 def settle_physical_batch_size(

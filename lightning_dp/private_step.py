@@ -55,6 +55,7 @@ class PrivateStep:
         physical_batch_size: the most examples in a micro-batch, ``"auto"`` to have that measured in
             :meth:`choose_engine`, or ``None`` for a size by rule of thumb.
         log_train_metrics: whether what training_step logs reaches the loggers.
+        static_shapes: whether every micro-batch is padded to the physical batch size.
         views: how the K augmented views of each example are made, or ``None`` for the examples as they are.
         public_optimizers: under manual optimization, places of the optimizers that see no private data.
     """
@@ -67,6 +68,7 @@ class PrivateStep:
         engine: EngineName = "auto",
         physical_batch_size: PhysicalBatchSize = None,
         log_train_metrics: bool = True,
+        static_shapes: bool = False,
         views: Views | None = None,
         public_optimizers: Sequence[int] = (),
     ) -> None:
@@ -80,6 +82,7 @@ class PrivateStep:
         self._engine_name: EngineName = engine
         self._physical_batch_size = physical_batch_size
         self._log_train_metrics = log_train_metrics
+        self._static_shapes = static_shapes
         self._loader: PoissonLoader | None = None
         self._selection: Selection | None = None
         self._ledger: Ledger | None = None
@@ -222,7 +225,14 @@ class PrivateStep:
             )
         buffers = preflight.buffer_versions(module)
         with _forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
-            total = accumulate(selection.engine, loss_function, parameters, micro_batches, ledger.plan.clipping_rule)
+            total = accumulate(
+                selection.engine,
+                loss_function,
+                parameters,
+                micro_batches,
+                ledger.plan.clipping_rule,
+                pad_to=self.physical_batch_size if self._static_shapes else None,
+            )
         preflight.check_buffers(module, buffers)
         self.not_finite += total.not_finite
         return total

@@ -20,6 +20,8 @@ from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
 from lightning_dp.batch_search import Found, Measured, measured, random_rows, search_size
 from lightning_dp.functional.transforms import ViewTransform
 from lightning_dp.memory import UNKNOWN, available_memory, peak_bytes, room_for_micro_batches
+from lightning_dp.physical_batch import largest_useful_size
+from lightning_dp.plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
 from tests.conftest import Regressor, loader, regressor, trainer, weights
 
@@ -258,3 +260,15 @@ def test_a_step_that_refuses_random_data_gets_the_default(monkeypatch: pytest.Mo
 def test_what_is_no_size_is_refused(size: Any) -> None:
     with pytest.raises(ValueError, match=rf"physical_batch_size={size!r}: expected at least 1, 'auto', or None"):
         DifferentialPrivacy(noise_multiplier=1.0, physical_batch_size=size)
+
+
+def test_no_size_is_larger_than_a_draw_can_be() -> None:
+    def most(**numbers: Any) -> int:
+        plan = PrivacyPlan(
+            **{"noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, **numbers}
+        )
+        return largest_useful_size(plan, trainer().strategy)
+
+    assert most(expected_batch_size=100) == 140
+    assert most(expected_batch_size=1000) == 1000
+    assert most(expected_batch_size=100, max_batch_size=120) == 120

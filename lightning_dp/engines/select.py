@@ -13,6 +13,7 @@ from lightning_dp.engines.decisions import PartingError
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.uncompiled import compiled_parts
 from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.functional.gradient import Engine
 from lightning_dp.functional.microbatch import BatchAxisError
@@ -29,10 +30,11 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Selection:
-    """The engine chosen, and the reason if it is not the first choice."""
+    """The engine chosen, the reason if it is not the first choice, and the parts it will run uncompiled."""
 
     engine: Engine
     reason: str | None = None
+    uncompiled: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """What will run, and why, for people: the engine, the rule of each kind of layer, the reason for a fallback."""
@@ -46,6 +48,11 @@ class Selection:
         if isinstance(self.engine, GhostEngine):
             counts = Counter(self.engine.handled.values())
             lines += [f"  {count:4d} parameters: {how}" for how, count in counts.most_common()]
+        if self.uncompiled:
+            lines.append(
+                f"  torch.compile of {', '.join(self.uncompiled[:5])} is not used in training steps: it cannot see through "
+                "the engine's torch.func transforms (engine='loop' would use it)."
+            )
         if self.engine.name == "loop":
             lines.append("  It takes one backward pass per example and is slow.")
         return "\n".join(lines)
@@ -83,7 +90,7 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
                 f"engine={name!r} cannot run this training_step: {explain(error, module)}. "
                 "Use engine='auto' or engine='loop', or change that line."
             ) from error
-        return Selection(engine)
+        return Selection(engine, uncompiled=_uncompiled(engine, module))
     reasons: dict[str, list[str]] = {}
     for candidate in AUTO if module is not None else AUTO[1:]:
         engine = make_engine(candidate, module)
@@ -102,11 +109,15 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
             reason = f"would run one by one: training_step {alone[0].what} ({alone[0].line})"
             reasons.setdefault(reason, []).append(candidate)
     texts = [f"{' and '.join(candidates)} {reason}" for reason, candidates in reasons.items()]
-    return Selection(engine, reason="; ".join(texts) or None)
+    return Selection(engine, "; ".join(texts) or None, _uncompiled(engine, module))
 
 
 def _partings(engine: Engine) -> list[PartingError]:
     return engine.groups.partings if isinstance(engine, (GhostEngine, VmapEngine)) else []
+
+
+def _uncompiled(engine: Engine, module: nn.Module | None) -> tuple[str, ...]:
+    return () if module is None or engine.name == "loop" else tuple(compiled_parts(module))
 
 
 def make_engine(name: str, module: nn.Module | None) -> Engine:

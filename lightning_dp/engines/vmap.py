@@ -13,6 +13,7 @@ from lightning_dp.engines.decisions import answered_for_all
 from lightning_dp.engines.examples import mappable
 from lightning_dp.engines.groups import Groups
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.functional.clip import clip_and_sum
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
 
@@ -70,6 +71,7 @@ def _at_once(
 
     per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness="different")
     detached = {name: parameter.detach() for name, parameter in parameters.items()}
-    gradients, (losses, outputs) = per_example(detached, tensors)
+    with uncompiled():
+        gradients, (losses, outputs) = per_example(detached, tensors)
     gradient, norms = clip_and_sum(gradients, clipping, counted)
     return ClippedSum(gradient, norms[:counted], losses.detach()[:counted], first_rows(outputs, counted))

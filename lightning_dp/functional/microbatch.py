@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -84,6 +85,35 @@ def batch_of_one(batch: Any, index: int) -> Any:
         return leaf[index : index + 1] if isinstance(leaf, Tensor) or is_list_of_values(leaf) else leaf
 
     return pytree.tree_map(one, batch, is_leaf=is_list_of_values)
+
+
+def padded(batch: Any, examples: int, to: int) -> Any:
+    """``batch`` with copies of its first example at the end, ``to`` examples in all.
+
+    So that all micro-batches of a run have one shape. The copies must not count: give the engine ``counted=examples``.
+
+    Args:
+        batch: ``examples`` examples.
+        examples: at least 1.
+        to: at least ``examples``.
+
+    Raises:
+        BatchAxisError: see :func:`check_batch_axis`.
+
+    Example:
+        >>> import torch
+        >>> padded([torch.tensor([3, 5]), ["a", "b"]], 2, 4)
+        [tensor([3, 5, 3, 3]), ['a', 'b', 'a', 'a']]
+    """
+    check_batch_axis(batch, examples)
+    missing = to - examples
+
+    def pad(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return torch.cat([leaf, leaf[:1].expand(missing, *leaf.shape[1:])])
+        return type(leaf)([*leaf, *[leaf[0]] * missing]) if is_list_of_values(leaf) else leaf
+
+    return pytree.tree_map(pad, batch, is_leaf=is_list_of_values) if missing else batch
 
 
 def take(batch: Any, indices: list[int]) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_dp.clipping import Clipping
 from lightning_dp.functional.clip import accumulation_dtype
 from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.functional.microbatch import padded
 from lightning_dp.functional.noise import add_gaussian_noise
 from lightning_dp.functional.randomness import RandomKey
 from lightning_dp.functional.reduce import AllReduceSum, flatten, no_reduce, unflatten
@@ -54,6 +55,8 @@ def accumulate(
     parameters: Mapping[str, Tensor],
     micro_batches: Iterable[tuple[Any, int]],
     clipping: Clipping | float,
+    *,
+    pad_to: int | None = None,
 ) -> Accumulated:
     """Sum of the clipped per-example gradients of a step's micro-batches. No noise yet, nothing may be released.
 
@@ -63,12 +66,17 @@ def accumulate(
         parameters: the trainable parameters by name.
         micro_batches: pairs of a batch and its number of examples. None at all is fine: the sum is zero.
         clipping: the plan's; a number C for flat clipping to that norm.
+        pad_to: give every micro-batch this many rows, at least as many as any has, by copies that count in nothing. The
+            result is the same; shapes no longer vary with the draw.
     """
     total = Accumulated(
         {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters.items()}
     )
     for batch, examples in micro_batches:
-        clipped = engine.clipped_sum(loss_function, parameters, batch, examples, clipping)
+        rows, counted = examples, None
+        if pad_to is not None:
+            batch, rows, counted = padded(batch, examples, pad_to), pad_to, examples
+        clipped = engine.clipped_sum(loss_function, parameters, batch, rows, clipping, counted=counted)
         for name, gradient in clipped.gradient.items():
             total.gradient[name] += gradient
         total.losses.append(clipped.losses)

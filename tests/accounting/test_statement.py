@@ -96,6 +96,16 @@ def test_fields() -> None:
     }
 
 
+def test_the_clipping_style_is_said() -> None:
+    statement = Statement.of(make_ledger(3, clipping="automatic", automatic_gamma=0.5), randomness="secret")
+    assert "C = 1.0 (automatic clipping), 3 steps" in str(statement)
+    assert (statement.clipping, statement.automatic_gamma) == ("automatic", 0.5)
+    layers = Statement.of(make_ledger(3, clipping="per_layer", automatic_gamma=0.5), randomness="secret")
+    assert "C = 1.0 (per layer clipping), 3 steps" in str(layers)
+    assert layers.automatic_gamma is None
+    assert layers.epsilon == statement.epsilon == Statement.of(make_ledger(3), randomness="secret").epsilon
+
+
 def test_a_known_seed_is_said() -> None:
     statement = Statement.of(make_ledger(1), randomness="reproducible")
     assert statement.randomness == "reproducible"

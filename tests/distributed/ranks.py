@@ -101,6 +101,21 @@ def run(folder: Path, case: str, ranks: int) -> None:
         private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16)
         fit = on_ranks(ranks, max_steps=6)
         fit.callbacks.append(AugmentationMultiplicity(k=3, transform=Shift(), images=0))
+    elif case == "styled":  # everything at once: layers, views, padding, book-keeping
+        module = regressor()
+        private = DifferentialPrivacy(
+            noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16, clipping="per_layer", engine="ghost",
+            static_shapes=True, physical_batch_size=5,
+        )  # fmt: skip
+        fit = on_ranks(ranks, max_steps=6)
+        fit.callbacks.append(AugmentationMultiplicity(k=3, transform=Shift(), images=0))
+    elif case == "measured":  # every rank finds a size, and all take the least of them
+        module = regressor()
+        private = DifferentialPrivacy(
+            noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16, clipping="automatic",
+            static_shapes=True, physical_batch_size="auto",
+        )  # fmt: skip
+        fit = on_ranks(ranks, max_steps=6)
     elif case == "secret":
         module = regressor()
         private = DifferentialPrivacy(noise_multiplier=0.5)
@@ -124,6 +139,7 @@ def run(folder: Path, case: str, ranks: int) -> None:
         rank = module.trainer.global_rank
         state.update(weights=weights(module).cpu(), before=before, plan_batch=private.plan.expected_batch_size)
         state.update(steps=private.ledger.steps, epsilon=private.statement().epsilon)
+        state.update(physical_batch_size=module.trainer.strategy.private_step.physical_batch_size)
         torch.save(state, folder / f"{case}-{ranks}-{rank}.pt")
 
     module.on_train_end = remember

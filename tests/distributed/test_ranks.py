@@ -23,7 +23,7 @@ RANKS = [1, 2, 3]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = "equal,by_name,different_start,noise,storm,views,secret,gan,disagree,frozen_on_one"
+    cases = "equal,by_name,different_start,noise,storm,views,styled,measured,secret,gan,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -38,7 +38,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "noise", "storm", "views", "secret", "gan"])
+@pytest.mark.parametrize(
+    "case", ["equal", "by_name", "different_start", "noise", "storm", "views", "styled", "measured", "secret", "gan"]
+)
 def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) -> None:
     first = results(case, ranks)["weights"]
     assert not torch.equal(first, results(case, ranks)["before"])
@@ -46,7 +48,7 @@ def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) ->
         assert torch.equal(first, results(case, ranks, rank)["weights"])
 
 
-@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "storm", "views"])
+@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "storm", "views", "styled", "measured"])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str, ranks: int) -> None:
     torch.testing.assert_close(results(case, ranks)["weights"], results(case, 1)["weights"], rtol=1e-5, atol=1e-6)
@@ -56,6 +58,11 @@ def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str,
 def test_every_rank_takes_and_charges_every_step_even_without_examples(results: Any, ranks: int) -> None:
     assert {results("storm", ranks, rank)["steps"] for rank in range(ranks)} == {30}
     assert len({results("storm", ranks, rank)["epsilon"] for rank in range(ranks)}) == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_measure_agree_on_a_size(results: Any, ranks: int) -> None:
+    assert len({results("measured", ranks, rank)["physical_batch_size"] for rank in range(ranks)}) == 1
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
-from lightning_dp.functional.microbatch import BatchAxisError, batch_of_one, check_batch_axis, split
+from lightning_dp.functional.microbatch import BatchAxisError, batch_of_one, check_batch_axis, padded, split
 
 Pair = namedtuple("Pair", ["image", "names"])
 
@@ -112,3 +112,21 @@ def test_a_batch_in_which_nobody_can_tell_whose_is_what_is_refused_by_place(batc
     with pytest.raises(BatchAxisError, match=text) as refusal:
         check_batch_axis(batch, 4)
     assert "collate_fn" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_padding_adds_copies_of_the_first_example_and_keeps_the_others(name: str) -> None:
+    batch = BATCHES[name]
+    longer = padded(batch, 4, 7)
+    check_batch_axis(longer, 7)
+    for index in range(7):
+        one, other = (
+            pytree.tree_leaves(batch_of_one(*of)) for of in ((longer, index), (batch, index if index < 4 else 0))
+        )
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
+    assert padded(batch, 4, 4) is batch
+
+
+def test_a_batch_with_a_row_too_few_is_not_padded() -> None:
+    with pytest.raises(BatchAxisError, match="expected 4 rows"):
+        padded(torch.zeros(3, 2), 4, 6)

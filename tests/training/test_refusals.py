@@ -71,6 +71,9 @@ def refused(
         ({"epsilon": 1.0, "expected_batch_size": 0}, ["expected_batch_size=0", "at least 1"]),
         ({"epsilon": 1.0, "dataset_size": -5}, ["dataset_size=-5"]),
         ({"epsilon": 1.0, "physical_batch_size": 0}, ["physical_batch_size=0"]),
+        ({"epsilon": 1.0, "clipping": "layerwise"}, ["clipping='layerwise'", "flat, per_layer, automatic"]),
+        ({"epsilon": 1.0, "clipping": "automatic", "automatic_gamma": -1.0}, ["automatic_gamma=-1.0", "above 0"]),
+        ({"noise_multiplier": 0.0, "clipping": "automatic", "clip_norm": float("inf")}, ["clipping='automatic'"]),
         ({"epsilon": 1.0, "engine": "fast"}, ["engine='fast'", "vmap", "loop"]),
     ],
 )

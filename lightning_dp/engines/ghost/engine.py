@@ -33,6 +33,7 @@ from lightning_dp.engines.ghost.multihead import has_multihead_rule, multihead_f
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
 from lightning_dp.engines.groups import Groups
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.functional.clip import Factors, accumulation_dtype
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
 
@@ -152,7 +153,7 @@ class GhostEngine:
                 loss, outputs = loss_function(copies, example(rows))
             return scalar_loss(loss), outputs
 
-        with torch.enable_grad():
+        with uncompiled(), torch.enable_grad():
             copies = {
                 name: parameter.detach().requires_grad_().expand(examples, *parameter.shape)
                 for name, parameter in parameters.items()
