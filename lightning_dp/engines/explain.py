@@ -24,6 +24,12 @@ CAUSES = {
 """What torch says, in part and in lower case → what it means."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def explain(error: BaseException, module: nn.Module | None = None) -> str:
     """What stopped the trace, the user's own line, and the layer concerned.
 
@@ -35,10 +41,10 @@ def explain(error: BaseException, module: nn.Module | None = None) -> str:
         >>> explain(RuntimeError("Cannot access data pointer of Tensor that doesn't have storage"))
         'it hands a tensor to code outside torch (NumPy, or an operator written in C++)'
     """
-    text = str(error).strip()
+    text = str(error)
     cause = next((ours for theirs, ours in CAUSES.items() if theirs in text.lower()), None)
     if cause is None:
-        cause = text.splitlines()[0].rstrip(".") if text else type(error).__name__
+        cause = first_line(error)
     line, layer = line_of_error(error), layer_of_error(error)
     if line is not None:
         cause += f" ({line}"

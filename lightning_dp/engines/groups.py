@@ -52,18 +52,17 @@ class Groups:
             pending = _within(parting.groups, counted)
         done: list[tuple[list[int], ClippedSum]] = []
         while pending:
-            positions = pending.pop()
-            try:
-                done.append((positions, at_once(take(batch, positions), len(positions), None)))
-                continue
-            except PartingError as parting:
-                self.partings.append(parting)
-                pending += [[positions[index] for index in group] for group in parting.groups]
             if len(done) + len(pending) > max(2, examples // 2):
                 rest = [position for group in pending for position in group]
                 done.append((rest, one_by_one(take(batch, rest), len(rest))))
-                pending = []
-                self._tell_once(parting=self.partings[-1])
+                self._tell_once(self.partings[-1])
+                break
+            positions = pending.pop()
+            try:
+                done.append((positions, at_once(take(batch, positions), len(positions), None)))
+            except PartingError as parting:
+                self.partings.append(parting)
+                pending += [[positions[index] for index in group] for group in parting.groups]
         return _together(done)
 
     def _tell_once(self, parting: PartingError) -> None:

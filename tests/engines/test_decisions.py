@@ -150,6 +150,19 @@ def test_every_example_goes_the_way_it_goes_alone(step: Step, engine: str) -> No
     assert len(set(alone.norms.tolist())) > EXAMPLES // 2  # the examples differ, so their order is tested as well
 
 
+@pytest.mark.parametrize("step", [two_ways, masked, a_number_of_rounds], ids=lambda step: step.__name__)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_padding_goes_no_way_of_its_own_and_adds_nothing(step: Step, engine: str) -> None:
+    net, loss, batch = setting(step)
+    parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    counted = EXAMPLES - 3
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "training_step", UserWarning)
+        ours = ENGINES[engine](net).clipped_sum(loss, parameters, batch, EXAMPLES, 0.5, counted=counted)
+    alone = LoopEngine().clipped_sum(loss, parameters, batch[:counted], counted, 0.5)
+    torch.testing.assert_close(ours, alone)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_examples_that_agree_run_together(engine: str) -> None:
     """Two ways are two groups: the whole batch until it parts, and then each group once."""
