@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_dp.engines.select import EngineError
     from lightning_dp.plan import PrivacyPlan
     from lightning_dp.preflight import PreflightError
+    from lightning_dp.private_layers import make_trainable_privately
     from lightning_dp.strategy import PrivateDDPStrategy, PrivateSingleDeviceStrategy
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "PrivateDDPStrategy": "strategy",
     "PrivateSingleDeviceStrategy": "strategy",
     "Statement": "accounting",
+    "make_trainable_privately": "private_layers",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "PrivateSingleDeviceStrategy",
     "Statement",
     "__version__",
+    "make_trainable_privately",
 ]
 
 

@@ -85,13 +85,13 @@ def check_module(module: pl.LightningModule) -> None:
                 f"{type(module).__name__}.{hook} is overridden: expected Lightning's own. Per-example gradients are "
                 "not taken by a backward pass over the batch, so the override would never run. Remove it."
             )
-    mixing = [name for name, layer in module.named_modules() if _mixes_examples(layer)]
+    mixing = [name for name, layer in module.named_modules() if mixes_examples(layer)]
     if mixing:
         raise PreflightError(
-            f"BatchNorm in {', '.join(mixing[:5])}{' and more' if len(mixing) > 5 else ''}: expected layers that treat "
-            "every example on its own. Batch statistics let one example change every other's gradient, so clipping "
-            "bounds nothing. Replace them, for instance with opacus.validators.ModuleValidator.fix(module), which puts "
-            "GroupNorm in their place; or, for a frozen pre-trained part, call .eval() and .requires_grad_(False) on it."
+            f"BatchNorm in {', '.join(mixing)}: expected layers that treat every example on its own. Batch statistics let "
+            "one example change every other's gradient, so clipping bounds nothing. Replace them by GroupNorm with "
+            "lightning_dp.make_trainable_privately(module) before fit; or, for a frozen pre-trained part, call .eval() and "
+            ".requires_grad_(False) on it."
         )
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise PreflightError(
@@ -257,7 +257,8 @@ def check_buffers(module: nn.Module, before: dict[str, tuple[Tensor, int]]) -> N
         )
 
 
-def _mixes_examples(layer: nn.Module) -> bool:
+def mixes_examples(layer: nn.Module) -> bool:
+    """Whether one example's output of this layer would depend on the others, or leave traces in its buffers."""
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
         return layer.training and layer.track_running_stats
     if not isinstance(layer, nn.modules.batchnorm._BatchNorm):

@@ -92,7 +92,7 @@ def accounted_with_one_over_the_loaders_length() -> Iterator[None]:
 def batch_norm_is_accepted() -> Iterator[None]:
     """No look at the layers."""
     with patched(
-        (preflight_module, "_mixes_examples", lambda layer: False), (preflight_module, "batch_norms", lambda _: [])
+        (preflight_module, "mixes_examples", lambda layer: False), (preflight_module, "batch_norms", lambda _: [])
     ):
         yield
 

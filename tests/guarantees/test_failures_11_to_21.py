@@ -86,9 +86,9 @@ class BatchNormed(Regressor):
 
 
 def test_15_batch_norm_silently_becomes_per_example() -> None:
-    refused(PreflightError, "net.1", "ModuleValidator.fix", module=BatchNormed())
+    refused(PreflightError, "net.1", "make_trainable_privately", module=BatchNormed())
     with caught(outside.batch_norm_is_accepted()):
-        refused(PreflightError, "net.1", "ModuleValidator.fix", module=BatchNormed())
+        refused(PreflightError, "net.1", "make_trainable_privately", module=BatchNormed())
 
 
 def test_16_seed_everything_fixes_the_noise() -> None:

@@ -184,7 +184,7 @@ class _BatchNormed(Regressor):
     "layer", [nn.BatchNorm1d(4), nn.SyncBatchNorm(4), nn.InstanceNorm1d(4, track_running_stats=True)]
 )
 def test_layers_that_mix_or_remember_examples(layer: nn.Module) -> None:
-    refused(PreflightError, "trunk.1", "ModuleValidator.fix", module=_BatchNormed(layer))
+    refused(PreflightError, "trunk.1", "make_trainable_privately(module)", module=_BatchNormed(layer))
 
 
 def test_batch_norm_added_in_configure_model() -> None:

@@ -1,0 +1,113 @@
+"""Layers that mix the examples of a batch, replaced by layers that do not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import nn
+
+from lightning_dp.preflight import PreflightError, mixes_examples
+
+Norm = Literal["group", "layer"]
+MOST_GROUPS, FEWEST_CHANNELS = 32, 4
+"""Wu and He use 32 groups; a group of less than four channels has little to take a variance of on a 1 × 1 map."""
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def make_trainable_privately(module: M, norm: Norm = "group", groups: int | None = None) -> M:
+    """Replace every layer whose output for one example depends on the others, in place, and give the module back.
+
+    BatchNorm becomes GroupNorm (``"layer"``: with one group), made by Opacus's fixer. Scale and shift are kept, and where
+    the layer has seen data its running statistics are folded into them: for an example whose own statistics are those of
+    the data, the new layer gives what the old one gave in eval mode. Pre-trained weights therefore remain a good start,
+    though not as good as with BatchNorm. InstanceNorm stops tracking statistics. Frozen layers in eval mode do no harm and
+    stay.
+
+    Call it before the optimizer is made (in ``__init__`` of the LightningModule, or on it before ``fit``). Names of
+    parameters stay, buffers of running statistics go, so load checkpoints of the old module before. What the module has
+    learnt so far must be public: the folded statistics are not protected.
+
+    Args:
+        module: any module, a LightningModule or a part of one.
+        norm: ``"group"`` or ``"layer"``.
+        groups: how many groups, dividing the channels of every layer; ``None`` for up to 32 with at least 4 channels each.
+            BatchNorm1d always gets one group: on features without an axis of time, a group of one has no variance.
+
+    Returns:
+        ``module``, or what replaces it if it is itself such a layer.
+
+    Raises:
+        ValueError: ``norm`` or ``groups`` is not possible.
+        PreflightError: a layer is of a class of its own, whose further duties nobody knows, or is not initialised yet.
+
+    Example:
+        >>> make_trainable_privately(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)))[1]
+        GroupNorm(4, 16, eps=1e-05, affine=True)
+
+    Source: Yuxin Wu and Kaiming He 2018, *Group Normalization* (arXiv 1803.08494); Opacus's ModuleValidator.
+    """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm={norm!r}: expected one of {', '.join(get_args(Norm))}.")
+    if groups is not None and groups < 1:
+        raise ValueError(f"groups={groups}: expected at least 1, or None for a number that suits each layer.")
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, layer in module.named_modules():
+        if mixes_examples(layer):
+            replacements[layer] = _replacement(name, layer, 1 if norm == "layer" else groups)
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):  # not named_children: a shared layer has several names
+            if child is not None and child in replacements:
+                setattr(parent, name, replacements[child])
+    root: Any = replacements.get(module, module)
+    return root  # type: ignore[no-any-return]  # a module of another class only where the root was itself replaced
+
+
+def _replacement(name: str, layer: nn.Module, groups: int | None) -> nn.Module:
+    from opacus.validators import ModuleValidator  # takes a second, and only those who ask for it need it
+
+    if type(layer) not in ModuleValidator.FIXERS or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        raise PreflightError(
+            f"{name or 'the module'} is a {type(layer).__module__}.{type(layer).__name__}: expected one of torch's own "
+            "BatchNorm or InstanceNorm layers, initialised. What else such a layer does would be lost with it. Build the "
+            "model with GroupNorm (many take norm_layer=...), run a lazy one on a batch first, or freeze it: .eval() and "
+            ".requires_grad_(False)."
+        )
+    if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        fixed: nn.Module = ModuleValidator.FIXERS[type(layer)](layer)
+        return fixed
+    channels = layer.num_features
+    if isinstance(layer, nn.BatchNorm1d):
+        groups = 1
+    if groups is None:
+        groups = math.gcd(MOST_GROUPS, channels)
+        while groups > 1 and channels // groups < FEWEST_CHANNELS:
+            groups //= 2
+    if channels % groups:
+        raise ValueError(
+            f"groups={groups} for the {channels} channels of {name}: expected a divisor. Give groups=None."
+        )
+    new: nn.GroupNorm = ModuleValidator.FIXERS[type(layer)](layer, num_groups=groups)
+    new.eps = layer.eps
+    if layer.affine:
+        _fold(layer, new)
+    return new.to(layer.weight.device if layer.affine else None).train(layer.training)
+
+
+@torch.no_grad()
+def _fold(old: Any, new: nn.GroupNorm) -> None:
+    """γ and β of ``new`` with which it gives what ``old`` gives in eval mode, to an example with the data's statistics."""
+    scale, shift = old.weight.clone(), old.bias.clone()
+    if old.track_running_stats and old.num_batches_tracked:
+        mean, variance = old.running_mean, old.running_var
+        by_group = mean.view(new.num_groups, -1)
+        centre = by_group.mean(1, keepdim=True)
+        spread = (variance.view_as(by_group) + (by_group - centre).square()).mean(1, keepdim=True)
+        deviation = (variance + old.eps).rsqrt()
+        shift += scale * (centre.expand_as(by_group).flatten() - mean) * deviation
+        scale *= (spread + old.eps).sqrt().expand_as(by_group).flatten() * deviation
+    for parameter, value, before in ((new.weight, scale, old.weight), (new.bias, shift, old.bias)):
+        parameter.data = value.detach()
+        parameter.requires_grad = before.requires_grad

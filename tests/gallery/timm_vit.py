@@ -1,0 +1,34 @@
+"""A vision transformer of timm."""
+
+import lightning as L
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp import DifferentialPrivacy
+from tests.gallery.frame import BRIEF
+
+
+class Classifier(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=3)
+
+    def training_step(self, batch, batch_idx):
+        images, targets = batch
+        loss = nn.functional.cross_entropy(self.net(images), targets)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+data = TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(3, (16,)))
+trainer = L.Trainer(
+    max_steps=2,
+    callbacks=[DifferentialPrivacy(noise_multiplier=1.0)],
+    **BRIEF,
+)
+trainer.fit(Classifier(), DataLoader(data, batch_size=4))
