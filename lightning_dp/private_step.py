@@ -31,6 +31,7 @@ from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.functional.views import Views, view_uniforms
 from lightning_dp.loader import LogicalBatch, PoissonLoader
+from lightning_dp.lost_ranks import naming_lost_ranks
 from lightning_dp.manual import ManualOptimization
 from lightning_dp.physical_batch import PhysicalBatchSize, default_physical_batch_size, settle_physical_batch_size
 from lightning_dp.ranks import on_every_rank
@@ -251,6 +252,7 @@ class PrivateStep:
 
         Raises:
             BudgetExceededError: the step would overspend the target ε. Nothing is released.
+            RankLostError: another rank is gone. The step is charged, and nothing of it is used.
         """
         ledger, key = self._ledger, self._key
         assert ledger is not None
@@ -259,17 +261,18 @@ class PrivateStep:
             ledger.charge()
         else:  # noise of its own
             key = RandomKey(key.derive(Stream.NOISE, step, part), key.mode)
-        return release(
-            gradient,
-            ledger.plan
-            if parts == 1
-            else replace(ledger.plan, noise_multiplier=ledger.plan.noise_multiplier * math.sqrt(parts)),
-            key,
-            step,
-            rank=rank_of(strategy),
-            world_size=world_size_of(strategy),
-            all_reduce_sum=lambda flat: strategy.reduce(flat, reduce_op="sum"),
-        )
+        with naming_lost_ranks(strategy, step):
+            return release(
+                gradient,
+                ledger.plan
+                if parts == 1
+                else replace(ledger.plan, noise_multiplier=ledger.plan.noise_multiplier * math.sqrt(parts)),
+                key,
+                step,
+                rank=rank_of(strategy),
+                world_size=world_size_of(strategy),
+                all_reduce_sum=lambda flat: strategy.reduce(flat, reduce_op="sum"),
+            )
 
     def backward(self, strategy: Strategy, closure_loss: Tensor, **options: Any) -> Tensor:
         """Charge the ledger, release the noisy gradient, and put it into ``p.grad`` of the trainable parameters.

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp.loader import LogicalBatch
+from lightning_dp.lost_ranks import naming_absent_nodes
 from lightning_dp.preflight import PreflightError, check_strategy
 from lightning_dp.private_step import PrivateStep
 
@@ -92,6 +93,11 @@ class PrivateDDPStrategy(DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         _require(self, trainer)
         super().setup(trainer)
+
+    @override
+    def setup_distributed(self) -> None:
+        with naming_absent_nodes(self.num_nodes, self.num_processes):
+            super().setup_distributed()
 
     @override
     def configure_ddp(self) -> None:

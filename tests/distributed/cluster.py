@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
+import signal
 import socket
 import sys
 import traceback
@@ -18,9 +20,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
 
+from lightning_dp import PrivateDDPStrategy
 from tests.conftest import trainer
 from tests.distributed import disagreements, training_runs
+from tests.distributed.two_hosts import ADDRESSES, move_to, two_hosts, why_not
 
 ENOUGH = 100
 """Seconds after which a process that has not ended is ended, and its test fails."""
@@ -37,21 +43,46 @@ def torchrun(rank: int, ranks: int, nodes: int, port: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def launch(folder: Path, name: str, case: Callable[[Path], dict[str, Any]], ranks: int, nodes: int = 1) -> None:
-    """Run ``case`` in ``ranks`` processes, and wait for all of them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        environment = torchrun(rank, ranks, nodes, port)
+def slurm(rank: int, ranks: int, nodes: int, port: int) -> dict[str, Any]:
+    """What srun tells a task; the port follows from the job's number."""
+    per_node = ranks // nodes
+    return {
+        "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": 770000 + port - 15000, "SLURM_NTASKS": ranks, "SLURM_PROCID": rank,
+        "SLURM_NTASKS_PER_NODE": per_node, "SLURM_LOCALID": rank % per_node, "SLURM_NODEID": rank // per_node,
+        "SLURM_NNODES": nodes, "SLURM_NODELIST": "127.0.0.1,host[2-9]", "WORLD_SIZE": ranks,
+    }  # fmt: skip
+
+
+def free_port() -> int:
+    """In the range from which SLURM's job numbers choose."""
+    for port in random.SystemRandom().sample(range(15000, 25000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise RuntimeError("no free port")
+
+
+def launch(
+    folder: Path,
+    name: str,
+    case: Callable[[Path], dict[str, Any]],
+    ranks: int,
+    nodes: int = 1,
+    told: Callable[[int, int, int, int], dict[str, Any]] = torchrun,
+    only: int | None = None,
+    stays: int | None = None,
+) -> None:
+    """Run ``case`` in ``ranks`` processes (or as one of them alone), and wait for all but the one that stays for ever."""
+    port, processes = free_port(), []
+    for rank in range(ranks) if only is None else [only]:
+        environment = told(rank, ranks, nodes, port)
         to = folder / f"{name}-{ranks}-{rank}.pt"
         processes.append(multiprocessing.get_context("fork").Process(target=_one, args=(case, environment, to)))
         processes[-1].start()
+    for rank, process in enumerate(processes):
+        process.join(0 if rank == stays else ENOUGH)
     for process in processes:
-        process.join(ENOUGH)
-        if process.is_alive():
-            process.kill()
+        process.kill()  # what hangs, and what was stopped on purpose
 
 
 def _one(case: Callable[[Path], dict[str, Any]], environment: dict[str, Any], to: Path) -> None:
@@ -93,10 +124,67 @@ def other_batch(folder: Path) -> dict[str, Any]:
     )
 
 
+def absent(strategy: type[DDPStrategy]) -> Callable[[Path], dict[str, Any]]:
+    """One of two nodes, waiting for the other."""
+
+    def alone(_: Path) -> dict[str, Any]:
+        with_little_patience = strategy(timeout=timedelta(seconds=2))
+        return training_runs.plain(on_cluster, num_nodes=2, strategy=with_little_patience)
+
+    return alone
+
+
+def elastic(folder: Path, name: str, case: Callable[[Path], dict[str, Any]], *words: str) -> None:
+    """What ``torchrun`` does when it is given these words, but for forking from this process instead of starting anew."""
+    arguments = get_args_parser().parse_args([*words, "--nproc-per-node", "2", "--start-method", "fork", "none.py"])
+    config, _, _ = config_from_args(arguments)
+    elastic_launch(config, _saved)(folder, name, case)
+
+
+def _saved(folder: Path, name: str, case: Callable[[Path], dict[str, Any]]) -> None:
+    result = case(folder)
+    torch.save(result, folder / f"{name}-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.pt")
+
+
+def on_two_hosts(folder: Path) -> None:
+    """``torchrun --nnodes 2 --nproc-per-node 2`` on each of two hosts, if this machine can have them."""
+    if reason := why_not():
+        (folder / "no_two_hosts.txt").write_text(reason)
+        return
+    with two_hosts() as hosts:
+        nodes = [
+            multiprocessing.get_context("fork").Process(target=_node, args=(folder, host, hosts)) for host in hosts
+        ]
+        for node in nodes:
+            node.start()
+        for node in nodes:
+            node.join(ENOUGH)
+            node.kill()
+
+
+def _node(folder: Path, host: str, hosts: tuple[str, str]) -> None:
+    move_to(host)
+    meeting = ("--master-addr", ADDRESSES[0], "--master-port", "29513")
+    case = run("plain", num_nodes=2)
+    elastic(folder, "two_hosts", case, "--nnodes", "2", "--node-rank", str(hosts.index(host)), *meeting)
+
+
 def main(folder: Path) -> None:
     for ranks in (1, 2, 3):
         launch(folder, "uneven", run("uneven"), ranks)
     launch(folder, "plain", run("plain"), 1)
+    launch(folder, "slurm", run("plain", num_nodes=2), 2, nodes=2, told=slurm)
+    launch(folder, "absent_worker", absent(PrivateDDPStrategy), 2, nodes=2, only=0)
+    launch(folder, "absent_main", absent(PrivateDDPStrategy), 2, nodes=2, only=1)
+    launch(folder, "absent_stock", absent(DDPStrategy), 2, nodes=2, only=0)
+    for lost in (0, 2):
+        launch(folder, f"killed_{lost}", run("lost", which=lost, how=signal.SIGKILL), 3)
+    launch(folder, "silent", run("lost", which=1, how=signal.SIGSTOP), 3, stays=1)
+    # With the store that it shares, torch 2.15 restarts with the addresses of dead processes.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    elastic(folder, "restarts", lambda to: training_runs.killed_once(on_cluster, to), "--max-restarts", "1", *meeting)
+    on_two_hosts(folder)
     launch(folder, "counted", run("counted"), 2)
     for ranks, until in ((4, 2), (2, 4), (1, 6)):
         launch(folder, "stretch", stretches(until), ranks)

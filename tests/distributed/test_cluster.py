@@ -131,7 +131,7 @@ def test_no_noise_and_no_sample_is_used_twice_when_the_number_of_ranks_changes(r
     for ranks in (4, 2, 1):
         of_rank = [results("stretch", ranks, rank)[seed] for rank in range(ranks)]
         noised += of_rank[0]["noised"]
-        assert all(part["noised"] == [] for part in of_rank[1:])
+        assert all(part["noised"] == of_rank[0]["noised"] for part in of_rank)  # each rank's share of the coordinates
         for step in range(2):
             drawn.append(tuple(sorted(index for part in of_rank for index in part["sampled"][step])))
             assert len(set(drawn[-1])) == len(drawn[-1])
@@ -145,3 +145,60 @@ def test_another_number_of_ranks_does_not_change_the_batch_behind_ones_back(resu
     expected = r"expected_batch_size=None with 2 ranks after 1: expected the batch of the steps before, 16, .*size=16\) to go on"
     assert re.match(expected, told[0])
     assert results("other_batch", 1)["steps"] == 1
+
+
+def same_as_alone(results: Any, case: str, ranks: int) -> None:
+    alone = results("plain", 1)
+    for rank in range(ranks):
+        here = results(case, ranks, rank)
+        torch.testing.assert_close(here["weights"], alone["weights"], rtol=1e-5, atol=1e-6)
+        assert here["statement"] == alone["statement"]
+        assert here["privacy"] == alone["privacy"]
+
+
+def test_two_hosts_with_two_ranks_each_train_as_one_process_does(results: Any) -> None:
+    reason = results.folder / "no_two_hosts.txt"
+    if reason.exists():
+        pytest.skip(f"no two hosts on this machine: {reason.read_text()}")
+    same_as_alone(results, "two_hosts", 4)
+
+
+def test_two_nodes_under_slurm_train_as_one_process_does(results: Any) -> None:
+    same_as_alone(results, "slurm", 2)
+
+
+@pytest.mark.parametrize("case", ["killed_0", "killed_2", "silent"])
+def test_a_lost_rank_ends_the_others_with_its_name(results: Any, case: str) -> None:
+    lost = 1 if case == "silent" else int(case[-1])
+    for rank in {0, 1, 2} - {lost}:
+        here = results(case, 3, rank)
+        assert here["type"] == "RankLostError"
+        assert re.match(
+            rf"rank {lost} of 3 did not answer within 3 s after a collective call of step 2 failed", here["error"]
+        )
+        assert "expected every rank to be there" in here["error"]
+        assert "ckpt_path='last'" in here["error"]
+        assert here["steps"] == 3  # charged before the noise was drawn, though nothing came of it
+
+
+def test_torchrun_restarts_from_the_last_checkpoint_with_the_right_budget(results: Any) -> None:
+    """Rank 1 is killed in the fourth step; the checkpoint of the second step is gone on from."""
+    same_as_alone(results, "restarts", 2)
+    for rank in range(2):
+        assert results("restarts", 2, rank)["steps_here"] == 4
+        assert results("restarts", 2, rank)["steps"] == 6
+
+
+@pytest.mark.parametrize("case", ["absent_worker", "absent_main"])
+def test_a_node_that_never_comes_is_asked_for(results: Any, case: str) -> None:
+    told = results(case, 2, int(case == "absent_main"))
+    assert told["type"] == "RankLostError"
+    expected = (
+        r"num_nodes=2 with 1 processes each: not all of the 2 came to 127\.0\.0\.1:\d+ in time: expected each node"
+    )
+    assert re.match(expected, told["error"])
+
+
+def test_with_the_stock_strategy_it_is_torch_that_says_so(results: Any) -> None:
+    """Lightning meets the other processes before it asks any callback."""
+    assert re.search("1/2 clients joined", results("absent_stock", 2)["error"])

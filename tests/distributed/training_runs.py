@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, lost_ranks
 from lightning_dp.functional import step as functional_step
 from tests.conftest import Regressor, loader, regression_data, regressor, weights
 from tests.distributed.ranks import Shift
@@ -132,6 +136,47 @@ class Traffic:
     def __exit__(self, *_: Any) -> None:
         for name, original in self._kept.items():
             setattr(dist, name, original)
+
+
+class Dies(L.Callback):
+    """Sends a signal to this process before step ``step``."""
+
+    def __init__(self, step: int, how: int) -> None:
+        self.step, self.how = step, how
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.how)
+
+
+def lost(make_trainer: Any, which: int, how: int) -> dict[str, Any]:
+    """One rank dies, or falls silent, in the middle of a run. Returns what the others end with."""
+    lost_ranks.PATIENCE = timedelta(seconds=3)
+    module, callback = regressor(), private()
+    fit = make_trainer(callback, max_steps=STEPS, strategy=DDPStrategy(timeout=timedelta(seconds=4)))
+    if rank_here() == which:
+        fit.callbacks.append(Dies(2, how))
+    try:
+        fit.fit(module, loader())
+    except Exception as error:
+        assert callback.ledger is not None
+        return {"error": str(error), "type": type(error).__name__, "steps": callback.ledger.steps}
+    return {"error": None}
+
+
+def killed_once(make_trainer: Any, folder: Path) -> dict[str, Any]:
+    """A run that saves every second step and starts from the last checkpoint; a rank is killed at the fourth step."""
+    lost_ranks.PATIENCE = timedelta(seconds=1)
+    module, callback = regressor(), private()
+    saved = ModelCheckpoint(folder / "restarts", every_n_train_steps=2, save_last=True)
+    fit = make_trainer(callback, max_steps=STEPS, enable_checkpointing=True)
+    fit.callbacks.append(saved)
+    if rank_here() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        fit.callbacks.append(Dies(3, signal.SIGKILL))
+    sampled = Sampled()
+    fit.callbacks.append(sampled)
+    fit.fit(module, loader(), ckpt_path="last")
+    return {**outcome(module, callback), "steps_here": len(sampled.indices)}
 
 
 def stretch(make_trainer: Any, folder: Path, until: int, seed: int | None = 7, **arguments: Any) -> dict[str, Any]:
