@@ -141,6 +141,31 @@ def test_memory_is_known_on_every_system(tmp_path: Path, monkeypatch: pytest.Mon
     assert 0 < room_for_micro_batches(strategy) <= 2**32
 
 
+def test_on_cuda_the_allocator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the device, which this test does not need to have."""
+    held, peak, synchronised = 200, [200], []
+    stand_in = {
+        "mem_get_info": lambda device: (1000, 2000),
+        "memory_reserved": lambda device: 500,
+        "memory_allocated": lambda device: held,
+        "reset_peak_memory_stats": lambda device: peak.__setitem__(0, held),
+        "max_memory_allocated": lambda device: peak[0],
+        "synchronize": synchronised.append,
+    }
+    for name, function in stand_in.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    device = torch.device("cuda", 0)
+    strategy: Any = type("OnCuda", (), {"root_device": device})()
+    assert room_for_micro_batches(strategy) == int(0.8 * (1000 + 500 - 200))
+    assert peak_bytes(lambda: peak.__setitem__(0, 900), device) == 700
+    found = measured(lambda: lambda: peak.__setitem__(0, 900), 3, device)
+    assert found is not None
+    assert found.bytes == 700
+    assert len(synchronised) >= 2 + 2 + 2  # before and after each memory, and after each time
+    strategy.root_device = torch.device("mps")
+    assert room_for_micro_batches(strategy) == UNKNOWN
+
+
 class Random(Regressor):
     """It draws from every global generator, has a buffer, and counts how often it was called."""
 

@@ -14,7 +14,9 @@ from torch import Tensor
 import lightning_dp.functional.clip as clip_module
 from lightning_dp.clipping import Clipping, ClippingStyle, check_clipping, layer_of
 from lightning_dp.engines.ghost import GhostEngine
+from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.functional.clip import clip_and_sum
+from lightning_dp.functional.microbatch import padded
 from lightning_dp.plan import PrivacyPlan
 from tests.engines.family import case
 from tests.guarantees.mutations import caught, patched
@@ -138,6 +140,31 @@ def test_the_layers_are_those_of_the_module_and_not_of_the_step() -> None:
 
     with caught(patched((clip_module.Factors, "of", classmethod(of_what_came)))):
         the_number_of_layers_is_public()
+
+
+def padding_does_not_count(engine: Any, style: ClippingStyle) -> None:
+    """Rows of padding are copies of a real example: one that counted would be in the sum twice, with sensitivity 2C."""
+    of = case("mlp", 5, 0)
+    batch = padded(of.batch, 5, 8)
+    run = (of.loss_function(), of.parameters())
+    found = engine(of.module).clipped_sum(*run, batch, 8, Clipping(0.1, style), counted=5)
+    alone = engine(of.module).clipped_sum(*run, of.batch, 5, Clipping(0.1, style))
+    for name, gradient in alone.gradient.items():
+        assert torch.allclose(found.gradient[name], gradient, rtol=1e-9, atol=1e-12)
+    assert len(found.norms) == len(found.losses) == len(found.outputs["output"]) == 5
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("engine", [GhostEngine, lambda _: VmapEngine()], ids=["ghost", "vmap"])
+def test_padding_that_counts_is_noticed(engine: Any, style: ClippingStyle) -> None:
+    padding_does_not_count(engine, style)
+    original: Any = clip_module.Factors.of.__func__
+
+    def all_count(cls: Any, norms: Any, names: Any, clipping: Any, counted: Any = None) -> Any:
+        return original(cls, norms, names, clipping)
+
+    with caught(patched((clip_module.Factors, "of", classmethod(all_count)))):
+        padding_does_not_count(engine, style)
 
 
 @settings(max_examples=50)
