@@ -9,15 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_dp.clipping import Clipping, ClippingStyle
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.functional.gradient import ClippedSum
 
+STYLES: tuple[ClippingStyle, ...] = ("flat", "per_layer", "automatic")
+
 
 def both(
-    module: nn.Module, inputs: Tensor, clip_norm: float = 1.0, loss: Callable[[Any], Tensor] | None = None
+    module: nn.Module,
+    inputs: Tensor,
+    clipping: Clipping | float | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
 ) -> tuple[ClippedSum, ClippedSum, GhostEngine]:
-    """The clipped sums of book-keeping and of the loop, for a smooth loss of whatever the module puts out."""
+    """The clipped sums of book-keeping and of the loop, for a smooth loss of whatever the module puts out.
+
+    Without a clipping, the style turns with the number of examples, so that a test that draws that number sees them all.
+    """
 
     def loss_function(parameters: Mapping[str, Tensor], batch: Tensor) -> tuple[Tensor, Any]:
         output = functional_call(module, dict(parameters), (batch,))
@@ -25,7 +34,8 @@ def both(
 
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     engine = GhostEngine(module)
-    run = (loss_function, trainable, inputs, len(inputs), clip_norm)
+    clipping = Clipping(1.0, STYLES[len(inputs) % len(STYLES)]) if clipping is None else clipping
+    run = (loss_function, trainable, inputs, len(inputs), clipping)
     return engine.clipped_sum(*run), LoopEngine().clipped_sum(*run), engine
 
 
@@ -41,8 +51,8 @@ def same(ghost: ClippedSum, loop: ClippedSum, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(ghost.outputs["output"], loop.outputs["output"], rtol=tolerance, atol=tolerance)
 
 
-def agree(module: nn.Module, inputs: Tensor, clip_norm: float = 1.0, **options: Any) -> GhostEngine:
-    ghost, loop, engine = both(module, inputs, clip_norm, **options)
+def agree(module: nn.Module, inputs: Tensor, clipping: Clipping | float | None = None, **options: Any) -> GhostEngine:
+    ghost, loop, engine = both(module, inputs, clipping, **options)
     same(ghost, loop)
     return engine
 

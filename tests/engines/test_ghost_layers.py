@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
+from lightning_dp.clipping import Clipping
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost import convolution as convolution_rule
 from lightning_dp.engines.ghost.buffers import Buffers
@@ -22,16 +23,16 @@ from tests.engines.against_loop import agree, both, build, same
 from tests.engines.family import FAMILY, case
 
 SEEDS = st.integers(0, 10_000)
-CLIP_NORMS = st.sampled_from([0.05, 1.0, math.inf])
+CLIPPINGS = st.sampled_from([0.05, 1.0, math.inf, Clipping(0.1, "per_layer"), Clipping(0.1, "automatic")])
 
 
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @settings(max_examples=5)
-@given(examples=st.integers(1, 6), seed=SEEDS, clip_norm=CLIP_NORMS)
-def test_the_family_of_models(name: str, examples: int, seed: int, clip_norm: float) -> None:
+@given(examples=st.integers(1, 6), seed=SEEDS, clipping=CLIPPINGS)
+def test_the_family_of_models(name: str, examples: int, seed: int, clipping: Clipping | float) -> None:
     of = case(name, examples, seed)
-    run = (of.loss_function(), of.parameters(), of.batch, examples, clip_norm)
+    run = (of.loss_function(), of.parameters(), of.batch, examples, clipping)
     same(GhostEngine(of.module).clipped_sum(*run), LoopEngine().clipped_sum(*run))
 
 
@@ -42,20 +43,26 @@ class TestRules:
         bias=st.booleans(),
         examples=st.integers(1, 4),
         seed=SEEDS,
-        clip_norm=CLIP_NORMS,
+        clipping=CLIPPINGS,
     )
     def test_linear(
-        self, leading: list[int], features: tuple[int, int], bias: bool, examples: int, seed: int, clip_norm: float
+        self,
+        leading: list[int],
+        features: tuple[int, int],
+        bias: bool,
+        examples: int,
+        seed: int,
+        clipping: Clipping | float,
     ) -> None:
         def make() -> nn.Module:
             return nn.Sequential(nn.Linear(*features, bias=bias), nn.Tanh(), nn.Linear(features[1], 2))
 
-        agree(*build(make, seed, examples, *leading, features[0]), clip_norm)
+        agree(*build(make, seed, examples, *leading, features[0]), clipping)
 
     @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
     @settings(max_examples=60)
-    @given(data=st.data(), axes=st.integers(1, 3), examples=st.integers(1, 3), seed=SEEDS, clip_norm=CLIP_NORMS)
-    def test_convolution(self, data: Any, axes: int, examples: int, seed: int, clip_norm: float) -> None:
+    @given(data=st.data(), axes=st.integers(1, 3), examples=st.integers(1, 3), seed=SEEDS, clipping=CLIPPINGS)
+    def test_convolution(self, data: Any, axes: int, examples: int, seed: int, clipping: Clipping | float) -> None:
         def per_axis(low: int, high: int) -> tuple[int, ...]:
             return tuple(data.draw(st.integers(low, high)) for _ in range(axes))
 
@@ -73,7 +80,7 @@ class TestRules:
             )  # fmt: skip
             return nn.Sequential(convolve, nn.Tanh(), layer(3 * groups, 2, 1))
 
-        engine = agree(*build(make, seed, examples, 2 * groups, *(5 + n for n in range(axes))), clip_norm)
+        engine = agree(*build(make, seed, examples, 2 * groups, *(5 + n for n in range(axes))), clipping)
         assert set(engine.handled.values()) == {layer.__name__}
 
     @pytest.mark.parametrize("gram", [True, False])
@@ -241,7 +248,7 @@ class Multiplying(nn.Module):
 )
 @pytest.mark.parametrize("positions", [1, 12])
 def test_products_written_by_hand(how: str, handled: str, positions: int) -> None:
-    engine = agree(*build(lambda: Multiplying(how), 3, 3, positions, 6), clip_norm=0.3)
+    engine = agree(*build(lambda: Multiplying(how), 3, 3, positions, 6), clipping=0.3)
     assert all(handled in way for way in engine.handled.values()), engine.handled
 
 
@@ -254,7 +261,7 @@ def test_a_product_with_a_weight_alone_is_kept_books_of() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x @ self.weight
 
-    engine = agree(*build(Alone, 3, 3, 5, 6), clip_norm=0.3)
+    engine = agree(*build(Alone, 3, 3, 5, 6), clipping=0.3)
     assert engine.handled == {"weight": "Alone, from within"}
 
 
@@ -267,7 +274,7 @@ class Scale2(Scale):
 @pytest.mark.parametrize("name", OTHER_WAYS)
 def test_layers_without_a_rule_of_their_own(name: str) -> None:
     make, how = OTHER_WAYS[name]
-    engine = agree(*build(make, 3, 3, 3, 6, 6), clip_norm=0.3)
+    engine = agree(*build(make, 3, 3, 3, 6, 6), clipping=0.3)
     assert all(how in handled for handled in engine.handled.values()), engine.handled
 
 

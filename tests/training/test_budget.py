@@ -160,6 +160,17 @@ def test_a_longer_resume_keeps_the_noise_and_stops_before_it_overspends(
     assert longer.ledger.epsilon(fit.global_step + 1).epsilon > 2.0
 
 
+def test_a_resume_with_another_clipping_style_costs_the_same_and_is_noted(tmp_path: Path) -> None:
+    run(DifferentialPrivacy(noise_multiplier=2.0), checkpoint_at(3, tmp_path), max_steps=3, enable_checkpointing=True)
+    same, other = (DifferentialPrivacy(noise_multiplier=2.0, clipping=style) for style in ("flat", "automatic"))
+    for private in (same, other):
+        run(private, max_steps=5, ckpt=tmp_path / "step=3.ckpt")
+    assert other.statement().epsilon == same.statement().epsilon
+    noted = [caveat for caveat in other.statement().caveats if "clipping style" in caveat]
+    assert noted == ["the clipping style changed during training from flat to automatic; ε does not depend on it"]
+    assert not any("clipping style" in caveat for caveat in same.statement().caveats)
+
+
 def test_a_resume_with_a_larger_epsilon_may_go_on_longer(tmp_path: Path) -> None:
     run(
         DifferentialPrivacy(epsilon=2.0, delta=1e-3),
