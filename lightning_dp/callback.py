@@ -24,6 +24,7 @@ from lightning_dp.planning import agreed_plan, check_batch_after_resume, planned
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks import on_every_rank
 from lightning_dp.report import Report
+from lightning_dp.simulation import as_if_real, check_simulation, simulated
 from lightning_dp.strategy import PrivateStrategy, make_private
 
 
@@ -57,6 +58,9 @@ class DifferentialPrivacy(pl.Callback):
         engine: ``"auto"``, ``"ghost"``, ``"vmap"`` or ``"loop"``: how per-example gradients are computed.
         seed: ``None`` (the default) takes sampling and noise from 256 secret bits of the operating system, which no
             ``seed_everything`` fixes. A number makes them reproducible, for tests, and the statement says so.
+        simulate: S above 1 makes a *simulation*, with none of the privacy: batch and noise are divided by S, at the same
+            number of steps (see :mod:`lightning_dp.simulation`). For choosing settings where that is allowed; ``epsilon`` is
+            then the budget of the run that is simulated, and what is spent is said.
         log_train_metrics: ``False`` keeps what ``training_step`` logs from the loggers: those numbers are computed from
             private examples without noise.
         public_optimizers: under manual optimization, places in ``configure_optimizers`` of the optimizers that see no
@@ -91,6 +95,7 @@ class DifferentialPrivacy(pl.Callback):
         max_batch_size: int | None = None,
         engine: EngineName = "auto",
         seed: int | None = None,
+        simulate: int = 1,
         log_train_metrics: bool = True,
         public_optimizers: list[int] | None = None,
         static_shapes: bool = False,
@@ -108,6 +113,7 @@ class DifferentialPrivacy(pl.Callback):
         check_clip_norm(clip_norm)
         check_clipping(clipping, automatic_gamma, clip_norm)
         check_engine_name(engine)
+        check_simulation(simulate)
         check_physical_batch_size(physical_batch_size)
         for name, value in (
             ("expected_batch_size", expected_batch_size),
@@ -133,6 +139,7 @@ class DifferentialPrivacy(pl.Callback):
         self.max_batch_size = max_batch_size
         self.engine: EngineName = engine
         self.seed = seed
+        self.simulate = simulate
         self.log_train_metrics = log_train_metrics
         self.public_optimizers = list(public_optimizers or [])
         self.static_shapes = static_shapes
@@ -144,6 +151,7 @@ class DifferentialPrivacy(pl.Callback):
         self._steps_at_start = 0
         self._planned = False
         self._unused_samples = 0
+        self._sigma: float | None = None  # of the run simulated, if it is a simulation
 
     @property
     def plan(self) -> PrivacyPlan | None:
@@ -257,15 +265,16 @@ class DifferentialPrivacy(pl.Callback):
             strategy,
             loader,
             epsilon=self.epsilon,
-            noise_multiplier=self.plan.noise_multiplier if self._planned and self.plan else self.noise_multiplier,
+            noise_multiplier=self._sigma if self._planned else self.noise_multiplier,
             delta=self.delta,
             clipping=Clipping(self.clip_norm, self.clipping, self.automatic_gamma),
             expected_batch_size=self.expected_batch_size,
             dataset_size=self.dataset_size,
             max_batch_size=self.max_batch_size,
-            spent=self._spent,
+            spent=as_if_real(self._spent, self.simulate),
             remaining_steps=lambda per_epoch: self._planned_steps(trainer, per_epoch),
         )
+        sigma, plan = plan.noise_multiplier, simulated(plan, self.simulate)
         if self._planned and self.ledger is not None:  # reload_dataloaders_every_n_epochs
             if self.ledger.plan != plan:
                 raise preflight.PreflightError(
@@ -282,7 +291,7 @@ class DifferentialPrivacy(pl.Callback):
         self._report = Report(self.ledger, "secret" if self.seed is None else "reproducible")
         if strategy.private_step is not None:
             strategy.private_step.unused_samples = self._unused_samples  # a resumed run goes on behind them
-        self._planned = True
+        self._planned, self._sigma = True, sigma
         return self.ledger
 
     def _planned_steps(self, trainer: pl.Trainer, per_epoch: int) -> int | None:

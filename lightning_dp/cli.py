@@ -20,6 +20,7 @@ Differentially private training with PyTorch Lightning.
   recipes   fit, validate, test, predict   lightning-dp fit --config recipes/digits/cnn_eps8.yaml
   numbers   epsilon                        the ε that a noise multiplier gives
             calibrate                      the noise multiplier that an ε needs
+            search                         the ε of choosing settings by several runs
   evidence  audit                          a lower bound on ε, from training a recipe once with canaries
 
 lightning-dp COMMAND --help says more. --version prints the version.
@@ -50,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _epsilon(words[1:])
     elif command == "calibrate":
         _calibrate(words[1:])
+    elif command == "search":
+        from lightning_dp.search_command import run as run_search
+
+        run_search(words[1:])
     elif command == "audit":
         from lightning_dp.audit.command import run as run_audit
 

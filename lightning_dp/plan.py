@@ -39,6 +39,7 @@ class PrivacyPlan:
         coordinates: P, the most coordinates that get noise; needed with ``resolution``.
         clipping: ``"flat"``, ``"per_layer"`` or ``"automatic"``, see :class:`lightning_dp.clipping.Clipping`.
         automatic_gamma: γ of the automatic style.
+        simulation: how many times smaller batch and noise are than those of the run this one simulates; 1 if it is none.
 
     Raises:
         ValueError: a field is outside its range; the message names the value, what was expected and the remedy.
@@ -62,6 +63,7 @@ class PrivacyPlan:
     coordinates: int | None = None
     clipping: ClippingStyle = "flat"
     automatic_gamma: float = DEFAULT_GAMMA
+    simulation: int = 1
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
@@ -132,8 +134,8 @@ class PrivacyPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """round(1/q): the number of steps in which each example is drawn once on average."""
-        return max(1, round(1 / self.sampling_probability))
+        """round(1/q): the number of steps in which each example is drawn once on average (in the run simulated, if any)."""
+        return max(1, round(1 / (self.sampling_probability * self.simulation)))
 
 
 def check_max_batch_size(max_batch_size: int) -> None:

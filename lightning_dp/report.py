@@ -15,6 +15,7 @@ from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.select import Selection
 from lightning_dp.private_step import PrivateStep
 
+SIMULATION = "SIMULATION at 1/{} of batch and noise, NOT PRIVATE as the run it stands for. Spent here"
 FILE_NAME = "privacy.json"
 CAVEATS = (
     "the noise is pseudorandom floating point, not a discrete Gaussian",
@@ -43,8 +44,9 @@ class Report:
         steps = "an open number of steps" if plan.steps is None else f"{plan.steps} steps"
         style = "" if plan.clipping == "flat" else f" ({plan.clipping_rule})"
         bound = f"ε ≤ {plan.target_epsilon:g}" if plan.target_epsilon is not None else self._foreseen()
+        title = "Differential privacy" if plan.simulation == 1 else SIMULATION.format(plan.simulation)
         rank_zero_info(
-            f"Differential privacy: {bound} at δ = {plan.delta:g} over {steps}: noise multiplier "
+            f"{title}: {bound} at δ = {plan.delta:g} over {steps}: noise multiplier "
             f"{plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}{style}, expected batch {plan.expected_batch_size:g} of "
             f"{plan.dataset_size} (q = {plan.sampling_probability:.4g}), engine {selection.engine.name}, micro-batches of "
             f"up to {step.physical_batch_size}, {self.randomness} randomness."
@@ -61,12 +63,13 @@ class Report:
         ahead = math.ceil(steps / every_n_steps) * every_n_steps if every_n_steps else steps
         if plan.steps is not None:
             ahead = max(steps, min(ahead, plan.steps))
-        return {
+        found = {
             "dp/epsilon": self.ledger.epsilon(ahead).epsilon,
             "dp/delta": plan.delta,
             "dp/noise_multiplier": plan.noise_multiplier,
             "dp/steps": float(steps),
         }
+        return found if plan.simulation == 1 else {**found, "dp/simulation": float(plan.simulation)}
 
     def statement(self) -> Statement:
         """What has been spent so far."""

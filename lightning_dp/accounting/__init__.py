@@ -1,6 +1,6 @@
 """Privacy accounting: ε as an upper bound, σ from a target ε, spent steps, and the statement. Numbers only.
 
-phase → rdp, prv → epsilon → calibrate; distance → reserve → ledger → limits, statement
+phase → rdp, prv → epsilon → calibrate, search; distance → reserve → ledger → limits, statement
 """
 
 from lightning_dp.accounting.calibrate import noise_multiplier_for
@@ -12,6 +12,7 @@ from lightning_dp.accounting.limits import check_distance_is_affordable
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.rdp import rdp_epsilon
 from lightning_dp.accounting.reserve import noise_with_reserve
+from lightning_dp.accounting.search import search_epsilon
 from lightning_dp.accounting.statement import Statement
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "noise_multiplier_for",
     "noise_with_reserve",
     "rdp_epsilon",
+    "search_epsilon",
     "side_by_side",
 ]

@@ -26,6 +26,9 @@ _SHIFTED_ORDERS: FloatArray = np.concatenate(
 )
 """λ = α - 1 for every Rényi order α in use."""
 
+ORDERS: FloatArray = _SHIFTED_ORDERS + 1.0
+"""Every Rényi order α in use."""
+
 _ROUNDING = 1e-14
 """Added to every cumulant, relatively and absolutely, so that rounding cannot make the bound too small."""
 

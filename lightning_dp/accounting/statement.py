@@ -54,6 +54,7 @@ class Statement:
         max_batch_size: M, the size to which a larger draw is cut, or ``None``.
         steps: steps taken, resumed history included.
         randomness: ``"secret"`` or ``"reproducible"``.
+        simulation: what was simulated, in words, and that its guarantee does not hold; ``None`` for a real run.
         version: of this package.
         caveats: sentences without which the number should not be quoted.
 
@@ -83,6 +84,7 @@ class Statement:
     automatic_gamma: float | None
     steps: int
     randomness: Literal["secret", "reproducible"]
+    simulation: str | None
     version: str
     caveats: list[str]
 
@@ -103,7 +105,8 @@ class Statement:
         if randomness not in ("secret", "reproducible"):
             raise ValueError(f"randomness={randomness!r}: expected 'secret' or 'reproducible'.")
         plan, bound, phases = ledger.plan, ledger.epsilon(), ledger.phases
-        found = [*caveats]
+        simulation = None if plan.simulation == 1 else _simulation(ledger)
+        found = [*caveats] if simulation is None else [simulation, *caveats]
         if randomness == "reproducible":
             found.append(_KNOWN_SEED)
         if len(phases) > 1 or (phases and not _is_current(phases[-1], ledger)):
@@ -128,6 +131,7 @@ class Statement:
             automatic_gamma=plan.automatic_gamma if plan.clipping == "automatic" else None,
             steps=ledger.steps,
             randomness=randomness,
+            simulation=simulation,
             version=__version__,
             caveats=list(dict.fromkeys(found)),
         )
@@ -153,11 +157,21 @@ class Statement:
         style = "" if self.clipping == "flat" else f" ({self.clipping.replace('_', ' ')} clipping)"
         seed = ", from a known seed" if self.randomness == "reproducible" else ""
         bound = "" if self.max_batch_size is None else f", at most {self.max_batch_size} examples a step"
+        claim = "" if self.simulation is None else f"{self.simulation}. What was run is "
         return (
-            f"(ε = {round_up(self.epsilon)}, δ = {self.delta:g})-DP, {self.neighbouring_relation}, "
+            f"{claim}(ε = {round_up(self.epsilon)}, δ = {self.delta:g})-DP, {self.neighbouring_relation}, "
             f"{self.sampling} sampling{mechanism}{bound}, C = {_plain(self.clip_norm)}{style}, "
             f"{_count(self.steps, 'step')}{seed}, {_ACCOUNTANTS[self.accountant]}"
         )
+
+
+def _simulation(ledger: Ledger) -> str:
+    plan = ledger.plan
+    return (
+        f"SIMULATION, NOT PRIVATE as the run it stands for: {_count(ledger.steps, 'step')} at 1/{plan.simulation} of the batch "
+        f"and the noise of a run with q = {_plain(plan.sampling_probability * plan.simulation)}, "
+        f"σ = {_plain(plan.noise_multiplier * plan.simulation)}, whose ε must not be quoted for this one"
+    )
 
 
 def _is_current(phase: Phase, ledger: Ledger) -> bool:

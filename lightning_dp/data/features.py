@@ -152,7 +152,7 @@ class FixedFeatures(L.LightningDataModule):
     def _fingerprint(self, images: Tensor) -> str:
         """Names the images and what ``features`` makes of the first ones, whatever it is written like."""
         few = self._checked(images, 0, 4)
-        alone = torch.cat([self._transform(image) for image in images[:4].split(1)])
+        alone = torch.cat([self._transform(image) for image in images[:4].unsqueeze(1)])
         if not torch.allclose(few.float(), alone.float(), rtol=1e-2, atol=1e-2 * float(few.float().std()) + 1e-6):
             raise DataError(
                 f"features={type(self.features).__name__} gives an image other features when it is among others: expected "

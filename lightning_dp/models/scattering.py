@@ -55,7 +55,7 @@ class Scattering2d(nn.Module):
         wavelets = [
             morlet(padded, 2**j, math.pi * k / angles, 4 / angles) for j in range(scales) for k in range(angles)
         ]
-        self.register_buffer("psi", torch.stack(wavelets).unflatten(0, (scales, angles)), persistent=False)
+        self.register_buffer("psi", torch.stack(wavelets).reshape(scales, angles, padded, padded), persistent=False)
         self.register_buffer("phi", gaussian(padded, 0.8 * 2 ** (scales - 1)), persistent=False)
 
     @property
@@ -85,12 +85,15 @@ class Scattering2d(nn.Module):
     def _answer(self, spectrum: Tensor, filters: Tensor, at: int, to: int) -> Tensor:
         """Spectrum of |x ⋆ ψ|, from resolution 2^-at to 2^-to."""
         response = torch.fft.ifft2(filtered(spectrum, periodised(filters, 2**at), 2 ** (to - at)))
-        return torch.fft.fft2((response.real.square() + response.imag.square()).sqrt())  # faster than abs()
+        magnitude = (response.real.square() + response.imag.square()).sqrt()  # faster than abs()
+        spectrum_of_it: Tensor = torch.fft.fft2(magnitude)
+        return spectrum_of_it
 
     def _blurred(self, spectrum: Tensor, at: int) -> Tensor:
         """The convolution x ⋆ φ at the output's resolution, without the mirrored margin."""
         low = filtered(spectrum, periodised(self.phi, 2**at), 2 ** (self.scales - at))
-        return torch.fft.ifft2(low).real[..., 1:-1, 1:-1]
+        blurred: Tensor = torch.fft.ifft2(low).real
+        return blurred[..., 1:-1, 1:-1]
 
     @override
     def extra_repr(self) -> str:
@@ -161,4 +164,4 @@ def filtered(spectrum: Tensor, filters: Tensor, by: int) -> Tensor:
 def periodised(spectrum: Tensor, by: int) -> Tensor:
     """A filter's spectrum for images sampled ``by`` times more coarsely: its aliases added up."""
     edge = spectrum.shape[-1] // by
-    return spectrum if by == 1 else spectrum.unflatten(-2, (by, edge)).unflatten(-1, (by, edge)).sum(dim=(-4, -2))
+    return spectrum.reshape(*spectrum.shape[:-2], by, edge, by, edge).sum(dim=(-4, -2))

@@ -33,6 +33,7 @@ FIELDS = [
     "automatic_gamma",
     "steps",
     "randomness",
+    "simulation",
     "version",
     "caveats",
 ]
@@ -91,6 +92,7 @@ def test_fields() -> None:
         "automatic_gamma": None,
         "steps": 875,
         "randomness": "secret",
+        "simulation": None,
         "version": __version__,
         "caveats": ["one"],
     }
