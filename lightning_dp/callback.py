@@ -15,6 +15,7 @@ from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.agreement import check_same_on_every_rank, facts
 from lightning_dp.augmentation import views_of
+from lightning_dp.batch_axis import check_batch_axis_argument
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
 from lightning_dp.engines.select import EngineName, check_engine_name
 from lightning_dp.optimizers import check_public_optimizers
@@ -68,6 +69,9 @@ class DifferentialPrivacy(pl.Callback):
             are private.
         static_shapes: ``True`` pads every micro-batch to ``physical_batch_size`` with rows that count in nothing, so that
             shapes do not vary with the draw. Changes speed, never the result.
+        batch_axis: the axis of the batch's tensors on which the examples are, 0 for the first; or by field, as in
+            ``{"inputs": 1, "positions": None}``, where ``None`` marks a tensor that all examples share. Such a tensor
+            enters every example's gradient and must be public: the same whatever the examples are.
 
     Raises:
         ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
@@ -99,6 +103,7 @@ class DifferentialPrivacy(pl.Callback):
         log_train_metrics: bool = True,
         public_optimizers: list[int] | None = None,
         static_shapes: bool = False,
+        batch_axis: int | dict[str, int | None] = 0,
     ) -> None:
         if (epsilon is None) == (noise_multiplier is None):
             raise ValueError(
@@ -114,6 +119,7 @@ class DifferentialPrivacy(pl.Callback):
         check_clipping(clipping, automatic_gamma, clip_norm)
         check_engine_name(engine)
         check_simulation(simulate)
+        check_batch_axis_argument(batch_axis)
         check_physical_batch_size(physical_batch_size)
         for name, value in (
             ("expected_batch_size", expected_batch_size),
@@ -141,6 +147,7 @@ class DifferentialPrivacy(pl.Callback):
         self.seed = seed
         self.simulate = simulate
         self.log_train_metrics = log_train_metrics
+        self.batch_axis = batch_axis
         self.public_optimizers = list(public_optimizers or [])
         self.static_shapes = static_shapes
         self.ledger: Ledger | None = None
@@ -187,6 +194,7 @@ class DifferentialPrivacy(pl.Callback):
             static_shapes=self.static_shapes,
             views=views_of(trainer),
             public_optimizers=self.public_optimizers,
+            batch_axis=self.batch_axis,
         )
 
     @override

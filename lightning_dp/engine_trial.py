@@ -13,15 +13,16 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_dp import preflight
+from lightning_dp.batch_axis import to_front
 from lightning_dp.coupling import check_rows_stay_apart
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.verification import check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
-from lightning_dp.functional.opened import close_containers, open_containers
+from lightning_dp.functional.opened import open_containers
 from lightning_dp.loader import PoissonLoader
 from lightning_dp.strategy_facts import module_of, trainable
-from lightning_dp.transfer import to_device
+from lightning_dp.transfer import as_training_step_takes_it, batch_axis_of, to_device
 
 TRIAL_EXAMPLES = 2
 
@@ -55,24 +56,23 @@ def try_engines(
     buffers = preflight.buffer_versions(module)
     given = trainable(module) if parameters is None else parameters
     with isolate_rng(), torch.enable_grad():
-        batch, examples = loader.first_examples(TRIAL_EXAMPLES)
+        raw_batch, examples = loader.first_examples(TRIAL_EXAMPLES)
+        batch = to_front(open_containers(raw_batch), batch_axis_of(strategy), strict=False)
         check_rows_stay_apart(
-            lambda raw: to_device(strategy, close_containers(raw)),
-            open_containers(batch),
+            lambda raw: to_device(strategy, as_training_step_takes_it(strategy, raw)),
+            batch,
             examples,
             "on_before_ or on_after_batch_transfer",
         )
 
         def prepared(raw: Any) -> Any:
-            on_device = to_device(strategy, close_containers(raw))
+            on_device = to_device(strategy, as_training_step_takes_it(strategy, raw))
             if with_views is None:
                 return on_device
             return with_views(on_device, np.arange(examples), torch.initial_seed())
 
         if with_views is not None:
-            check_rows_stay_apart(
-                prepared, open_containers(batch), examples, "the transform of AugmentationMultiplicity"
-            )
+            check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
         on_device, clipping = prepared(batch), loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:

@@ -14,9 +14,9 @@ from torch.func import functional_call
 
 from lightning_dp.capture import StepCapture
 from lightning_dp.functional.gradient import LossFunction
-from lightning_dp.functional.opened import close_containers
 from lightning_dp.functional.views import Views
 from lightning_dp.strategy_facts import module_of
+from lightning_dp.transfer import as_training_step_takes_it
 
 
 def example_loss(
@@ -43,7 +43,7 @@ def example_loss(
 
     def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
         named = {f"module.{name}": parameter for name, parameter in {**(fixed or {}), **parameters}.items()}
-        example = close_containers(example if views is None else views.fold(example))
+        example = as_training_step_takes_it(strategy, example if views is None else views.fold(example))
         with strategy.precision_plugin.train_step_context():
             call = partial(functional_call, stepper, named, (example, *rest))
             return capture.run(call if run is None else partial(run, call))

@@ -30,7 +30,7 @@ from lightning_dp.rehearsal import check_private_step, check_public_steps, param
 from lightning_dp.stand_in import without_content
 from lightning_dp.step_sample import StepSample, TryEngines
 from lightning_dp.strategy_facts import module_of, world_size_of
-from lightning_dp.transfer import to_device
+from lightning_dp.transfer import as_training_step_takes_it, to_device
 
 
 @dataclass
@@ -96,8 +96,10 @@ class ManualOptimization:
         most = physical_batch_size if isinstance(physical_batch_size, int) else batch_size
         rows = min(batch_size, most) if self._public else 1
         collate: Any = loader.collate_fn
-        example = to_device(self._strategy, collate([loader.dataset[0]] * rows))
-        self._stand_in = without_content(example)
+        parts = to_device(self._strategy, collate([loader.dataset[0]] * rows))
+        example, self._stand_in = (
+            as_training_step_takes_it(self._strategy, batch) for batch in (parts, without_content(parts))
+        )
         self._scripts = rehearse(module, self._capture, self._stand_in, self._private)
         if not any(place in script for script in self._scripts for place in self._private):
             raise PreflightError(

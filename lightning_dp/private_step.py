@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger
 from lightning_dp.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
+from lightning_dp.batch_axis import BatchAxis
 from lightning_dp.capture import StepCapture
 from lightning_dp.engine_trial import WithViews, try_engines
 from lightning_dp.engines.select import EngineName, Selection
@@ -59,6 +60,7 @@ class PrivateStep:
         static_shapes: whether every micro-batch is padded to the physical batch size.
         views: how the K augmented views of each example are made, or ``None`` for the examples as they are.
         public_optimizers: under manual optimization, places of the optimizers that see no private data.
+        batch_axis: where a batch has its examples, see :mod:`lightning_dp.batch_axis`.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class PrivateStep:
         static_shapes: bool = False,
         views: Views | None = None,
         public_optimizers: Sequence[int] = (),
+        batch_axis: BatchAxis = 0,
     ) -> None:
+        self.batch_axis = batch_axis
         self._public_optimizers = public_optimizers
         self._manual: ManualOptimization | None = None
         self.unused_samples = 0

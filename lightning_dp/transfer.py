@@ -7,7 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 
-from lightning_dp.functional.opened import open_containers
+from lightning_dp.batch_axis import BatchAxis, as_given, to_front
+from lightning_dp.functional.opened import close_containers, open_containers
 from lightning_dp.loader import LogicalBatch
 
 HOOK = "_on_before_batch_transfer"
@@ -17,7 +18,8 @@ HOOK = "_on_before_batch_transfer"
 def to_device(strategy: Strategy, batch: Any) -> Any:
     """Convert a micro-batch to the Trainer's precision and move it to the device, the user's hooks included.
 
-    Containers of the user's own come back in parts (:mod:`lightning_dp.functional.opened`), for the stages that follow.
+    Containers of the user's own come back in parts (:mod:`lightning_dp.functional.opened`) and tensors with their
+    examples on the first axis (:mod:`lightning_dp.batch_axis`), for the stages that follow.
 
     Args:
         strategy: connected to the module; its precision plugin, device and the module's (or data module's)
@@ -29,7 +31,18 @@ def to_device(strategy: Strategy, batch: Any) -> Any:
     batch = strategy.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
-    return open_containers(batch)
+    return to_front(open_containers(batch), batch_axis_of(strategy))
+
+
+def batch_axis_of(strategy: Strategy) -> BatchAxis:
+    """Where the callback says that a batch has its examples; on the first axis if nothing is said."""
+    axis: BatchAxis = getattr(getattr(strategy, "private_step", None), "batch_axis", 0)
+    return axis
+
+
+def as_training_step_takes_it(strategy: Strategy, batch: Any) -> Any:
+    """A batch, or one example of it, as it was before :func:`to_device` rearranged it for the stages between."""
+    return close_containers(as_given(batch, batch_axis_of(strategy)))
 
 
 def let_logical_batches_through(module: pl.LightningModule) -> None:

@@ -52,7 +52,8 @@ def check_batch_axis(batch: Any, examples: int) -> None:
             if leaf.ndim == 0 or leaf.shape[0] != examples:
                 raise BatchAxisError(
                     f"{where} has shape {tuple(leaf.shape)}: expected {examples} rows, one for each of the {examples} "
-                    "examples drawn. Let collate_fn put the examples on the first axis, one row each."
+                    "examples drawn. Let collate_fn put the examples on the first axis, one row each, or say "
+                    "where they are with DifferentialPrivacy(batch_axis=...)."
                 )
         elif is_list_of_values(leaf):
             if len(leaf) != examples:

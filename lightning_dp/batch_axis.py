@@ -1,0 +1,118 @@
+"""Batches whose tensors do not all have their examples on the first axis: where they are is said by the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_dp.functional.microbatch import BatchAxisError
+
+BatchAxis = int | Mapping[str, int | None]
+"""The axis of the examples: of all tensors, or by field (``"inputs"``, ``"inputs.mask"``, ``"0"``); ``None`` if shared."""
+
+
+def check_batch_axis_argument(batch_axis: object) -> None:
+    """Refuse what is not an axis or a mapping from fields to axes.
+
+    Raises:
+        ValueError: see the message.
+    """
+    values = list(batch_axis.values()) if isinstance(batch_axis, Mapping) else [batch_axis]
+    names = list(batch_axis) if isinstance(batch_axis, Mapping) else []
+    allowed = all(_is_axis(value) or (value is None and names) for value in values)
+    if not allowed or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"batch_axis={batch_axis!r}: expected the axis of the examples, such as 1, or a mapping from fields to axes, "
+            "such as {'inputs': 1, 'positions': None}; None marks a tensor that all examples share."
+        )
+
+
+def to_front(batch: Any, batch_axis: BatchAxis, *, strict: bool = True) -> Any:
+    """``batch`` with every tensor's examples on its first axis, which is how all further stages see it.
+
+    A tensor that all examples share is repeated for each of them (a view, without memory). It enters every example's
+    gradient, so it must not depend on the examples: a table of positions, class weights, a mask of the causal kind.
+
+    Args:
+        batch: any nest of tensors.
+        batch_axis: where the examples are. Fields that it does not name have them on the first axis, and so have tensors
+            with too few axes for a number that holds for all.
+        strict: whether every field that is named has to be there.
+
+    Raises:
+        BatchAxisError: a field that is named is not there, or a tensor does not have the axis.
+    """
+    if batch_axis == 0:
+        return batch
+    paths, structure = pytree.tree_flatten_with_path(batch)
+    places = [(pytree.keystr(path), _fields(path)) for path, _ in paths]
+    if strict and isinstance(batch_axis, Mapping):
+        missing = [name for name in batch_axis if not any(_names(name, fields) for _, fields in places)]
+        if missing:
+            there = ", ".join(".".join(fields) for _, fields in places)
+            raise BatchAxisError(
+                f"batch_axis names {missing[0]!r}: expected a field of the batch, which has {there}. Name fields as in "
+                "'inputs' or 'inputs.mask', and positions of a tuple as in '0'."
+            )
+    moved, shared = [], []
+    for position, ((where, fields), (_, leaf)) in enumerate(zip(places, paths, strict=True)):
+        axis = _axis(batch_axis, fields, leaf)
+        if isinstance(leaf, Tensor) and axis is not None and not -leaf.ndim <= axis < leaf.ndim:
+            raise BatchAxisError(
+                f"batch{where} has shape {tuple(leaf.shape)}: expected an axis {axis}, on which batch_axis says that its "
+                "examples are. Correct batch_axis."
+            )
+        moved.append(leaf.movedim(axis, 0) if isinstance(leaf, Tensor) and axis is not None else leaf)
+        if isinstance(leaf, Tensor) and axis is None:
+            shared.append(position)
+    counts = [len(leaf) for position, leaf in enumerate(moved) if isinstance(leaf, Tensor) and position not in shared]
+    if shared and not counts:
+        raise BatchAxisError(
+            "batch_axis says that all tensors are shared: expected at least one with an axis of examples. Name it."
+        )
+    for position in shared:
+        moved[position] = moved[position].expand(counts[0], *moved[position].shape)
+    return pytree.tree_unflatten(moved, structure)
+
+
+def as_given(batch: Any, batch_axis: BatchAxis) -> Any:
+    """The inverse of :func:`to_front`, for a batch of any number of examples."""
+    if batch_axis == 0:
+        return batch
+
+    def back(fields: tuple[str, ...], leaf: Any) -> Any:
+        axis = _axis(batch_axis, fields, leaf)
+        return leaf[0] if axis is None else leaf.movedim(0, axis)
+
+    return _map(lambda fields, leaf: back(fields, leaf) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _map(function: Callable[[tuple[str, ...], Any], Any], batch: Any) -> Any:
+    paths, structure = pytree.tree_flatten_with_path(batch)
+    return pytree.tree_unflatten([function(_fields(path), leaf) for path, leaf in paths], structure)
+
+
+def _fields(path: Any) -> tuple[str, ...]:
+    def name(key: Any) -> str:
+        return str(next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)))
+
+    return tuple(name(key) for key in path)
+
+
+def _names(name: str, fields: tuple[str, ...]) -> bool:
+    wanted = tuple(name.split("."))
+    return fields[: len(wanted)] == wanted
+
+
+def _axis(batch_axis: BatchAxis, fields: tuple[str, ...], leaf: Any) -> int | None:
+    if not isinstance(batch_axis, Mapping):
+        return batch_axis if isinstance(leaf, Tensor) and -leaf.ndim <= batch_axis < leaf.ndim else 0
+    named = [name for name in batch_axis if _names(name, fields)]
+    return batch_axis[max(named, key=len)] if named else 0
+
+
+def _is_axis(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
