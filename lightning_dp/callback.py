@@ -18,6 +18,7 @@ from lightning_dp.augmentation import views_of
 from lightning_dp.batch_axis import check_batch_axis_argument
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
 from lightning_dp.engines.select import EngineName, check_engine_name
+from lightning_dp.homecoming import register, send_home
 from lightning_dp.optimizers import check_public_optimizers
 from lightning_dp.physical_batch import PhysicalBatchSize, check_physical_batch_size
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
@@ -159,6 +160,15 @@ class DifferentialPrivacy(pl.Callback):
         self._planned = False
         self._unused_samples = 0
         self._sigma: float | None = None  # of the run simulated, if it is a simulation
+        self._address = register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._address = register(self, self._address)
+
+    def receive(self, news: dict[str, Any]) -> None:
+        """Take over what was spent by processes that the Trainer started (``ddp_spawn``, ``ddp_notebook``)."""
+        self.__dict__.update(news)
 
     @property
     def plan(self) -> PrivacyPlan | None:
@@ -235,6 +245,8 @@ class DifferentialPrivacy(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._report is not None:
             rank_zero_info(str(self._report.statement()))
+            spent = ("ledger", "_report", "_unused_samples", "_world_size")
+            send_home(trainer, self._address, {name: getattr(self, name) for name in spent})
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -321,6 +321,9 @@ class Ledger:
         sigma, q = last.noise_multiplier, last.sampling_probability
         return ReservedCurve(history, distance, sigma, q, self._plan.delta, Distance(), last.steps).at(last.steps)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Ledger.resume, (self._plan, self.state_dict())  # plain numbers; curves are computed again
+
     def state_dict(self) -> dict[str, Any]:
         """What has been spent and under which public numbers, as plain numbers, lists and strings."""
         return {"version": STATE_VERSION, "phases": [asdict(entry) for entry in self._entries()]}

@@ -145,6 +145,8 @@ def run(folder: Path, case: str, ranks: int) -> None:
     module.on_train_end = remember
     fit.callbacks.append(private)
     fit.fit(module, loader(regression_data()))
+    home = {"steps": private.ledger.steps, "epsilon": private.statement().epsilon, "weights": weights(module)}
+    torch.save(home, folder / f"{case}-{ranks}-home.pt")
 
 
 if __name__ == "__main__":

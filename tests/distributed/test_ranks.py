@@ -30,7 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 
-    def load(case: str, ranks: int, rank: int = 0) -> dict[str, Any]:
+    def load(case: str, ranks: int, rank: int | str = 0) -> dict[str, Any]:
         return torch.load(folder / f"{case}-{ranks}-{rank}.pt", weights_only=True)
 
     load.folder = folder
@@ -58,6 +58,14 @@ def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str,
 def test_every_rank_takes_and_charges_every_step_even_without_examples(results: Any, ranks: int) -> None:
     assert {results("storm", ranks, rank)["steps"] for rank in range(ranks)} == {30}
     assert len({results("storm", ranks, rank)["epsilon"] for rank in range(ranks)}) == 1
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_process_that_started_the_ranks_learns_what_they_spent(results: Any, ranks: int) -> None:
+    home, there = results("storm", ranks, "home"), results("storm", ranks, 0)
+    assert home["steps"] == there["steps"] == 30
+    assert home["epsilon"] == there["epsilon"]
+    assert torch.equal(home["weights"], there["weights"])
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
