@@ -108,12 +108,16 @@ def search_size(measure: Callable[[int], Measured | None], room: int, most: int)
 
 
 def _predicted(tried: list[Measured], size: int) -> float:
-    """Peak memory of ``size`` examples, on the line through the last two sizes (through zero, if there is one)."""
+    """Peak memory of ``size`` examples: on the line through the last two sizes (through zero, if there is one).
+
+    If the line is so flat that it would put more than half of the last size's memory down to what does not grow, it is
+    not believed: an example counts for half its share at least.
+    """
     last = tried[-1]
-    if len(tried) == 1:
-        return last.bytes / last.examples * size
-    before = tried[-2]
-    slope = max(last.bytes - before.bytes, 0.0) / (last.examples - before.examples)
+    share = last.bytes / last.examples
+    slope = share
+    if len(tried) > 1:
+        slope = max((last.bytes - tried[-2].bytes) / (last.examples - tried[-2].examples), share / 2)
     return last.bytes + slope * (size - last.examples)
 
 
@@ -129,6 +133,7 @@ def measured(work: Callable[[], Callable[[], object]], examples: int, device: to
         ``None`` if memory ran out.
     """
     try:
+        work()()  # what is allocated once and kept, whatever the size, is allocated now
         again = work()
         size = peak_bytes(again, device)
         seconds, spent, times = math.inf, 0.0, 0

@@ -53,9 +53,21 @@ def test_nothing_is_tried_that_would_not_fit_and_nothing_fast_is_missed(
     fitting = [one for one in found.tried if one.bytes <= room]
     assert all(chosen.seconds / chosen.examples <= 1.06 * one.seconds / one.examples for one in fitting)
     following = min(2 * sizes[-1], most)
-    stopped_early = sizes[-1] < most and fixed + each * following <= room * 0.99 and len(sizes) > 1
+    last = fixed + each * sizes[-1]
+    predicted = max(fixed + each * following, 1.5 * last)  # half of it may be anything but examples
+    stopped_early = sizes[-1] < most and predicted <= room * 0.99 and len(sizes) > 1
     if stopped_early:  # then larger ones were no faster, or it took long enough already
         assert "not faster" in found.because
+
+
+def test_a_first_size_that_took_too_much_is_not_believed_to_say_that_more_examples_are_free() -> None:
+    bytes_of = {1: 60.0, 2: 60.0, 4: 110.0, 8: 210.0}
+    found = search_size(lambda n: Measured(n, bytes_of[n], 1.0 / n), room=130, most=64)
+    assert found is not None
+    assert [one.examples for one in found.tried] == [1, 2, 4]
+    flat = search_size(lambda n: Measured(n, 60.0, 1.0), room=120, most=4096)  # nothing grows: then it is seen to
+    assert flat is not None
+    assert max(one.examples for one in flat.tried) > 2
 
 
 def test_running_out_of_memory_ends_the_search_with_what_fits() -> None:
