@@ -23,6 +23,7 @@ from tests.guarantees import mutations
 from tests.guarantees import mutations_sharded as sharded_mutations
 
 RANKS = 2
+TORCHRUN = {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
 ENGINES = ("ghost", "vmap", "loop")
 BUGS = {
     "two_ranks_add_one_share": mutations.two_ranks_add_one_share,
@@ -207,8 +208,8 @@ def refusals(folder: Path) -> None:
 def rank(number: int, folder: Path, port: int) -> None:
     """One of two processes, as torchrun would start it."""
     os.environ.update(
-        RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS), GROUP_RANK="0",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
+        RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS), **TORCHRUN,
+        MASTER_PORT=str(port),
     )  # fmt: skip
     run(folder, RANKS)
 
@@ -228,3 +229,6 @@ if __name__ == "__main__":
     if any(process.exitcode for process in several):
         sys.exit(1)
     fit("full_resumed_alone", to, 1, private(), ckpt=to / "full-2.ckpt")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", **TORCHRUN, MASTER_PORT=str(port))
+    one = {"devices": 1, "strategy": ModelParallelStrategy(1, 1)}
+    fit("shards_resumed_alone", to, 1, private(), ckpt=to / "shards-2.ckpt", **one)

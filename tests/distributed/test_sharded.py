@@ -61,9 +61,11 @@ def test_each_rank_keeps_its_part_of_parameters_and_optimizer_state(results: Any
         assert max(part[what] for part in parts) < 0.7 * alone[what]
 
 
-def test_a_full_checkpoint_of_two_ranks_goes_on_in_one_process(results: Any) -> None:
+@pytest.mark.parametrize("case", ["full_resumed_alone", "shards_resumed_alone"])
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(results: Any, case: str) -> None:
+    """The full one without sharding, the sharded one with it."""
     alone = results("vmap", 1)
-    resumed = results("full_resumed_alone", 1)
+    resumed = results(case, 1)
     torch.testing.assert_close(resumed["after"], alone["after"], rtol=1e-5, atol=1e-6)
     assert (resumed["steps"], resumed["epsilon"]) == (alone["steps"], alone["epsilon"])
 
