@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_dp.plan import PrivacyPlan
     from lightning_dp.preflight import PreflightError
     from lightning_dp.private_layers import make_trainable_privately
-    from lightning_dp.strategy import PrivateDDPStrategy, PrivateSingleDeviceStrategy
+    from lightning_dp.strategy import PrivateDDPStrategy, PrivateModelParallelStrategy, PrivateSingleDeviceStrategy
 
 _HOMES = {
     "AugmentationMultiplicity": "augmentation",
@@ -35,6 +35,7 @@ _HOMES = {
     "PreflightError": "preflight",
     "PrivacyPlan": "plan",
     "PrivateDDPStrategy": "strategy",
+    "PrivateModelParallelStrategy": "strategy",
     "PrivateSingleDeviceStrategy": "strategy",
     "Statement": "accounting",
     "make_trainable_privately": "private_layers",
@@ -49,6 +50,7 @@ __all__ = [
     "PreflightError",
     "PrivacyPlan",
     "PrivateDDPStrategy",
+    "PrivateModelParallelStrategy",
     "PrivateSingleDeviceStrategy",
     "Statement",
     "__version__",

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -209,9 +210,19 @@ class DifferentialPrivacy(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        preflight.check_module(pl_module)  # again: configure_model may have added layers
+        preflight.check_module(pl_module)  # again: configure_model may have added the layers
         preflight.check_optimizers(pl_module, trainer.optimizers)
         check_public_optimizers(pl_module, trainer.optimizers, self.public_optimizers)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.strategy.restore_checkpoint_after_setup:  # only now is the checkpoint's ledger known
+            self._begin(trainer)
+        self._stop_if_spent(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
         trainer.fit_loop.setup_data()  # plans, calibrates and refuses before the first (validation) batch
         if not self._planned:
             return  # limit_train_batches=0: nothing will be trained
@@ -220,10 +231,6 @@ class DifferentialPrivacy(pl.Callback):
         assert self._report is not None
         selection = strategy.private_step.choose_engine(strategy)
         self._report.start(trainer, strategy.private_step, selection)
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_if_spent(trainer)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -337,4 +344,5 @@ class DifferentialPrivacy(pl.Callback):
 
 def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     preflight.check_trainer(trainer)
-    preflight.check_module(module)
+    if not is_overridden("configure_model", module):  # else on_fit_start checks, when the layers are there
+        preflight.check_module(module)

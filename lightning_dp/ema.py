@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp.functional.average import average, warmed_up_decay
+from lightning_dp.preflight import check_averaging
 
 
 class ExponentialMovingAverage(WeightAveraging):
@@ -29,6 +30,7 @@ class ExponentialMovingAverage(WeightAveraging):
 
     Raises:
         ValueError: ``decay`` is outside [0, 1).
+        PreflightError: while ``fit`` is being set up, if the parameters are sharded.
 
     Example:
         >>> import lightning as L
@@ -47,6 +49,8 @@ class ExponentialMovingAverage(WeightAveraging):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_averaging(trainer)
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self._average_model is not None:
             # AveragedModel would overwrite the initial parameters at its first update; the paper averages them in.

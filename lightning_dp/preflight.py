@@ -8,9 +8,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    WeightAveraging,
+)
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -59,11 +64,25 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"precision={trainer.precision!r}: expected one of {', '.join(SUPPORTED_PRECISION)}. Loss scaling and the "
             "narrow range of fp16 turn gradients into inf before they can be clipped; use 'bf16-mixed'."
         )
+    check_averaging(trainer)
     if _has(trainer, LearningRateFinder) or _has(trainer, BatchSizeFinder):
         raise PreflightError(
             "Tuner (LearningRateFinder or BatchSizeFinder): expected none together with DifferentialPrivacy. Every "
             "trial run reads the private data and spends budget that no ledger counts. Tune on public data, or set the "
             "value by hand."
+        )
+
+
+def check_averaging(trainer: pl.Trainer) -> None:
+    """Refuse an average of sharded weights, which Lightning makes by copying the whole module.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy) and _has(trainer, WeightAveraging):
+        raise PreflightError(
+            "ExponentialMovingAverage or another WeightAveraging with sharded parameters: expected neither together. "
+            "Lightning copies the module for it, and FSDP2 forbids that. Use strategy='ddp', or train without an average."
         )
 
 
@@ -148,9 +167,10 @@ def check_strategy(strategy: Strategy, convertible: tuple[type[Strategy], ...]) 
     """
     if type(strategy) not in convertible:
         raise PreflightError(
-            f"strategy={type(strategy).__module__}.{type(strategy).__name__}: expected Lightning's single-device or DDP "
-            "strategy, imported from 'lightning' (not 'pytorch_lightning'). Use strategy='auto', 'ddp', 'private' or "
-            "'private_ddp'; DeepSpeed, FSDP and XLA shard gradients before they could be clipped per example."
+            f"strategy={type(strategy).__module__}.{type(strategy).__name__}: expected Lightning's single-device, DDP "
+            "or ModelParallelStrategy, imported from 'lightning' (not 'pytorch_lightning'). Use strategy='auto', 'ddp', "
+            "'private' or 'private_ddp', and for sharded parameters 'private_fsdp' with fully_shard in configure_model; "
+            "DeepSpeed, FSDPStrategy (FSDP1) and XLA shard gradients before they could be clipped per example."
         )
     hooks = [
         name

@@ -36,6 +36,7 @@ from lightning_dp.lost_ranks import naming_lost_ranks
 from lightning_dp.manual import ManualOptimization
 from lightning_dp.physical_batch import PhysicalBatchSize, default_physical_batch_size, settle_physical_batch_size
 from lightning_dp.ranks import on_every_rank
+from lightning_dp.sharding import sum_over_ranks, whole
 from lightning_dp.step_sample import StepSample
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.transfer import let_logical_batches_through, stop_letting_through, to_device
@@ -93,7 +94,7 @@ class PrivateStep:
         self._ledger: Ledger | None = None
         self._key: RandomKey | None = None
         self._capture: StepCapture | None = None
-        self._pending: tuple[Accumulated, dict[str, nn.Parameter]] | None = None
+        self._pending: Accumulated | None = None
         self._told = False
         self.not_finite = 0
 
@@ -147,15 +148,21 @@ class PrivateStep:
             )
         check_same_data_on_every_rank(strategy, loader.dataset)
         check_same_parameters_on_every_rank(strategy, module)
-        if self._manual is not None:
-            self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
-        else:
-            loss_function = self._loss_function(strategy, (0,) if takes_batch_idx(module) else ())
-            self._selection = self.try_engines(strategy, loss_function, trainable(module))
-        rank_zero_info(self._selection.describe())
-        self._physical_batch_size = settle_physical_batch_size(
-            strategy, loader, self._physical_batch_size, self._selection.engine, loss_function, self._with_views_or_none
-        )
+        with whole(module):
+            if self._manual is not None:
+                self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
+            else:
+                loss_function = self._loss_function(strategy, (0,) if takes_batch_idx(module) else ())
+                self._selection = self.try_engines(strategy, loss_function, trainable(module))
+            rank_zero_info(self._selection.describe())
+            self._physical_batch_size = settle_physical_batch_size(
+                strategy,
+                loader,
+                self._physical_batch_size,
+                self._selection.engine,
+                loss_function,
+                self._with_views_or_none,
+            )
         return self._selection
 
     def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
@@ -196,12 +203,9 @@ class PrivateStep:
             if self._log_train_metrics:
                 self._say_once_that_metrics_are_private(capture.logged_names)
             return output
-        parameters = trainable(module)
-        micro_batches = self._micro_batches(strategy, batch, key)
-        total = self.clipped_sum(
-            strategy, batch.step, self._selection, self._loss_function(strategy, rest), parameters, micro_batches
-        )
-        self._pending = total, parameters
+        loss_function, micro_batches = self._loss_function(strategy, rest), self._micro_batches(strategy, batch, key)
+        total = self.clipped_sum(strategy, batch.step, self._selection, loss_function, trainable(module), micro_batches)
+        self._pending = total
         extras: dict[str, Any] = {}
         if self._log_train_metrics:
             extras = capture.replay(total.outputs, total.examples, share)
@@ -265,6 +269,7 @@ class PrivateStep:
             ledger.charge()
         else:  # noise of its own
             key = RandomKey(key.derive(Stream.NOISE, step, part), key.mode)
+        add_up, unflatten = sum_over_ranks(strategy, gradient)
         with naming_lost_ranks(strategy, step):
             return release(
                 gradient,
@@ -275,7 +280,8 @@ class PrivateStep:
                 step,
                 rank=rank_of(strategy),
                 world_size=world_size_of(strategy),
-                all_reduce_sum=lambda flat: strategy.reduce(flat, reduce_op="sum"),
+                all_reduce_sum=add_up,
+                unflatten=unflatten,
             )
 
     def backward(self, strategy: Strategy, closure_loss: Tensor, **options: Any) -> Tensor:
@@ -286,19 +292,18 @@ class PrivateStep:
         """
         if self._manual is not None:
             return self._manual.backward(closure_loss, **options)
-        ledger, pending = self._ledger, self._pending
-        if pending is None or ledger is None:
+        ledger, total = self._ledger, self._pending
+        if total is None or ledger is None:
             raise RuntimeError(
                 "backward without a private training_step: expected one training_step for each backward. "
                 "Use automatic optimization and an optimizer that calls its closure once per step."
             )
-        total, parameters = pending
         self._pending = None
         module = module_of(strategy)
         strategy.pre_backward(closure_loss)
         strategy.precision_plugin.pre_backward(closure_loss, module)
         gradient = self.released(strategy, ledger.steps, total.gradient)
-        for name, parameter in parameters.items():
+        for name, parameter in trainable(module).items():
             parameter.grad = gradient[name].to(parameter.dtype)
         closure_loss = strategy.precision_plugin.post_backward(closure_loss, module)
         strategy.post_backward(closure_loss)

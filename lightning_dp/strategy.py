@@ -1,4 +1,4 @@
-"""The private twins of Lightning's single-device and DDP strategies.
+"""The private twins of Lightning's single-device, DDP and model-parallel (FSDP2) strategies.
 
 Each has its stock class as its only base (so that a stock strategy can be turned into its twin by assigning
 ``__class__``) and delegates to one :class:`~lightning_dp.private_step.PrivateStep`.
@@ -6,12 +6,20 @@ Each has its stock class as its only base (so that a stock strategy can be turne
 
 from __future__ import annotations
 
-from typing import Any, cast
+from datetime import timedelta
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -22,6 +30,8 @@ from lightning_dp.loader import LogicalBatch
 from lightning_dp.lost_ranks import naming_absent_nodes
 from lightning_dp.preflight import PreflightError, check_strategy
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.sharding import check_sharding, reshard, whole
+from lightning_dp.strategy_facts import module_of
 
 
 class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
@@ -147,11 +157,89 @@ class PrivateDDPStrategy(DDPStrategy):
             )
 
 
-PrivateStrategy = PrivateSingleDeviceStrategy | PrivateDDPStrategy
+class PrivateModelParallelStrategy(ModelParallelStrategy):
+    """Lightning's model-parallel strategy with private training steps; ``strategy="private_fsdp"``.
 
-TWINS: dict[type[Strategy], type[PrivateSingleDeviceStrategy] | type[PrivateDDPStrategy]] = {
+    Parameters, the gradient that the optimizer gets and the optimizer's state are sharded by ``fully_shard``, which the
+    module's ``configure_model`` calls. For the length of a step every rank holds the parameters whole, and each sums the
+    clipped gradients of its own examples; each then gets its shards of the ranks' total by one reduce-scatter. It needs
+    the :class:`~lightning_dp.DifferentialPrivacy` callback and refuses to fit without it.
+
+    Args:
+        data_parallel_size: how many ranks share the parameters; ``"auto"`` for all of them.
+        tensor_parallel_size: 1.
+        save_distributed_checkpoint: ``True`` for a folder with a file for each rank, ``False`` for one file.
+        process_group_backend: as for the stock strategy.
+        timeout: as for the stock strategy.
+
+    Raises:
+        PreflightError: ``tensor_parallel_size`` is above 1, or parameters are not sharded over all ranks.
+    """
+
+    strategy_name = "private_fsdp"
+    private_step: PrivateStep | None = None
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
+        )
+
+    @override
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto" and self._tensor_parallel_size == 1:
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        with naming_absent_nodes(self.num_nodes, self.num_processes):
+            super().setup_environment()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        _require(self, trainer)
+        reshard(module_of(self))  # as an evaluation before this fit may not have left it
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_sharding(self)
+        super().setup(trainer)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        return _process_dataloader(self, dataloader)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        return batch if isinstance(batch, LogicalBatch) else super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        with whole(module_of(self)):
+            return _step(self).training_step(self, *args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        return _step(self).backward(self, closure_loss)
+
+    @override
+    def teardown(self) -> None:
+        _forget(self)
+        super().teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        strategy_registry.register(cls.strategy_name, cls, description="Private FSDP2, by fully_shard")
+
+
+PrivateStrategy = PrivateSingleDeviceStrategy | PrivateDDPStrategy | PrivateModelParallelStrategy
+
+TWINS: dict[type[Strategy], type[PrivateStrategy]] = {
     SingleDeviceStrategy: PrivateSingleDeviceStrategy,
     DDPStrategy: PrivateDDPStrategy,
+    ModelParallelStrategy: PrivateModelParallelStrategy,
 }
 
 
@@ -168,7 +256,7 @@ def make_private(strategy: Strategy) -> PrivateStrategy:
 
 
 def register_strategies() -> None:
-    """Make the names ``private``, ``private_ddp`` and their start methods known to ``Trainer(strategy=...)``."""
+    """Make ``private``, ``private_ddp`` and its start methods, and ``private_fsdp`` known to ``Trainer(strategy=...)``."""
     for twin in TWINS.values():
         if twin.strategy_name not in StrategyRegistry:
             twin.register_strategies(StrategyRegistry)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 AllReduceSum = Callable[[Tensor], Tensor]
-"""Adds a tensor up over all ranks and gives every rank the total. Never a mean."""
+"""Adds a tensor up over all ranks and gives every rank the total, or its part of the total. Never a mean."""
+
+Unflatten = Callable[[Tensor, Mapping[str, Tensor]], dict[str, Tensor]]
+"""From what :data:`AllReduceSum` gave back to tensors by name, shaped like those that were flattened or their shards."""
 
 
 def no_reduce(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.microbatch import padded
 from lightning_dp.functional.noise import add_gaussian_noise
 from lightning_dp.functional.randomness import RandomKey
-from lightning_dp.functional.reduce import AllReduceSum, flatten, no_reduce, unflatten
+from lightning_dp.functional.reduce import AllReduceSum, Unflatten, flatten, no_reduce, unflatten
 from lightning_dp.plan import PrivacyPlan
 
 
@@ -94,6 +94,7 @@ def release(
     rank: int = 0,
     world_size: int = 1,
     all_reduce_sum: AllReduceSum = no_reduce,
+    unflatten: Unflatten = unflatten,
 ) -> dict[str, Tensor]:
     """Turn the ranks' sums of clipped gradients into the one noisy gradient that may be used and published.
 
@@ -108,7 +109,8 @@ def release(
         step: the number of the step in the run's life.
         rank: this process's number.
         world_size: how many processes' sums ``all_reduce_sum`` adds up.
-        all_reduce_sum: the sum over the ranks, given on every one of them.
+        all_reduce_sum: the sum over the ranks, given on every one of them; of sharded parameters, each rank's part of it.
+        unflatten: from that to a gradient by name.
 
     Guarantee:
         The Gaussian mechanism with noise multiplier σ on a sum of L2 sensitivity C, whatever the clipping style; (ε, δ) over steps by the ledger.

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
 from lightning_dp.functional.transforms import ViewTransform
@@ -25,6 +26,15 @@ class Mute(Regressor):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return 0.0 * super().training_step(batch, batch_idx)
+
+
+class ZeroRedundant(Regressor):
+    """Adam, whose state the ranks divide among themselves where there are several."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.trainer.world_size == 1:
+            return torch.optim.Adam(self.parameters(), lr=0.05)
+        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.Adam, lr=0.05)
 
 
 class Synchronised(Regressor):
@@ -92,6 +102,10 @@ def run(folder: Path, case: str, ranks: int) -> None:
         module = Mute()
         private = DifferentialPrivacy(noise_multiplier=2.0, clip_norm=0.5, expected_batch_size=16)
         fit = on_ranks(ranks, max_steps=1)
+    elif case == "zero":
+        module = ZeroRedundant()
+        private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16)
+        fit = on_ranks(ranks, max_steps=6)
     elif case == "storm":  # about one example a step: most ranks are empty most of the time
         module = Synchronised(lr=0.02)
         private = DifferentialPrivacy(noise_multiplier=0.5, seed=7, expected_batch_size=1)
@@ -138,6 +152,8 @@ def run(folder: Path, case: str, ranks: int) -> None:
     def remember() -> None:
         rank = module.trainer.global_rank
         state.update(weights=weights(module).cpu(), before=before, plan_batch=private.plan.expected_batch_size)
+        optimizer = module.trainer.optimizers[0]
+        state["optimizer"] = sum(len(s) for s in getattr(optimizer, "optim", optimizer).state.values())
         state.update(steps=private.ledger.steps, epsilon=private.statement().epsilon)
         state.update(physical_batch_size=module.trainer.strategy.private_step.physical_batch_size)
         torch.save(state, folder / f"{case}-{ranks}-{rank}.pt")

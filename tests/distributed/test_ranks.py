@@ -23,7 +23,7 @@ RANKS = [1, 2, 3]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = "equal,by_name,different_start,noise,storm,views,styled,measured,secret,gan,disagree,frozen_on_one"
+    cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,secret,gan,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -39,7 +39,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
-    "case", ["equal", "by_name", "different_start", "noise", "storm", "views", "styled", "measured", "secret", "gan"]
+    "case",
+    ["equal", "by_name", "different_start", "noise", "zero", "storm", "views", "styled", "measured", "secret", "gan"],
 )
 def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) -> None:
     first = results(case, ranks)["weights"]
@@ -48,7 +49,9 @@ def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) ->
         assert torch.equal(first, results(case, ranks, rank)["weights"])
 
 
-@pytest.mark.parametrize("case", ["equal", "by_name", "different_start", "storm", "views", "styled", "measured"])
+@pytest.mark.parametrize(
+    "case", ["equal", "by_name", "different_start", "zero", "storm", "views", "styled", "measured"]
+)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str, ranks: int) -> None:
     torch.testing.assert_close(results(case, ranks)["weights"], results(case, 1)["weights"], rtol=1e-5, atol=1e-6)
@@ -76,6 +79,13 @@ def test_ranks_that_measure_agree_on_a_size(results: Any, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_epsilon_does_not_depend_on_the_number_of_ranks(results: Any, ranks: int) -> None:
     assert results("equal", ranks)["epsilon"] == results("equal", 1)["epsilon"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_zero_redundancy_optimizer_keeps_each_parameters_state_on_one_rank(results: Any, ranks: int) -> None:
+    parts = [results("zero", ranks, rank)["optimizer"] for rank in range(ranks)]
+    assert sum(parts) == results("zero", 1)["optimizer"]
+    assert min(parts) > 0
 
 
 def test_the_batch_of_the_loader_is_per_rank(results: Any) -> None:

@@ -22,6 +22,7 @@ from lightning_dp.clipping import as_clipping
 from lightning_dp.functional.randomness import RandomKey
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.strategy_facts import module_of, trainable
 
 Mutation = Callable[[], AbstractContextManager[None]]
 
@@ -52,9 +53,9 @@ def private_gradient_made_but_not_used() -> Iterator[None]:
 
     def backward(self: PrivateStep, strategy: Any, closure_loss: Tensor) -> Tensor:
         assert self._pending is not None
-        total, parameters = self._pending
+        total = self._pending
         loss = original(self, strategy, closure_loss)
-        for name, parameter in parameters.items():
+        for name, parameter in trainable(module_of(strategy)).items():
             parameter.grad = total.gradient[name] / self._ledger.plan.expected_batch_size
         return loss
 
@@ -110,9 +111,9 @@ def empty_steps_are_skipped(*, charged: bool) -> Iterator[None]:
     def backward(self: PrivateStep, strategy: Any, closure_loss: Tensor) -> Tensor:
         assert self._pending is not None
         assert self._ledger is not None
-        if self._pending[0].examples:
+        if self._pending.examples:
             return original(self, strategy, closure_loss)
-        for parameter in self._pending[1].values():
+        for parameter in trainable(module_of(strategy)).values():
             parameter.grad = torch.zeros_like(parameter)
         self._pending = None
         if charged:

@@ -1,0 +1,121 @@
+"""Two gloo processes that share the parameters by FSDP2: the weights of one process, and noise exactly once."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_dp.functional.noise import BLOCK
+from tests.distributed.sharded import BUGS, ENGINES
+from tests.functional.laws import CAUGHT, FALSE_ALARM, noise_p_values
+
+ROOT = Path(__file__).parents[2]
+SAME = [*ENGINES, "by_name", "full_resumed", "shards_resumed", "validated"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("sharded")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.sharded", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def load(case: str, ranks: int = 2, rank: int = 0) -> dict[str, Any]:
+        return torch.load(folder / f"{case}-{ranks}-{rank}.pt", weights_only=True)
+
+    load.folder = folder
+    return load
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_sharded_parameters_reach_the_weights_of_one_process(results: Any, case: str) -> None:
+    alone, sharded = results("vmap", 1), results(case)
+    assert not torch.equal(alone["before"], alone["after"])
+    torch.testing.assert_close(sharded["after"], alone["after"], rtol=1e-5, atol=1e-6)
+    assert (sharded["steps"], sharded["epsilon"]) == (alone["steps"], alone["epsilon"])
+
+
+def test_tied_layers_groups_and_a_sharded_lightning_module_reach_them_too(results: Any) -> None:
+    torch.testing.assert_close(results("odd")["after"], results("odd", 1)["after"], rtol=1e-5, atol=1e-6)
+
+
+def test_validation_between_steps_sees_the_weights_of_then(results: Any) -> None:
+    halves = [results("validated", 2, rank)["val"] for rank in range(2)]
+    assert sum(halves) / 2 == pytest.approx(results("validated", 1)["val"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", SAME[:-1])
+def test_each_rank_keeps_its_part_of_parameters_and_optimizer_state(results: Any, case: str) -> None:
+    parts = [results(case, 2, rank) for rank in range(2)]
+    alone = results("vmap", 1)
+    for what in ("kept", "state"):
+        assert sum(part[what] for part in parts) == alone[what]
+        assert max(part[what] for part in parts) < 0.7 * alone[what]
+
+
+@pytest.mark.parametrize("case", ["full_resumed_alone", "shards_resumed_alone"])
+def test_a_checkpoint_of_two_ranks_goes_on_in_one_process(results: Any, case: str) -> None:
+    """The full one without sharding, the sharded one with it."""
+    alone = results("vmap", 1)
+    resumed = results(case, 1)
+    torch.testing.assert_close(resumed["after"], alone["after"], rtol=1e-5, atol=1e-6)
+    assert (resumed["steps"], resumed["epsilon"]) == (alone["steps"], alone["epsilon"])
+
+
+@pytest.mark.parametrize("kind", ["full", "shards"])
+def test_a_checkpoint_carries_half_of_the_budget(results: Any, kind: str) -> None:
+    half = results(f"{kind}_half")
+    assert half["steps"] == 3
+    assert half["epsilon"] < results("vmap", 1)["epsilon"]
+
+
+def test_a_run_that_is_planned_before_its_checkpoint_is_read_would_be_caught(results: Any) -> None:
+    assert results("shards_resumed")["steps"] == 6
+    assert results("forgotten")["steps"] != 6
+
+
+def test_steps_on_parameters_of_an_earlier_step_would_be_caught(results: Any) -> None:
+    assert float((results("stale")["after"] - results("vmap", 1)["after"]).abs().max()) > 1e-3
+
+
+def test_the_noise_of_a_sharded_step_has_the_law_of_the_plan(results: Any) -> None:
+    noise = noise_of(results("noise"))
+    assert len(noise) > 2 * BLOCK
+    p_values = noise_p_values(noise)
+    assert min(p_values.values()) > FALSE_ALARM, p_values
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_wrong_noise_in_a_sharded_step_is_caught(results: Any, bug: str) -> None:
+    assert min(noise_p_values(noise_of(results(bug))).values()) < CAUGHT
+
+
+def noise_of(result: dict[str, Any]) -> Any:
+    """In units of σC = 2 · 0.5."""
+    return ((result["before"] - result["after"]) * 16).double().numpy()
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        ("tensor_parallel", "tensor_parallel_size=2: expected 1.*data_parallel_size=2"),
+        ("not_sharded", r"net\.2\.weight is not sharded: expected every trainable parameter to be.*fully_shard"),
+        ("placement", r"net\.0\.weight with placements=\(Shard\(dim=1\),\).*expected \(Shard\(dim=0\),\)"),
+        ("mp_policy", "mp_policy with param_dtype=torch.bfloat16: expected fully_shard without.*bf16-mixed"),
+        ("average", "ExponentialMovingAverage.*with sharded parameters: expected neither together.*strategy='ddp'"),
+        ("manual", "automatic_optimization=False with sharded parameters: expected True.*strategy='ddp'"),
+        ("clip", "gradient_clip_val=1.0: expected None"),
+    ],
+)
+def test_what_a_sharded_step_cannot_do_is_refused(results: Any, case: str, told: str) -> None:
+    message = (results.folder / f"refusal-{case}.txt").read_text()
+    assert message.startswith("PreflightError: ")
+    assert re.search(told, message)
