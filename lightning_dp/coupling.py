@@ -37,7 +37,7 @@ def check_rows_stay_apart(transform: Callable[[Any], Any], batch: Any, examples:
         return
     other = pytree.tree_map(lambda leaf: _replace_rows(leaf, kept) if isinstance(leaf, Tensor) else leaf, batch)
     for seed in range(DRAWS):
-        first, second = (_seeded(transform, each, seed) for each in (batch, other))
+        first, second = (seeded(transform, each, seed) for each in (batch, other))
         for path, leaf in pytree.tree_leaves_with_path(first):
             twin = dict(pytree.tree_leaves_with_path(second)).get(path)
             if not isinstance(leaf, Tensor) or not isinstance(twin, Tensor) or leaf.ndim == 0:
@@ -58,7 +58,8 @@ def _replace_rows(leaf: Tensor, kept: int) -> Tensor:
     return leaf
 
 
-def _seeded(transform: Callable[[Any], Any], batch: Any, seed: int) -> Any:
+def seeded(transform: Callable[[Any], Any], batch: Any, seed: int) -> Any:
+    """``transform`` of a copy of ``batch``, with torch's generators seeded for it alone."""
     with isolate_rng():
         torch.manual_seed(seed)
         return transform(pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -18,6 +17,7 @@ from lightning_dp.coupling import check_rows_stay_apart
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.verification import check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
+from lightning_dp.examples_apart import WithViews
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.opened import open_containers
 from lightning_dp.loader import PoissonLoader
@@ -25,9 +25,6 @@ from lightning_dp.strategy_facts import module_of, trainable
 from lightning_dp.transfer import as_training_step_takes_it, batch_axis_of, to_device
 
 TRIAL_EXAMPLES = 2
-
-WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
-"""``(batch on the device, indices, seed)`` → the batch with its views."""
 
 
 def try_engines(

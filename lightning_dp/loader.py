@@ -117,6 +117,11 @@ class PoissonLoader:
         count = min(count, len(self.dataset))  # type: ignore[arg-type]  # preflight saw that it has a length
         return self.collate_fn([self.dataset[index] for index in range(count)]), count
 
+    def evenly_spaced(self, count: int) -> list[Any]:
+        """``count`` examples of the dataset (fewer if it is smaller), not collated."""
+        size = len(self.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
+        return [self.dataset[int(index)] for index in np.linspace(0, size - 1, min(count, size))]
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: where to go on is in the ledger. Its presence tells Lightning that this loader can resume."""
         return {}

@@ -24,9 +24,10 @@ from lightning_dp.accounting import Ledger
 from lightning_dp.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
 from lightning_dp.batch_axis import BatchAxis
 from lightning_dp.capture import StepCapture
-from lightning_dp.engine_trial import WithViews, try_engines
+from lightning_dp.engine_trial import try_engines
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.example_loss import example_loss, takes_batch_idx
+from lightning_dp.examples_apart import WithViews, check_examples_stay_apart
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.step import Accumulated, accumulate, release
@@ -154,6 +155,9 @@ class PrivateStep:
             else:
                 loss_function = self._loss_function(strategy, (0,) if takes_batch_idx(module) else ())
                 self._selection = self.try_engines(strategy, loss_function, trainable(module))
+            check_examples_stay_apart(
+                strategy, loader, None if self._manual else loss_function, self._with_views_or_none
+            )
             rank_zero_info(self._selection.describe())
             self._physical_batch_size = settle_physical_batch_size(
                 strategy,

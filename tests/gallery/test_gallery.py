@@ -8,7 +8,10 @@ import pytest
 
 from tests.gallery.frame import added_lines, engine_of, private_text, public_text, run, scripts, table
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's own
+    pytest.mark.filterwarnings("ignore:The loss of a batch is neither the mean:UserWarning"),  # of language models
+]
 
 
 def test_every_script_has_a_row_and_every_row_a_script() -> None:

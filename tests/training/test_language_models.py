@@ -24,6 +24,7 @@ from tests.gallery.text import SENTENCES, VOCABULARY, padded, padded_for_the_nex
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's own
+    pytest.mark.filterwarnings("ignore:The loss of a batch is neither the mean:UserWarning"),  # a mean over tokens
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # torch's attention under plain vmap
 ]
 

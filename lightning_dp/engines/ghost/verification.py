@@ -54,7 +54,7 @@ def check_agreement(
         torch.manual_seed(0)
         return loss_function(given, example)
 
-    with uncompiled(), _inert(engine.module), _same_draws(engine):
+    with uncompiled(), inert(engine.module), _same_draws(engine):
         try:
             pair = _in_float64(engine, seeded, parameters, batch, examples)
         except Exception:  # a module that makes float32 tensors of its own; what else is wrong shows in float32 too
@@ -70,7 +70,7 @@ def _in_float64(
     engine: GhostEngine, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch: Any, examples: int
 ) -> list[ClippedSum]:
     fixed = {
-        name: _double(tensor.detach())
+        name: double(tensor.detach())
         for name, tensor in [*engine.module.named_parameters(), *engine.module.named_buffers()]
         if name not in parameters
     }
@@ -78,8 +78,8 @@ def _in_float64(
     def in_double(given: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
         return loss_function({**fixed, **given}, example)
 
-    trainable = {name: _double(parameter.detach()) for name, parameter in parameters.items()}
-    doubled = pytree.tree_map(_double, batch)
+    trainable = {name: double(parameter.detach()) for name, parameter in parameters.items()}
+    doubled = pytree.tree_map(double, batch)
     return [one.clipped_sum(in_double, trainable, doubled, examples, torch.inf) for one in (engine, LoopEngine())]
 
 
@@ -103,7 +103,8 @@ def _compare(pair: list[ClippedSum], tolerance: float) -> None:
         )
 
 
-def _double(value: Any) -> Any:
+def double(value: Any) -> Any:
+    """A floating-point tensor in float64; anything else as it is."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -119,7 +120,7 @@ def _same_draws(engine: GhostEngine) -> Iterator[None]:
 
 
 @contextmanager
-def _inert(module: nn.Module) -> Iterator[None]:
+def inert(module: nn.Module) -> Iterator[None]:
     """Every layer in eval mode, and in its own mode again afterwards."""
     modes = [(layer, layer.training) for layer in module.modules()]
     try:

@@ -1,0 +1,153 @@
+"""Does the loss of a whole batch couple its examples? Under differential privacy every example is a batch of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_dp.attributes import attributes_put_back
+from lightning_dp.engines.ghost.verification import double, inert
+from lightning_dp.functional.gradient import LossFunction, scalar_loss
+from lightning_dp.functional.microbatch import take
+from lightning_dp.preflight import PreflightError
+
+PROBES = 8
+"""So many examples are looked at: four blocks of two."""
+
+SEEDS = 3
+"""Random pairings (MixUp in training_step) are tried so often; one that keeps the blocks apart escapes once in 6³."""
+
+KEPT = 4096
+"""So many coordinates of each parameter's gradient are compared."""
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""What is taken for rounding, as a part of the longest gradient. Some losses are float32 in a float64 module."""
+
+
+class Reduction(Enum):
+    """What a loss of a batch is, in terms of the losses of its examples."""
+
+    MEAN = "the mean over its examples"
+    SUM = "the sum over its examples"
+    WEIGHTED = "neither the mean nor the sum over its examples"
+    UNKNOWN = "random, so that it cannot be compared"
+
+
+def check_loss_keeps_examples_apart(
+    module: nn.Module, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch: Any, examples: int
+) -> Reduction:
+    """Refuse a training_step whose loss of a batch compares its examples with each other.
+
+    Take blocks a, a', b, b' of examples. If no example moves another's gradient, a batch's gradient is
+    G(x, y) = (s_x + s_y) / (n_x + n_y), with n constant for a mean, and zero but for a constant for a sum, and numbers of
+    tokens or sums of class weights in between. Then G(a,b), G(a',b), G(a,b') and G(a',b') are linearly dependent, with
+    coefficients of the signs + − − + that add up to zero. Four gradients that are not dependent in this way tell that one
+    block moves another's gradient: in-batch negatives, MixUp, balancing of experts, statistics of the batch. With the same
+    seed for each, dropout and other noise are the same function of the position and no cause for alarm.
+
+    Nothing is released: what is learned is whether training goes on.
+
+    Args:
+        module: whose attributes are put back afterwards.
+        loss_function: training_step on a batch of any number of examples.
+        parameters: the trainable parameters.
+        batch: ``examples`` of them, on the device.
+        examples: how many; with fewer than 4 nothing can be said.
+
+    Returns:
+        How the loss of a batch is made of the losses of its examples.
+
+    Raises:
+        PreflightError: the loss couples examples.
+    """
+    size = min(examples, PROBES) // 4
+    if size == 0:
+        return Reduction.UNKNOWN
+    blocks = [list(range(start, start + size)) for start in range(0, 4 * size, size)]
+    pairs = [blocks[0] + blocks[2], blocks[1] + blocks[2], blocks[0] + blocks[3], blocks[1] + blocks[3]]
+    whole = _Whole(module, loss_function, parameters, batch)
+    with attributes_put_back(module), torch.enable_grad():
+        losses = [whole.loss(pairs[0], seed) for seed in (0, 1)]
+        for seed in range(1 if losses[0] == losses[1] else SEEDS):
+            gradients = torch.stack([whole.gradient(pair, seed) for pair in pairs])
+            if not _apart(gradients.double(), TOLERANCE[whole.dtype]):
+                raise PreflightError(
+                    "training_step couples examples: the gradient of one example of a batch changed with the others, as "
+                    "with in-batch negatives (contrastive losses), MixUp, balancing of experts or statistics of the batch: "
+                    "expected a loss that is a sum or a mean over examples. Under differential privacy training_step sees "
+                    "one example at a time, so that part of the loss would silently be gone. Let every record of the "
+                    "dataset bring its own pair or negatives, or leave that part out."
+                )
+        return whole.reduction(pairs[0])
+
+
+class _Whole:
+    """training_step on some of the examples at once, in float64 where the module lets it."""
+
+    def __init__(
+        self, module: nn.Module, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch: Any
+    ) -> None:
+        self.dtype = torch.float64
+        self._module, self._loss_function, self._batch = module, loss_function, pytree.tree_map(double, batch)
+        self._given = {name: double(p.detach()).requires_grad_() for name, p in parameters.items()}
+        tensors = [*module.named_parameters(), *module.named_buffers()]
+        self._fixed = {name: double(tensor.detach()) for name, tensor in tensors if name not in parameters}
+        try:
+            self._call([0], 0)
+        except Exception:  # a module that makes float32 tensors of its own
+            self.dtype = torch.float32
+            self._batch, self._fixed = batch, {}
+            self._given = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+    def loss(self, rows: list[int], seed: int) -> float:
+        """The loss of a batch of these rows."""
+        return float(self._call(rows, seed).detach())
+
+    def gradient(self, rows: list[int], seed: int) -> Tensor:
+        """Some coordinates of its gradient, ``(P,)``."""
+        loss, given = self._call(rows, seed), list(self._given.values())
+        if not loss.requires_grad:
+            return torch.zeros(1, device=loss.device)
+        gradients = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten()[:: max(1, g.numel() // KEPT)] for g in gradients])
+
+    def reduction(self, rows: list[int]) -> Reduction:
+        """Compare the loss of a batch with those of its rows, random layers being inert."""
+        with inert(self._module):
+            together, again = self.loss(rows, 0), self.loss(rows, 1)
+            if together != again:
+                return Reduction.UNKNOWN
+            alone = torch.tensor([self.loss([row], 0) for row in rows], dtype=torch.float64)
+        for value, reduction in ((alone.mean(), Reduction.MEAN), (alone.sum(), Reduction.SUM)):
+            if abs(together - float(value)) <= TOLERANCE[self.dtype] * max(abs(together), 1e-6):
+                return reduction
+        return Reduction.WEIGHTED
+
+    def _call(self, rows: list[int], seed: int) -> Tensor:
+        with isolate_rng():
+            torch.manual_seed(seed)
+            loss, _ = self._loss_function({**self._fixed, **self._given}, take(self._batch, rows))
+        return scalar_loss(loss)
+
+
+SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+
+
+def _apart(gradients: Tensor, tolerance: float) -> bool:
+    """Whether four gradients G(a,b), G(a',b), G(a,b'), G(a',b') may come from a loss that keeps examples apart."""
+    gradients = gradients.nan_to_num(posinf=0.0, neginf=0.0).cpu()
+    size = float(gradients.norm(dim=1).max())
+    if size == 0.0 or float((SIGNS @ gradients).norm()) <= tolerance * size:
+        return True
+    left, values, _ = torch.linalg.svd(gradients / size, full_matrices=False)
+    if len(values) < len(SIGNS) or values[2] <= tolerance:
+        return True  # too few coordinates, or examples too much alike, to tell
+    null = left[:, 3] * left[0, 3].sign()
+    balanced = bool((null.sign() == SIGNS).all()) and abs(float(null.sum())) <= 0.01
+    return bool(values[3] <= tolerance) and balanced

@@ -1,0 +1,209 @@
+"""Whatever couples examples is found before the first step; whatever does not is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, PreflightError
+from tests.conftest import Regressor, loader, trainer, weights
+
+Loss = Callable[["Net", Tensor, Tensor], Tensor]
+IMAGES = TensorDataset(torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3)
+
+
+class Net(Regressor):
+    """A loss of vectors and classes."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(hidden=6)
+        self.body, self.head, self.drop = nn.Linear(4, 8), nn.Linear(8, 3), nn.Dropout(0.3)
+        self.experts = nn.Linear(4, 4)
+        self.loss = loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self, *batch)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(torch.tanh(self.body(x))))
+
+
+def contrastive(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    """SimCLR's loss: the other examples of the batch are the negatives (Chen et al. 2020, equation 1)."""
+    one, two = (F.normalize(net.body(x + 0.1 * torch.randn_like(x)), dim=1) for _ in range(2))
+    return F.cross_entropy(one @ two.T / 0.1, torch.arange(len(x)))
+
+
+def mixed_up(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    order = torch.randperm(len(x))
+    logits = net.logits(0.7 * x + 0.3 * x[order])
+    return 0.7 * F.cross_entropy(logits, y) + 0.3 * F.cross_entropy(logits, y[order])
+
+
+def balanced(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    """The balancing loss of a mixture of experts (Fedus, Zoph, Shazeer 2022, equation 4)."""
+    gates = net.experts(x).softmax(-1)
+    load = F.one_hot(gates.argmax(-1), 4).double().mean(0).to(gates)
+    return F.cross_entropy(net.logits(x), y) + 0.01 * 4 * (load * gates.mean(0)).sum()
+
+
+def standardised(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    hidden = net.body(x)
+    return F.cross_entropy(net.head(hidden - hidden.mean(0)), y)
+
+
+def variance(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net.logits(x), y) - 0.1 * net.body(x).var(0, correction=0).sum()
+
+
+COUPLED = [contrastive, mixed_up, balanced, standardised, variance]
+
+
+@pytest.mark.parametrize("loss", COUPLED, ids=lambda loss: loss.__name__)
+def test_a_loss_that_couples_examples_is_refused_before_the_first_step(loss: Loss) -> None:
+    module = Net(loss)
+    before = weights(module).clone()
+    with pytest.raises(
+        PreflightError, match=r"training_step couples examples.*expected a loss that is a sum or a mean"
+    ):
+        trainer(DifferentialPrivacy(noise_multiplier=1.0)).fit(module, loader(IMAGES, 8))
+    assert torch.equal(weights(module), before)
+
+
+def mean(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net.logits(x), y)
+
+
+def with_noise_of_its_own(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    """As in a denoising model: every example draws its own noise and its own level of it."""
+    level = torch.rand(len(x), 1)
+    return F.mse_loss(net.experts(net.drop(x + level * torch.randn_like(x))), x)
+
+
+def regularised(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net.logits(x), y) + 0.1 * net.head.weight.square().sum()
+
+
+def pairs_of_its_own(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    """Two views of each example and no other example."""
+    one, two = (F.normalize(net.body(x + 0.1 * torch.randn_like(x)), dim=1) for _ in range(2))
+    return -(one * two).sum(1).mean()
+
+
+def no_gradient(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net.logits(x), y) * 0.0
+
+
+MEANS = [mean, with_noise_of_its_own, regularised, pairs_of_its_own, no_gradient]
+
+
+def summed(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net.head(net.body(x)), y, reduction="sum")
+
+
+def class_weighted(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net.logits(x), y, weight=torch.tensor([0.1, 1.0, 5.0], dtype=x.dtype))
+
+
+def fit(loss: Loss, **options: Any) -> None:
+    trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1, **options).fit(Net(loss), loader(IMAGES, 8))
+
+
+@pytest.mark.parametrize("loss", MEANS, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_mean_over_examples_is_left_alone(loss: Loss, precision: str, caplog: pytest.LogCaptureFixture) -> None:
+    fit(loss, precision=precision)
+    assert "adds up" not in caplog.text
+
+
+def test_a_sum_over_examples_is_told_what_it_is_divided_by(caplog: pytest.LogCaptureFixture) -> None:
+    fit(summed)
+    assert "training_step adds up the losses of its examples" in caplog.text
+
+
+def test_weights_that_vanish_in_a_batch_of_one_are_warned_about() -> None:
+    with pytest.warns(UserWarning, match="neither the mean nor the sum.*counts the same"):
+        fit(class_weighted)
+
+
+def test_with_views_the_loss_is_checked_too() -> None:
+    images = TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 3)
+
+    def flat(loss: Loss) -> Loss:
+        return lambda net, x, y: loss(net, x.flatten(1)[:, :4], y)
+
+    private = [DifferentialPrivacy(noise_multiplier=1.0), AugmentationMultiplicity(2)]
+    trainer(*private, max_steps=1).fit(Net(flat(mean)), loader(images, 8))
+    with pytest.raises(PreflightError, match="couples examples"):
+        trainer(*private, max_steps=1).fit(Net(flat(standardised)), loader(images, 8))
+
+
+class Sequences(Regressor):
+    """Padded sequences; ``masked`` says whether the padding is left out of the mean."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        sequences, mask = batch["sequences"], batch["mask"]
+        outputs = self.net(sequences).squeeze(-1)
+        if self.masked:
+            return ((outputs * mask).sum(1) / mask.sum(1)).square().mean()
+        return outputs.mean(1).square().mean()
+
+
+LENGTHS = [torch.randn(2 + index % 5, 4, generator=torch.Generator().manual_seed(index)) for index in range(24)]
+
+
+def padded(rows: list[Tensor]) -> Any:
+    sequences = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
+    return {"sequences": sequences, "mask": mask}
+
+
+def sorted_by_length(rows: list[Tensor]) -> Any:
+    return padded(sorted(rows, key=len, reverse=True))
+
+
+def with_noise(rows: list[Tensor]) -> Any:
+    return padded([row + 0.1 * torch.randn_like(row) for row in rows])
+
+
+def minus_their_mean(rows: list[Tensor]) -> Any:
+    whole = torch.stack([row[:2] for row in rows])
+    return {"sequences": whole - whole.mean(0), "mask": torch.ones(len(rows), 2)}
+
+
+def shuffled_together(rows: list[Tensor]) -> Any:
+    whole = torch.stack([row[:2] for row in rows])
+    return {"sequences": 0.5 * (whole + whole[torch.randperm(len(rows))]), "mask": torch.ones(len(rows), 2)}
+
+
+def fit_sequences(collate: Callable[[list[Tensor]], Any], masked: bool) -> None:
+    private = DifferentialPrivacy(noise_multiplier=1.0)
+    trainer(private, max_steps=1).fit(Sequences(masked), loader(LENGTHS, 8, collate_fn=collate))
+
+
+@pytest.mark.parametrize("collate", [padded, sorted_by_length, with_noise], ids=lambda f: f.__name__)
+def test_padding_that_is_masked_is_left_alone(collate: Any) -> None:
+    fit_sequences(collate, masked=True)
+
+
+@pytest.mark.parametrize("collate", [padded, sorted_by_length], ids=lambda f: f.__name__)
+def test_padding_that_enters_the_loss_is_refused(collate: Any) -> None:
+    """Else removing the longest record would change every other record's gradient."""
+    with pytest.raises(PreflightError, match=r"collate_fn pads examples.*changed by .*%.*Mask the padding"):
+        fit_sequences(collate, masked=False)
+
+
+@pytest.mark.parametrize("collate", [minus_their_mean, shuffled_together], ids=lambda f: f.__name__)
+def test_a_collate_fn_that_mixes_examples_is_refused(collate: Any) -> None:
+    with pytest.raises(PreflightError, match="collate_fn mixes examples"):
+        fit_sequences(collate, masked=True)
