@@ -24,6 +24,7 @@ from lightning_dp.planning import agreed_plan, check_batch_after_resume, planned
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks import on_every_rank
 from lightning_dp.report import Report
+from lightning_dp.secure import check_secure, resolution
 from lightning_dp.strategy import PrivateStrategy, make_private
 
 
@@ -57,6 +58,8 @@ class DifferentialPrivacy(pl.Callback):
         engine: ``"auto"``, ``"ghost"``, ``"vmap"`` or ``"loop"``: how per-example gradients are computed.
         seed: ``None`` (the default) takes sampling and noise from 256 secret bits of the operating system, which no
             ``seed_everything`` fixes. A number makes them reproducible, for tests, and the statement says so.
+        secure: ``True`` draws noise and samples from a cryptographic generator, adds gradients up as integers, and adds exact
+            discrete Gaussian noise (Canonne, Kamath and Steinke 2020); needs the extra ``lightning-dp[secure]``, and is slow.
         log_train_metrics: ``False`` keeps what ``training_step`` logs from the loggers: those numbers are computed from
             private examples without noise.
         public_optimizers: under manual optimization, places in ``configure_optimizers`` of the optimizers that see no
@@ -91,6 +94,7 @@ class DifferentialPrivacy(pl.Callback):
         max_batch_size: int | None = None,
         engine: EngineName = "auto",
         seed: int | None = None,
+        secure: bool = False,
         log_train_metrics: bool = True,
         public_optimizers: list[int] | None = None,
         static_shapes: bool = False,
@@ -108,6 +112,7 @@ class DifferentialPrivacy(pl.Callback):
         check_clip_norm(clip_norm)
         check_clipping(clipping, automatic_gamma, clip_norm)
         check_engine_name(engine)
+        check_secure(secure, seed=seed, noise_multiplier=noise_multiplier, engine=engine)
         check_physical_batch_size(physical_batch_size)
         for name, value in (
             ("expected_batch_size", expected_batch_size),
@@ -133,6 +138,7 @@ class DifferentialPrivacy(pl.Callback):
         self.max_batch_size = max_batch_size
         self.engine: EngineName = engine
         self.seed = seed
+        self.secure = secure
         self.log_train_metrics = log_train_metrics
         self.public_optimizers = list(public_optimizers or [])
         self.static_shapes = static_shapes
@@ -263,6 +269,8 @@ class DifferentialPrivacy(pl.Callback):
             expected_batch_size=self.expected_batch_size,
             dataset_size=self.dataset_size,
             max_batch_size=self.max_batch_size,
+            resolution=resolution(self.secure),
+            coordinates=sum(p.numel() for p in trainer.lightning_module.parameters()) if self.secure else None,
             spent=self._spent,
             remaining_steps=lambda per_epoch: self._planned_steps(trainer, per_epoch),
         )

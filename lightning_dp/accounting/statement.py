@@ -21,6 +21,8 @@ _ACCOUNTANTS = {
     "exact": "exact accounting",
 }
 
+_FLOATING = "Gaussian noise in floating point"
+
 _COMPOSED = "composed of "
 
 _KNOWN_SEED = (
@@ -48,6 +50,7 @@ class Statement:
         dataset_size: N.
         expected_batch_size: B.
         noise_multiplier: σ.
+        noise: its kind: in floating point, or discrete, with grid and sensitivity.
         clip_norm: C, by which one example moves a step's sum at most, under every clipping style.
         clipping: the clipping style, ``"flat"``, ``"per_layer"`` or ``"automatic"``.
         automatic_gamma: γ of the automatic style, ``None`` with the others.
@@ -77,6 +80,7 @@ class Statement:
     dataset_size: int
     expected_batch_size: float
     noise_multiplier: float
+    noise: str
     clip_norm: float
     max_batch_size: int | None
     clipping: ClippingStyle
@@ -122,6 +126,7 @@ class Statement:
             dataset_size=plan.dataset_size,
             expected_batch_size=plan.expected_batch_size,
             noise_multiplier=plan.noise_multiplier,
+            noise=_noise(plan.resolution, plan.clip_norm),
             clip_norm=plan.clip_norm,
             max_batch_size=plan.max_batch_size,
             clipping=plan.clipping,
@@ -152,12 +157,19 @@ class Statement:
         )
         style = "" if self.clipping == "flat" else f" ({self.clipping.replace('_', ' ')} clipping)"
         seed = ", from a known seed" if self.randomness == "reproducible" else ""
+        noise = "" if self.noise == _FLOATING else f", {self.noise}"
         bound = "" if self.max_batch_size is None else f", at most {self.max_batch_size} examples a step"
         return (
             f"(ε = {round_up(self.epsilon)}, δ = {self.delta:g})-DP, {self.neighbouring_relation}, "
             f"{self.sampling} sampling{mechanism}{bound}, C = {_plain(self.clip_norm)}{style}, "
-            f"{_count(self.steps, 'step')}{seed}, {_ACCOUNTANTS[self.accountant]}"
+            f"{_count(self.steps, 'step')}{seed}{noise}, {_ACCOUNTANTS[self.accountant]}"
         )
+
+
+def _noise(resolution: int | None, clip_norm: float) -> str:
+    if resolution is None:
+        return _FLOATING
+    return f"discrete Gaussian noise (grid {clip_norm / resolution:.3g}, sensitivity {_plain(clip_norm)} = {resolution} units)"
 
 
 def _is_current(phase: Phase, ledger: Ledger) -> bool:
