@@ -27,6 +27,7 @@ from lightning_dp.planning import agreed_plan, check_batch_after_resume, planned
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks import on_every_rank
 from lightning_dp.report import Report
+from lightning_dp.secure import check_secure, resolution
 from lightning_dp.simulation import as_if_real, check_simulation, simulated
 from lightning_dp.strategy import PrivateStrategy, make_private
 
@@ -64,6 +65,8 @@ class DifferentialPrivacy(pl.Callback):
         simulate: S above 1 makes a *simulation*, with none of the privacy: batch and noise are divided by S, at the same
             number of steps (see :mod:`lightning_dp.simulation`). For choosing settings where that is allowed; ``epsilon`` is
             then the budget of the run that is simulated, and what is spent is said.
+        secure: ``True`` draws noise and samples from a cryptographic generator, adds gradients up as integers, and adds exact
+            discrete Gaussian noise (Canonne, Kamath and Steinke 2020); needs the extra ``lightning-dp[secure]``, and is slow.
         log_train_metrics: ``False`` keeps what ``training_step`` logs from the loggers: those numbers are computed from
             private examples without noise.
         public_optimizers: under manual optimization, places in ``configure_optimizers`` of the optimizers that see no
@@ -102,6 +105,7 @@ class DifferentialPrivacy(pl.Callback):
         engine: EngineName = "auto",
         seed: int | None = None,
         simulate: int = 1,
+        secure: bool = False,
         log_train_metrics: bool = True,
         public_optimizers: list[int] | None = None,
         static_shapes: bool = False,
@@ -122,6 +126,7 @@ class DifferentialPrivacy(pl.Callback):
         check_engine_name(engine)
         check_simulation(simulate)
         check_batch_axis_argument(batch_axis)
+        check_secure(secure, seed=seed, noise_multiplier=noise_multiplier, engine=engine)
         check_physical_batch_size(physical_batch_size)
         for name, value in (
             ("expected_batch_size", expected_batch_size),
@@ -148,6 +153,7 @@ class DifferentialPrivacy(pl.Callback):
         self.engine: EngineName = engine
         self.seed = seed
         self.simulate = simulate
+        self.secure = secure
         self.log_train_metrics = log_train_metrics
         self.batch_axis = batch_axis
         self.public_optimizers = list(public_optimizers or [])
@@ -298,6 +304,8 @@ class DifferentialPrivacy(pl.Callback):
             expected_batch_size=self.expected_batch_size,
             dataset_size=self.dataset_size,
             max_batch_size=self.max_batch_size,
+            resolution=resolution(self.secure),
+            coordinates=sum(p.numel() for p in trainer.lightning_module.parameters()) if self.secure else None,
             spent=as_if_real(self._spent, self.simulate),
             remaining_steps=lambda per_epoch: self._planned_steps(trainer, per_epoch),
         )

@@ -14,9 +14,10 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_dp.functional.keystream import Keystream
 from lightning_dp.functional.microbatch import split
 from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.sample import cut, poisson_sample, rank_slice
+from lightning_dp.functional.sample import cut, exact_poisson_sample, poisson_sample, rank_slice
 from lightning_dp.plan import PrivacyPlan
 
 Indices = npt.NDArray[np.int64]
@@ -140,11 +141,12 @@ class _Draws:
 
     def at(self, step: int) -> tuple[Indices, int]:
         if step not in self._made:
-            drawn = poisson_sample(
-                self._key.generator(Stream.SAMPLING, step),
-                self._dataset_size,
-                self._plan.sampling_probability,
-            )
+            q = self._plan.sampling_probability
+            if self._plan.resolution is None:
+                drawn = poisson_sample(self._key.generator(Stream.SAMPLING, step), self._dataset_size, q)
+            else:
+                stream = Keystream.of(self._key, Stream.SAMPLING, step)
+                drawn = exact_poisson_sample(stream, self._dataset_size, q)
             if self._plan.max_batch_size is not None:
                 drawn = cut(self._key.generator(Stream.SAMPLING, step, 1), drawn, self._plan.max_batch_size)
             self._made[step] = (rank_slice(drawn, self._rank, self._world_size), len(drawn))

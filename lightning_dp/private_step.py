@@ -25,6 +25,7 @@ from lightning_dp.agreement import check_same_data_on_every_rank, check_same_par
 from lightning_dp.batch_axis import BatchAxis
 from lightning_dp.capture import StepCapture
 from lightning_dp.engine_trial import try_engines
+from lightning_dp.engines.on_grid import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.example_loss import example_loss, takes_batch_idx
 from lightning_dp.examples_apart import WithViews, check_examples_stay_apart
@@ -245,6 +246,7 @@ class PrivateStep:
                 micro_batches,
                 ledger.plan.clipping_rule,
                 pad_to=self.physical_batch_size if self._static_shapes else None,
+                dtype=torch.int64 if ledger.plan.resolution else None,
             )
         preflight.check_buffers(module, buffers)
         self.not_finite += total.not_finite
@@ -322,9 +324,10 @@ class PrivateStep:
     ) -> Selection:
         """The engine for one loss, tried on the first examples."""
         assert self._loader is not None
-        return try_engines(
-            strategy, self._loader, self._engine_name, loss_function, self._with_views_or_none, parameters
-        )
+        resolution = self._loader.plan.resolution
+        name = self._engine_name if resolution is None else "loop"
+        selection = try_engines(strategy, self._loader, name, loss_function, self._with_views_or_none, parameters)
+        return selection if resolution is None else replace(selection, engine=OnGrid(selection.engine, resolution))
 
     def teardown(self, strategy: Strategy) -> None:
         """Forget the key and leave the module as it was found."""

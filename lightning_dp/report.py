@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
+from lightning_dp import secure
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.select import Selection
 from lightning_dp.private_step import PrivateStep
@@ -73,7 +74,8 @@ class Report:
 
     def statement(self) -> Statement:
         """What has been spent so far."""
-        return Statement.of(self.ledger, randomness=self.randomness, caveats=CAVEATS)
+        caveats = CAVEATS if self.ledger.plan.resolution is None else (*secure.CAVEATS, *CAVEATS[1:])
+        return Statement.of(self.ledger, randomness=self.randomness, caveats=caveats)
 
     @rank_zero_only
     def write(self, trainer: pl.Trainer, broken: int = 0) -> None:

@@ -21,6 +21,8 @@ _ACCOUNTANTS = {
     "exact": "exact accounting",
 }
 
+_FLOATING = "Gaussian noise in floating point"
+
 _COMPOSED = "composed of "
 
 _KNOWN_SEED = (
@@ -48,6 +50,7 @@ class Statement:
         dataset_size: N.
         expected_batch_size: B.
         noise_multiplier: σ.
+        noise: its kind: in floating point, or discrete, with grid and sensitivity.
         clip_norm: C, by which one example moves a step's sum at most, under every clipping style.
         clipping: the clipping style, ``"flat"``, ``"per_layer"`` or ``"automatic"``.
         automatic_gamma: γ of the automatic style, ``None`` with the others.
@@ -78,6 +81,7 @@ class Statement:
     dataset_size: int
     expected_batch_size: float
     noise_multiplier: float
+    noise: str
     clip_norm: float
     max_batch_size: int | None
     clipping: ClippingStyle
@@ -125,6 +129,7 @@ class Statement:
             dataset_size=plan.dataset_size,
             expected_batch_size=plan.expected_batch_size,
             noise_multiplier=plan.noise_multiplier,
+            noise=_noise(plan.resolution, plan.clip_norm),
             clip_norm=plan.clip_norm,
             max_batch_size=plan.max_batch_size,
             clipping=plan.clipping,
@@ -156,12 +161,13 @@ class Statement:
         )
         style = "" if self.clipping == "flat" else f" ({self.clipping.replace('_', ' ')} clipping)"
         seed = ", from a known seed" if self.randomness == "reproducible" else ""
+        noise = "" if self.noise == _FLOATING else f", {self.noise}"
         bound = "" if self.max_batch_size is None else f", at most {self.max_batch_size} examples a step"
         claim = "" if self.simulation is None else f"{self.simulation}. What was run is "
         return (
             f"{claim}(ε = {round_up(self.epsilon)}, δ = {self.delta:g})-DP, {self.neighbouring_relation}, "
             f"{self.sampling} sampling{mechanism}{bound}, C = {_plain(self.clip_norm)}{style}, "
-            f"{_count(self.steps, 'step')}{seed}, {_ACCOUNTANTS[self.accountant]}"
+            f"{_count(self.steps, 'step')}{seed}{noise}, {_ACCOUNTANTS[self.accountant]}"
         )
 
 
@@ -172,6 +178,12 @@ def _simulation(ledger: Ledger) -> str:
         f"and the noise of a run with q = {_plain(plan.sampling_probability * plan.simulation)}, "
         f"σ = {_plain(plan.noise_multiplier * plan.simulation)}, whose ε must not be quoted for this one"
     )
+
+
+def _noise(resolution: int | None, clip_norm: float) -> str:
+    if resolution is None:
+        return _FLOATING
+    return f"discrete Gaussian noise (grid {clip_norm / resolution:.3g}, sensitivity {_plain(clip_norm)} = {resolution} units)"
 
 
 def _is_current(phase: Phase, ledger: Ledger) -> bool:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import numpy.typing as npt
+
+from lightning_dp.functional.keystream import WORD_BITS, Keystream, LazyUniform
 
 
 def poisson_sample(
@@ -33,6 +37,35 @@ def poisson_sample(
     size = int(generator.binomial(dataset_size, sampling_probability))
     drawn = generator.choice(dataset_size, size=size, replace=False, shuffle=False)
     return np.sort(drawn.astype(np.int64, copy=False))
+
+
+def exact_poisson_sample(stream: Keystream, dataset_size: int, sampling_probability: float) -> npt.NDArray[np.int64]:
+    """:func:`poisson_sample` from a cryptographic generator, with a coin of exactly q for every example.
+
+    A word of 64 bits for each example is compared with q·2⁶⁴; where that does not decide, further bits do.
+
+    Args:
+        stream: uniform words; one for each example is taken.
+        dataset_size: N, the actual number of examples to draw from.
+        sampling_probability: q in (0, 1], taken as the rational number that it is.
+
+    Returns:
+        Sorted indices, shape ``(n,)``.
+
+    Example:
+        >>> len(exact_poisson_sample(Keystream(bytes(32)), 1000, 1.0))
+        1000
+    """
+    threshold = Fraction(sampling_probability)
+    words, scaled = stream.words(dataset_size), threshold * 2**WORD_BITS
+    if scaled >= 2**WORD_BITS:
+        return np.arange(dataset_size, dtype=np.int64)
+    first = int(scaled)  # rounded down
+    members = words < np.uint64(first)
+    if scaled != first:
+        for index in np.flatnonzero(words == np.uint64(first)):
+            members[index] = LazyUniform(int(words[index]), stream.spare).below(threshold)
+    return np.flatnonzero(members).astype(np.int64, copy=False)
 
 
 def cut(generator: np.random.Generator, drawn: npt.NDArray[np.int64], max_batch_size: int) -> npt.NDArray[np.int64]:

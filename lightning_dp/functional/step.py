@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_dp.clipping import Clipping
 from lightning_dp.functional.clip import accumulation_dtype
 from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.functional.grid import release_on_grid
 from lightning_dp.functional.microbatch import padded
 from lightning_dp.functional.noise import add_gaussian_noise
 from lightning_dp.functional.randomness import RandomKey
@@ -57,6 +58,7 @@ def accumulate(
     clipping: Clipping | float,
     *,
     pad_to: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Accumulated:
     """Sum of the clipped per-example gradients of a step's micro-batches. No noise yet, nothing may be released.
 
@@ -68,9 +70,10 @@ def accumulate(
         clipping: the plan's; a number C for flat clipping to that norm.
         pad_to: give every micro-batch this many rows, at least as many as any has, by copies that count in nothing. The
             result is the same; shapes no longer vary with the draw.
+        dtype: of the sums; ``None`` for the accumulation type of each parameter, int64 for integers on a grid.
     """
     total = Accumulated(
-        {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters.items()}
+        {name: torch.zeros_like(p, dtype=dtype or accumulation_dtype(p.dtype)) for name, p in parameters.items()}
     )
     for batch, examples in micro_batches:
         rows, counted = examples, None
@@ -113,8 +116,15 @@ def release(
         unflatten: from that to a gradient by name.
 
     Guarantee:
-        The Gaussian mechanism with noise multiplier σ on a sum of L2 sensitivity C, whatever the clipping style; (ε, δ) over steps by the ledger.
+        The Gaussian mechanism with noise multiplier σ on a sum of L2 sensitivity C, whatever the clipping style; (ε, δ) over
+        steps by the ledger.
+        A plan with a ``resolution`` takes sums of integers and discrete noise, see
+        :func:`lightning_dp.functional.grid.release_on_grid`.
     """
+    if plan.resolution is not None:
+        return release_on_grid(
+            gradient, plan, key, step, rank=rank, world_size=world_size, all_reduce_sum=all_reduce_sum
+        )
     flat = flatten(gradient)
     add_gaussian_noise(flat, noise_std=plan.noise_std, key=key, step=step, rank=rank, world_size=world_size)
     flat = all_reduce_sum(flat)
@@ -131,5 +141,6 @@ def private_gradient(
     step: int,
 ) -> dict[str, Tensor]:
     """One DP-SGD step's gradient on a single rank, from micro-batches to what the optimizer gets."""
-    total = accumulate(engine, loss_function, parameters, micro_batches, plan.clipping_rule)
+    dtype = None if plan.resolution is None else torch.int64
+    total = accumulate(engine, loss_function, parameters, micro_batches, plan.clipping_rule, dtype=dtype)
     return release(total.gradient, plan, key, step)

@@ -166,7 +166,7 @@ def test_the_distances_of_phases_add_up_and_stay_in_the_ledger() -> None:
         second.charge()
     each = [truncation_probability(1000, 0.1, bound) for bound in (180, 190)]
     assert second.distance(second.steps) == Distance(20 * each[0] + 30 * each[1])
-    assert second.distance(60).truncation == pytest.approx(20 * each[0] + 40 * each[1])
+    assert second.distance(60).truncation == pytest.approx(20 * each[0] + 40 * each[1], rel=1e-9, abs=0)
     assert any("bound on a step's draw changed during training from 180 to 190" in note for note in second.notes)
     third = Ledger.resume(plan(), second.state_dict())
     assert third.distance(50) == second.distance(50)
@@ -177,6 +177,20 @@ def test_the_distances_of_phases_add_up_and_stay_in_the_ledger() -> None:
     assert third.epsilon().epsilon > plain.epsilon().epsilon
     assert "truncated Poisson sampling" in str(Statement.of(second, randomness="secret"))
     assert "at most 190 examples a step" in str(Statement.of(second, randomness="secret"))
+
+
+def test_discrete_noise_is_paid_for_at_every_step() -> None:
+    fine = {"resolution": 2**20, "coordinates": 10**6}
+    ledger = Ledger(plan(**fine))
+    for _ in range(50):
+        ledger.charge()
+    each = discretisation_divergence(2.0 * 2**20, 10**6)
+    assert ledger.distance(50).divergence == pytest.approx(50 * each, rel=1e-9, abs=0)
+    tau = math.sqrt(50 * each / 2)
+    bound = ledger.epsilon()
+    share = next(share for share in SHARES[1:] if (1 + math.exp(bound.epsilon)) * tau <= share * 1e-5)
+    assert bound == EpsilonCurve((), 2.0, 0.1, 1e-5 * (1 - share), 50).at(50)
+    assert bound.epsilon > EpsilonCurve((), 2.0, 0.1, 1e-5, 50).at(50).epsilon
 
 
 @pytest.mark.parametrize("changes", [{"target_epsilon": 3.0}, {}, {"steps": None}])

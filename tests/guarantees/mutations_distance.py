@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
+import torch
+
 import lightning_dp.accounting.ledger as ledger_module
+import lightning_dp.engines.on_grid as on_grid_module
+import lightning_dp.functional.grid as grid_module
+import lightning_dp.functional.step as step_module
 import lightning_dp.loader as loader_module
 from lightning_dp.accounting import Distance
 from tests.guarantees.mutations import patched
@@ -55,3 +62,111 @@ def each_rank_cuts_for_itself() -> Iterator[None]:
 
     with patched((loader_module, "cut", cut)):
         yield
+
+
+# --- discrete noise ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def discrete_noise_is_free() -> Iterator[None]:
+    """Discrete noise is accounted for as if it were the Gaussian itself."""
+    original = ledger_module.distance_of_step
+
+    def distance(**numbers: Any) -> Distance:
+        return original(**{**numbers, "resolution": None})
+
+    with patched((ledger_module, "distance_of_step", distance)):
+        yield
+
+
+@contextmanager
+def noise_is_drawn_in_floating_point() -> Iterator[None]:
+    """A rounded float32 Gaussian where the discrete one is meant: of its numbers, most cannot occur."""
+
+    def rounded(variance: Fraction, count: int, stream: Any) -> Any:
+        drawn = np.random.default_rng().standard_normal(count, np.float32) * np.float32(float(variance) ** 0.5)
+        return np.rint(drawn).astype(np.int64)
+
+    with patched((grid_module, "discrete_gaussian", rounded)):
+        yield
+
+
+@contextmanager
+def discrete_noise_scaled(factor: Fraction) -> Iterator[None]:
+    """The discrete noise has ``factor`` times the variance of the plan."""
+    original = grid_module.discrete_gaussian
+
+    def scaled(variance: Fraction, count: int, stream: Any) -> Any:
+        return original(variance * factor, count, stream)
+
+    with patched((grid_module, "discrete_gaussian", scaled)):
+        yield
+
+
+@contextmanager
+def every_rank_adds_discrete_noise() -> Iterator[None]:
+    """Each rank adds the whole noise to its own sum."""
+    original = grid_module.release_on_grid
+    with patched(
+        (
+            step_module,
+            "release_on_grid",
+            lambda *args, **options: original(*args, **{**options, "rank": 0, "world_size": 1}),
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def one_ranks_noise_is_doubled() -> Iterator[None]:
+    """The rank that adds noise adds it twice."""
+    original = grid_module.add_discrete_gaussian
+
+    def twice(total: Any, **options: Any) -> Any:
+        return original(original(total, **options), **options) if options["rank"] == 0 else original(total, **options)
+
+    with patched((grid_module, "add_discrete_gaussian", twice)):
+        yield
+
+
+def _rounded(gradient: Any, clip_norm: float, resolution: int, clipped_first: bool) -> Any:
+    norm = torch.cat([part.double().flatten() for part in gradient.values()]).norm()
+    units = {name: part.double() * (resolution / clip_norm) for name, part in gradient.items()}
+    if not clipped_first:  # every coordinate is rounded before the factor is applied, and again, to the nearest
+        units = {name: part.round() for name, part in units.items()}
+    factor = min(1.0, clip_norm / max(float(norm), 1e-300))
+    return {name: (part * factor).round().nan_to_num().to(torch.int64) for name, part in units.items()}
+
+
+@contextmanager
+def rounding_comes_before_clipping() -> Iterator[None]:
+    """Integers are made of the gradient as it is, and scaled afterwards."""
+    with patched(*_everywhere(lambda gradient, clip, units=2**30: _rounded(gradient, clip, units, False))):
+        yield
+
+
+@contextmanager
+def rounding_is_to_the_nearest() -> Iterator[None]:
+    """A gradient at the clip norm is rounded to the nearest integers, which may be longer than it is."""
+    with patched(*_everywhere(lambda gradient, clip, units=2**30: _rounded(gradient, clip, units, True))):
+        yield
+
+
+@contextmanager
+def the_sum_is_rounded_and_not_the_examples() -> Iterator[None]:
+    """Examples are added up in floating point, and what comes out is rounded."""
+
+    def clipped_sum(
+        self: Any, loss: Any, parameters: Any, batch: Any, examples: int, clip_norm: float, **_: Any
+    ) -> Any:
+        whole = self.engine.clipped_sum(loss, parameters, batch, examples, clip_norm)
+        unit = self.resolution / clip_norm
+        whole.gradient = {name: (g.double() * unit).round().to(torch.int64) for name, g in whole.gradient.items()}
+        return whole
+
+    with patched((on_grid_module.OnGrid, "clipped_sum", clipped_sum)):
+        yield
+
+
+def _everywhere(wrong: Any) -> list[tuple[Any, str, Any]]:
+    return [(grid_module, "to_grid", wrong), (on_grid_module, "to_grid", wrong)]

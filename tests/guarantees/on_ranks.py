@@ -18,6 +18,7 @@ from tests.distributed.ranks import Mute, on_ranks
 from tests.guarantees import mutations
 
 WRONG = ("every_rank_adds_noise", "no_rank_adds_noise", "ranks_are_averaged", "two_ranks_add_one_share")
+WRONG_AND_DISCRETE = ("every_rank_adds_noise",)
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,7 +32,7 @@ def noise_on_two_ranks(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
     return {path.stem: torch.load(path, weights_only=True).double().numpy() for path in folder.glob("*.pt")}
 
 
-def step(to: Path) -> None:
+def step(to: Path, **options: Any) -> None:
     module: Any = Mute()
     before = weights(module)
 
@@ -41,13 +42,16 @@ def step(to: Path) -> None:
 
     module.on_train_end = remember
     fit = on_ranks(2, max_steps=1)
-    fit.callbacks.append(DifferentialPrivacy(noise_multiplier=2.0, clip_norm=0.5, expected_batch_size=16))
+    fit.callbacks.append(DifferentialPrivacy(noise_multiplier=2.0, clip_norm=0.5, expected_batch_size=16, **options))
     fit.fit(module, loader())
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    step(Path(sys.argv[1]) / "right.pt")
-    for name in WRONG:
-        with getattr(mutations, name)():  # the ranks are forked from this process and take the bug along
-            step(Path(sys.argv[1]) / f"{name}.pt")
+    folder = Path(sys.argv[1])
+    step(folder / "right.pt")
+    step(folder / "right_and_discrete.pt", secure=True)
+    for names, suffix, secure in ((WRONG, "", False), (WRONG_AND_DISCRETE, "_and_discrete", True)):
+        for name in names:
+            with getattr(mutations, name)():  # the ranks are forked from this process and take the bug along
+                step(folder / f"{name}{suffix}.pt", secure=secure)

@@ -23,4 +23,4 @@ def test_the_code_of_each_step_exists(name: str) -> None:
 
 
 def test_every_step_of_the_mechanism_is_in_the_table() -> None:
-    assert len(NAMED) == 12
+    assert len(NAMED) == 15
