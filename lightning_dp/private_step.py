@@ -38,7 +38,7 @@ from lightning_dp.lost_ranks import naming_lost_ranks
 from lightning_dp.manual import ManualOptimization
 from lightning_dp.physical_batch import PhysicalBatchSize, default_physical_batch_size, settle_physical_batch_size
 from lightning_dp.ranks import on_every_rank
-from lightning_dp.sharding import sum_over_ranks, whole
+from lightning_dp.sharding import reshard, sum_over_ranks, whole
 from lightning_dp.step_sample import StepSample
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.transfer import let_logical_batches_through, stop_letting_through, to_device
@@ -308,6 +308,7 @@ class PrivateStep:
         module = module_of(strategy)
         strategy.pre_backward(closure_loss)
         strategy.precision_plugin.pre_backward(closure_loss, module)
+        reshard(module)  # a hook that called the module has left a part of it whole
         gradient = self.released(strategy, ledger.steps, total.gradient)
         for name, parameter in trainable(module).items():
             parameter.grad = gradient[name].to(parameter.dtype)

@@ -104,6 +104,14 @@ class Manual(Sharded):
     automatic_optimization = False
 
 
+class Looking(Sharded):
+    """A hook that calls the module between its step and its backward pass."""
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        with torch.no_grad():
+            self.net(torch.zeros(2, 4))
+
+
 class HalfSharded(Sharded):
     def shard(self, mesh: Any) -> None:
         fully_shard(self.net[0], mesh=mesh)
@@ -176,6 +184,7 @@ def run(folder: Path, ranks: int) -> None:
     fit("odd", folder, ranks, private(), module=Odd())
     fit("validated", folder, ranks, private(), val=loader(), val_check_interval=2, check_val_every_n_epoch=None)
     if ranks == RANKS:
+        fit("looked_at", folder, ranks, private(), module=Looking())
         fit("by_name", folder, ranks, private(), strategy="private_fsdp")
     for kind in ("full", "shards") if ranks == RANKS else ("full",):
         options = strategy_of(ranks, full=kind == "full")

@@ -16,7 +16,7 @@ from tests.distributed.sharded import BUGS, ENGINES
 from tests.functional.laws import CAUGHT, FALSE_ALARM, noise_p_values
 
 ROOT = Path(__file__).parents[2]
-SAME = [*ENGINES, "by_name", "full_resumed", "shards_resumed", "validated"]
+SAME = [*ENGINES, "by_name", "full_resumed", "shards_resumed", "looked_at", "validated"]
 
 
 @pytest.fixture(scope="module")
