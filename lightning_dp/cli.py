@@ -7,8 +7,9 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for, side_by_side
+from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for, phases_of, side_by_side
 from lightning_dp.plan import check_delta, check_epsilon, check_noise_multiplier, check_sampling_probability
 from lightning_dp.version import __version__
 
@@ -69,12 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _epsilon(words: Sequence[str]) -> None:
     parser = _parser("epsilon", "Print an upper bound on ε of DP-SGD with Poisson sampling (add/remove one example).")
-    parser.add_argument("--noise-multiplier", type=float, required=True, metavar="S", help="σ, noise over clip norm")
+    parser.add_argument(
+        "--noise-multiplier", type=float, nargs="+", required=True, metavar="S", help="σ, noise over clip norm"
+    )
     parser.add_argument("--all", action="store_true", help="also by RDP and PLD (the latter needs dp-accounting)")
-    args = _parse_common(parser, words)
+    parser.epilog = "Several σ, q or T, one for each phase, are composed; a single one holds for all phases."
+    args = _parse_common(parser, words, several=True)
     try:
-        check_noise_multiplier(args.noise_multiplier)
-        phases = [Phase(args.noise_multiplier, args.sampling_probability, args.steps)]
+        for sigma in args.noise_multiplier:
+            check_noise_multiplier(sigma)
+        phases = phases_of(args.noise_multiplier, args.sampling_probability, args.steps)
         bound = epsilon_bound(phases, args.delta)
         others = side_by_side(phases, args.delta) if args.all else {}
     except ValueError as error:
@@ -83,11 +88,11 @@ def _epsilon(words: Sequence[str]) -> None:
         also = {f"epsilon_{name}": epsilon for name, epsilon in others.items()}
         _print_json(epsilon=bound.epsilon, delta=args.delta, accountant=bound.accountant, note=bound.note, **also)
         return
-    print(
-        f"ε ≤ {_up(bound.epsilon)} at δ = {args.delta:g}: σ = {args.noise_multiplier:g}, "
-        f"q = {args.sampling_probability:g}, {args.steps} steps ({bound.accountant} accountant"
-        f"{'; ' + bound.note if bound.note else ''})"
+    plan = ", then ".join(
+        f"σ = {phase.noise_multiplier:g}, q = {phase.sampling_probability:g}, {phase.steps} steps" for phase in phases
     )
+    note = "; " + bound.note if bound.note else ""
+    print(f"ε ≤ {_up(bound.epsilon)} at δ = {args.delta:g}: {plan} ({bound.accountant} accountant{note})")
     for name, epsilon in others.items():
         print(f"  {_NAMES[name]}  {'not installed (dp-accounting)' if epsilon is None else _up(epsilon)}")
 
@@ -121,23 +126,27 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"lightning-dp {command}", description=description)
 
 
-def _parse_common(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+def _parse_common(parser: argparse.ArgumentParser, words: Sequence[str], several: bool = False) -> argparse.Namespace:
+    number: dict[str, Any] = {"nargs": "+"} if several else {}
     parser.add_argument(
         "--sampling-probability",
+        **number,
         type=float,
         required=True,
         metavar="Q",
         help="q, expected batch size / dataset size",
     )
-    parser.add_argument("--steps", type=int, required=True, metavar="T", help="number of private steps")
+    parser.add_argument("--steps", **number, type=int, required=True, metavar="T", help="number of private steps")
     parser.add_argument("--delta", type=float, required=True, metavar="D", help="δ, well below 1 / dataset size")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
     args = parser.parse_args(words)
     try:
-        check_sampling_probability(args.sampling_probability)
         check_delta(args.delta)
-        if args.steps < 0:
-            raise ValueError(f"steps={args.steps}: expected at least 0.")
+        for q in args.sampling_probability if several else [args.sampling_probability]:
+            check_sampling_probability(q)
+        for steps in args.steps if several else [args.steps]:
+            if steps < 0:
+                raise ValueError(f"steps={steps}: expected at least 0.")
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -9,7 +9,7 @@ from lightning_dp.accounting.distance import Distance
 from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
 from lightning_dp.accounting.ledger import BudgetExceededError, Ledger
 from lightning_dp.accounting.limits import check_distance_is_affordable
-from lightning_dp.accounting.phase import Phase
+from lightning_dp.accounting.phase import Phase, phases_of
 from lightning_dp.accounting.rdp import rdp_epsilon
 from lightning_dp.accounting.reserve import noise_with_reserve
 from lightning_dp.accounting.search import search_epsilon
@@ -27,6 +27,7 @@ __all__ = [
     "epsilon_bound",
     "noise_multiplier_for",
     "noise_with_reserve",
+    "phases_of",
     "rdp_epsilon",
     "search_epsilon",
     "side_by_side",

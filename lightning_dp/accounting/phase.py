@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_dp.plan import check_noise_multiplier, check_sampling_probability
@@ -34,6 +34,30 @@ class Phase:
         check_sampling_probability(self.sampling_probability)
         if self.steps < 0:
             raise ValueError(f"steps={self.steps}: expected a non-negative number. Count the steps that were taken.")
+
+
+def phases_of(
+    noise_multipliers: Sequence[float], sampling_probabilities: Sequence[float], steps: Sequence[int]
+) -> tuple[Phase, ...]:
+    """The phases of a plan whose σ, q or both change: the i-th numbers belong together, a single one to all phases.
+
+    Raises:
+        ValueError: there are neither one nor as many numbers of a kind as of the others.
+
+    Example:
+        >>> [phase.noise_multiplier for phase in phases_of([1.0, 2.0], [0.1], [30, 40])]
+        [1.0, 2.0]
+    """
+    given = {"noise_multiplier": noise_multipliers, "sampling_probability": sampling_probabilities, "steps": steps}
+    count = max(len(values) for values in given.values())
+    for name, values in given.items():
+        if len(values) not in (1, count):
+            raise ValueError(
+                f"{name}={' '.join(map(str, values))}: expected one number, or {count}, one for each phase. Give every phase "
+                "its own."
+            )
+    whole = [list(values) * (count if len(values) == 1 else 1) for values in given.values()]
+    return tuple(Phase(float(sigma), float(q), int(taken)) for sigma, q, taken in zip(*whole, strict=True))
 
 
 def merge_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:

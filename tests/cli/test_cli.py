@@ -46,6 +46,17 @@ def test_all_accountants_side_by_side(capsys: pytest.CaptureFixture[str]) -> Non
     assert [line.split(",")[0].strip() for line in lines[1:]] == ["PRV", "RDP", "PLD", "PLD"]
 
 
+def test_a_plan_that_changes_on_the_way_is_composed_by_every_accountant(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["epsilon", "--noise-multiplier", "1", "2", "--sampling-probability", "0.05", "--steps", "20", "60",
+             "--delta", "1e-5"]  # fmt: skip
+    found = json.loads(said(capsys, *words, "--all", "--json"))
+    phases = [Phase(1.0, 0.05, 20), Phase(2.0, 0.05, 60)]
+    assert found["epsilon"] == found["epsilon_prv"] == epsilon_bound(phases, 1e-5).epsilon
+    assert found["epsilon_pld_low"] <= found["epsilon_pld_high"] <= found["epsilon_prv"] <= found["epsilon_rdp"]
+    assert max(epsilon_bound([phase], 1e-5).epsilon for phase in phases) < found["epsilon"]
+    assert "σ = 1, q = 0.05, 20 steps, then σ = 2, q = 0.05, 60 steps (PRV" in said(capsys, *words)
+
+
 def test_a_missing_accountant_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_dp.accounting.compare.find_spec", lambda name: None)
     told = said(capsys, "epsilon", "--noise-multiplier", "3", *CIFAR, "--all")
@@ -74,6 +85,8 @@ def test_infinite_epsilon_is_json_all_the_same(capsys: pytest.CaptureFixture[str
             "sampling_probability=1.5",
         ),
         (["epsilon", "--noise-multiplier", "1", *CIFAR[:2], "--steps", "-3", *CIFAR[4:]], "steps=-3"),
+        (["epsilon", "--noise-multiplier", "1", "2", "3", *CIFAR[:3], "5", "6", *CIFAR[4:]], "steps=5 6"),
+        (["epsilon", "--noise-multiplier", "1", "-2", *CIFAR], "noise_multiplier=-2.0"),
         (["calibrate", "--epsilon", "0", *CIFAR], "epsilon=0.0"),
         (["calibrate", "--epsilon", "1e-7", *CIFAR[:2], "--steps", "1000000", "--delta", "1e-12"], "epsilon=1e-07"),
     ],

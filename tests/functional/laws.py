@@ -74,12 +74,14 @@ def poisson_sampling_p_values(members: npt.NDArray[np.bool_], q: float) -> dict[
     coins = (members - q) / np.sqrt(q * (1 - q))
     pairs = (coins.T @ coins / np.sqrt(draws))[np.triu_indices(examples, 1)]
     total = stats.binomtest(int(members.sum()), draws * examples, q).pvalue
+    lags = np.array([(coins[:-lag] * coins[lag:]).sum() / np.sqrt(coins[lag:].size) for lag in range(1, 9)])
     return {
         "every example's frequency": float(stats.chi2.sf(inclusion @ inclusion, examples)),
         "mean size": float(total),
         "size is binomial": binomial_p_value(members.sum(1), examples, q),
         "pairwise independence": min(1.0, len(pairs) * two_sided(np.abs(pairs).max())),
         "pairs taken together": two_sided(pairs.sum() / np.sqrt(len(pairs))),
+        "steps shortly after each other": float(stats.chi2.sf(lags @ lags, len(lags))),
     }
 
 

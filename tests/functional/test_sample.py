@@ -40,6 +40,16 @@ def never_the_last(generator: np.random.Generator, n: int, q: float) -> npt.NDAr
     return poisson_sample(generator, n - 1, q)
 
 
+def some_draws_again(generator: np.random.Generator, n: int, q: float) -> npt.NDArray[np.int64]:
+    """Now and then the draw of two steps before, as from a cache that is not always emptied."""
+    drawn = poisson_sample(generator, n, q)
+    kept.append(kept[-2] if len(kept) > 1 and generator.random() < 0.04 else drawn)
+    return kept[-1]
+
+
+kept: list[npt.NDArray[np.int64]] = []
+
+
 def equal_local_masks(generator: np.random.Generator, n: int, q: float) -> npt.NDArray[np.int64]:
     """What three ranks with the same seed get when each draws from its own third of the data."""
     local = poisson_sample(generator, n // 3, q)
@@ -51,7 +61,9 @@ def test_membership_is_an_independent_coin_for_every_example() -> None:
     assert min(p_values.values()) > FALSE_ALARM, p_values
 
 
-@pytest.mark.parametrize("wrong", [too_often, shuffled_fixed_size, with_replacement, never_the_last, equal_local_masks])
+@pytest.mark.parametrize(
+    "wrong", [too_often, shuffled_fixed_size, with_replacement, never_the_last, equal_local_masks, some_draws_again]
+)
 def test_the_check_of_the_law_rejects_a_wrong_sampler(wrong: Sampler) -> None:
     p_values = poisson_sampling_p_values(memberships(wrong), Q)
     assert min(p_values.values()) < CAUGHT, p_values
