@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,49 @@ def test_auto_falls_back_to_the_loop_and_names_the_reason() -> None:
     assert selection.reason is not None
     assert selection.reason.startswith("vmap cannot run this training_step: it hands a tensor to code outside torch")
     assert "\n" not in selection.reason
+
+
+@pytest.mark.parametrize("name", ["auto", "vmap"])
+def test_the_layer_that_cannot_run_is_named_with_the_users_line(name: Any) -> None:
+    of = case("recurrent", 2, 0)
+
+    def of_case(engine: Engine) -> None:
+        engine.clipped_sum(of.loss_function(), of.parameters(), of.batch, 2, 1.0)
+
+    if name == "auto":
+        told = select_engine(name, of_case, of.module).describe()
+        assert told.startswith(
+            "lightning_dp: engine 'loop': ghost cannot run this training_step: torch cannot run this operator"
+        )
+    else:
+        with pytest.raises(EngineError) as refusal:
+            select_engine(name, of_case, of.module)
+        told = str(refusal.value)
+        assert told.startswith("engine='vmap' cannot run this training_step: it writes an example's values in place")
+        assert "Use engine='auto' or engine='loop', or change that line." in told
+    assert re.search(r"family.py:\d+ in forward, layer 'cell' of type GRU\)", told)
+
+
+FAILURES: dict[str, tuple[Any, str]] = {
+    "a tensor made outside": (lambda x: torch.zeros(1, 3).copy_(x), "make that tensor with new_zeros"),
+    "NumPy": (lambda x: x * float(x.numpy().sum()), "outside torch"),
+    "its own autograd": (lambda x: x.requires_grad_(), "torch.func.grad would do"),
+    "one_hot": (lambda x: torch.nn.functional.one_hot((x > 0).long()).sum(-1), ""),
+    "a shape": (lambda x: x.repeat_interleave((x[0] > -9).long(), dim=1), "the shape of a tensor depends"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_each_kind_of_failure_says_what_to_change_and_where(name: str) -> None:
+    function, words = FAILURES[name]
+
+    def failing(parameters: Any, batch: Tensor) -> tuple[Tensor, Any]:
+        return (parameters["w"] * function(batch)).sum(), []
+
+    with pytest.raises(EngineError) as refusal:
+        select_engine("vmap", trial(failing))
+    assert words in str(refusal.value)
+    assert "test_select.py:" in str(refusal.value)
 
 
 def test_a_line_that_decides_alike_for_many_does_not_cost_the_engine() -> None:

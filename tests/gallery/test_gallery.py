@@ -10,6 +10,7 @@ from tests.gallery.frame import added_lines, engine_of, private_text, public_tex
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's own
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),  # an error would cost the engine
     pytest.mark.filterwarnings("ignore:The loss of a batch is neither the mean:UserWarning"),  # of language models
 ]
 
