@@ -7,7 +7,7 @@ from typing_extensions import override
 
 
 class TanhCNN(nn.Module):
-    """Group norm without parameters, average pooling, one 3x3 convolution, tanh and a linear layer on all places.
+    """Group norm without parameters, two 3x3 convolutions with tanh, max pooling between them, and a linear layer.
 
     tanh bounds what a layer passes on, and so the gradients, whose clipping then takes less away than it does with ReLU.
     The group norm puts channels of different sizes, as features of images have, on one scale, for each example by itself.
@@ -15,7 +15,7 @@ class TanhCNN(nn.Module):
     Args:
         size: edge of the input, even.
         in_channels: channels of the input.
-        width: channels of the convolution.
+        width: channels of both convolutions.
         groups: groups of the norm; they must divide ``in_channels``. 0 leaves the norm out.
         num_classes: the number of classes.
 
@@ -24,12 +24,13 @@ class TanhCNN(nn.Module):
 
     Example:
         >>> import torch
-        >>> TanhCNN()(torch.zeros(3, 243, 8, 8)).shape
-        torch.Size([3, 10])
+        >>> network = TanhCNN()
+        >>> network(torch.zeros(3, 243, 8, 8)).shape, sum(p.numel() for p in network.parameters())
+        (torch.Size([3, 10]), 187210)
 
     Source: N. Papernot, A. Thakurta, S. Song, S. Chien and Ú. Erlingsson, *Tempered Sigmoid Activations for Deep Learning
     with Differential Privacy*, AAAI 2021 (arXiv 2007.14191), for tanh; F. Tramèr and D. Boneh, ICLR 2021
-    (arXiv 2011.11660), for group norm before a small network on scattering features.
+    (arXiv 2011.11660), for a small network on group-normed scattering features.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class TanhCNN(nn.Module):
                 f"groups={groups} with in_channels={in_channels}: expected a divisor of in_channels, or 0 for no norm."
             )
         self.norm = nn.GroupNorm(groups, in_channels, affine=False) if groups else nn.Identity()
-        self.pool = nn.AvgPool2d(2)
-        self.convolution = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.first = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
         self.classifier = nn.Linear(width * (size // 2) ** 2, num_classes)
 
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(batch, in_channels, size, size)`` to logits ``(batch, num_classes)``."""
-        hidden = self.convolution(self.pool(self.norm(images))).tanh()
-        logits: Tensor = self.classifier(hidden.flatten(1))
+        hidden = self.pool(self.first(self.norm(images)).tanh())
+        logits: Tensor = self.classifier(self.second(hidden).tanh().flatten(1))
         return logits
