@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lightning_dp.checked import whole
 from lightning_dp.functional.transforms import Compose, Crop, Flip, ViewTransform
 from lightning_dp.functional.views import Views
 
@@ -54,7 +55,7 @@ class AugmentationMultiplicity(pl.Callback):
         transform: ViewTransform | Sequence[ViewTransform] | None = None,
         images: str | int | None = None,
     ) -> None:
-        if k < 0:
+        if whole("k", k) < 0:
             raise ValueError(f"k={k}: expected at least 0 views per example (0 for no augmentation), such as 16.")
         if transform is None:
             transform = [Crop(), Flip()]

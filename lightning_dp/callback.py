@@ -17,13 +17,16 @@ from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.agreement import check_same_on_every_rank, facts
 from lightning_dp.augmentation import views_of
 from lightning_dp.batch_axis import check_batch_axis_argument
+from lightning_dp.checked import shown, whole
+from lightning_dp.checkpoint import Past, lost_since, past_of, sealed, unsealed, with_lost_steps
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
 from lightning_dp.engines.select import EngineName, check_engine_name
 from lightning_dp.homecoming import register, send_home
+from lightning_dp.journal import Journal
 from lightning_dp.optimizers import check_public_optimizers
 from lightning_dp.physical_batch import PhysicalBatchSize, check_physical_batch_size
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
-from lightning_dp.planning import agreed_plan, check_batch_after_resume, planned_steps
+from lightning_dp.planning import agreed_plan, check_batch_after_resume, on_rank_zero, planned_steps
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks import on_every_rank
 from lightning_dp.report import Report
@@ -113,7 +116,7 @@ class DifferentialPrivacy(pl.Callback):
     ) -> None:
         if (epsilon is None) == (noise_multiplier is None):
             raise ValueError(
-                f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: expected exactly one of them. Give epsilon to "
+                f"epsilon={shown(epsilon)}, noise_multiplier={shown(noise_multiplier)}: expected exactly one of them. Give epsilon to "
                 "have the noise found for a budget, or noise_multiplier to have ε computed."
             )
         if epsilon is not None:
@@ -133,8 +136,12 @@ class DifferentialPrivacy(pl.Callback):
             ("dataset_size", dataset_size),
             ("max_batch_size", max_batch_size),
         ):
-            if value is not None and value < 1:
+            if value is not None and whole(name, value) < 1:
                 raise ValueError(f"{name}={value}: expected at least 1, or None for the default.")
+        if seed is not None:
+            whole("seed", seed)
+        if not isinstance(log_train_metrics, bool):
+            raise ValueError(f"log_train_metrics={shown(log_train_metrics)}: expected True or False.")
         if math.isinf(clip_norm) and noise_multiplier != 0:
             raise ValueError(
                 f"clip_norm={clip_norm}: expected a finite number. Without clipping no finite noise protects anybody; only "
@@ -160,7 +167,8 @@ class DifferentialPrivacy(pl.Callback):
         self.static_shapes = static_shapes
         self.ledger: Ledger | None = None
         self._report: Report | None = None
-        self._spent: dict[str, Any] | None = None
+        self._past: Past | None = None
+        self._journal: Journal | None = None
         self._world_size: int | None = None
         self._global_step_at_start = 0
         self._steps_at_start = 0
@@ -199,7 +207,7 @@ class DifferentialPrivacy(pl.Callback):
         on_every_rank(trainer.strategy, lambda: _check(trainer, pl_module), preflight.PreflightError)
         check_same_on_every_rank(trainer.strategy, facts(self, trainer))
         strategy = make_private(trainer.strategy)
-        self._spent = None if self.ledger is None else self.ledger.state_dict()
+        self._past = self._now()
         self._global_step_at_start = trainer.global_step
         self._planned = False
         strategy.private_step = PrivateStep(
@@ -237,6 +245,7 @@ class DifferentialPrivacy(pl.Callback):
         assert self._report is not None
         selection = strategy.private_step.choose_engine(strategy)
         self._report.start(trainer, strategy.private_step, selection)
+        self._begin_journal(trainer)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -258,6 +267,10 @@ class DifferentialPrivacy(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._report is not None:
             rank_zero_info(str(self._report.statement()))
+        if self._journal is not None and self.ledger is not None:
+            planned = self.ledger.plan.steps
+            self._journal.close(ended=planned is not None and self.ledger.steps >= planned)
+        if self._report is not None:
             spent = ("ledger", "_report", "_unused_samples", "_world_size")
             send_home(trainer, self._address, {name: getattr(self, name) for name in spent})
 
@@ -265,19 +278,18 @@ class DifferentialPrivacy(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._report is not None and trainer.state.fn == TrainerFn.FITTING:
             self._report.write(trainer)  # what was released is spent, however the run ended
+        if self._journal is not None:
+            self._journal.close(ended=False)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self.ledger is None:
-            return {}
-        spent = self.ledger.state_dict()
-        return {"ledger": spent, "world_size": self._world_size, "unused_samples": self._unused_samples}
+        past = self._now()
+        return {} if past is None else sealed(past)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._spent = state_dict.get("ledger")
-        self._world_size = state_dict.get("world_size")
-        self._unused_samples = int(state_dict.get("unused_samples", 0))
+        self._past = unsealed(state_dict) if state_dict else None
+        self._unused_samples = 0 if self._past is None else self._past.unused_samples
 
     @override
     def on_load_checkpoint(
@@ -285,15 +297,15 @@ class DifferentialPrivacy(pl.Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._global_step_at_start = int(checkpoint.get("global_step", 0))
-        if not checkpoint.get("callbacks", {}).get(self.state_key, {}).get("ledger"):
-            raise preflight.PreflightError(
-                "ckpt_path without a privacy ledger: expected a checkpoint of a private run. Its steps saw the data without "
-                "protection, which no later step can undo. To start from public weights, load them into the module "
-                "(for instance with load_from_checkpoint) and call fit without ckpt_path."
-            )
+        on_every_rank(trainer.strategy, lambda: past_of(checkpoint, self.state_key), preflight.PreflightError)
+        self._global_step_at_start = checkpoint["global_step"]
 
     def _plan(self, trainer: pl.Trainer, strategy: PrivateStrategy, loader: DataLoader[Any]) -> Ledger:
+        if not self._planned:
+            past = self._past
+            lost = on_rank_zero(strategy, lambda: lost_since(past, trainer.ckpt_path))
+            self._past = None if past is None else with_lost_steps(past, lost)
+        spent = None if self._past is None else self._past.ledger
         plan = agreed_plan(
             strategy,
             loader,
@@ -306,7 +318,7 @@ class DifferentialPrivacy(pl.Callback):
             max_batch_size=self.max_batch_size,
             resolution=resolution(self.secure),
             coordinates=sum(p.numel() for p in trainer.lightning_module.parameters()) if self.secure else None,
-            spent=as_if_real(self._spent, self.simulate),
+            spent=as_if_real(spent, self.simulate),
             remaining_steps=lambda per_epoch: self._planned_steps(trainer, per_epoch),
         )
         sigma, plan = plan.noise_multiplier, simulated(plan, self.simulate)
@@ -319,11 +331,14 @@ class DifferentialPrivacy(pl.Callback):
                 )
             return self.ledger
         preflight.check_delta_for(plan)
-        check_batch_after_resume(plan, self._spent, self.expected_batch_size, self._world_size, trainer.world_size)
+        check_batch_after_resume(
+            plan, spent, self.expected_batch_size, self._past.world_size if self._past else None, trainer.world_size
+        )
         self._world_size = trainer.world_size
-        self.ledger = Ledger(plan) if self._spent is None else Ledger.resume(plan, self._spent)
+        self.ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
         self._steps_at_start = self.ledger.steps
-        self._report = Report(self.ledger, "secret" if self.seed is None else "reproducible")
+        notes = () if self._past is None else self._past.notes
+        self._report = Report(self.ledger, "secret" if self.seed is None else "reproducible", notes)
         if strategy.private_step is not None:
             strategy.private_step.unused_samples = self._unused_samples  # a resumed run goes on behind them
         self._planned, self._sigma = True, sigma
@@ -333,6 +348,23 @@ class DifferentialPrivacy(pl.Callback):
         step = make_private(trainer.strategy).private_step
         per_batch = 1 if step is None else step.optimizer_steps_per_batch
         return planned_steps(trainer, per_epoch, self._global_step_at_start, per_batch)
+
+    def _begin_journal(self, trainer: pl.Trainer) -> None:
+        """From here on every step is written down before it is released."""
+        assert self.ledger is not None
+        assert self._report is not None
+        if trainer.is_global_zero:
+            past = None if self._past is None else self._past.lineage
+            self._journal = Journal(self._report.folder, self.ledger.numbers, past)
+            self.ledger.witness = self._journal.record
+
+    def _now(self) -> Past | None:
+        """What this and all earlier fits have spent so far, for a checkpoint or the next fit."""
+        if self.ledger is None:
+            return self._past
+        before = None if self._past is None else self._past.lineage
+        lineage = before if self._journal is None else self._journal.lineage
+        return Past(self.ledger.state_dict(), lineage, self._world_size, self._unused_samples)
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         """Stop before a step that would overspend, unless the Trainer is about to end by itself."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_dp.checked import number, shown
+
 ClippingStyle = Literal["flat", "per_layer", "automatic"]
 DEFAULT_GAMMA = 0.01
 """γ of the automatic style, as in the experiments of its authors."""
@@ -93,8 +95,9 @@ def layer_of(name: str) -> str:
 
 def check_clipping(style: str, gamma: float, clip_norm: float) -> None:
     """Raise ``ValueError`` unless ``style`` is one of :data:`ClippingStyle` and the numbers go with it."""
-    if style not in get_args(ClippingStyle):
-        raise ValueError(f"clipping={style!r}: expected one of {', '.join(get_args(ClippingStyle))}.")
+    if not isinstance(style, str) or style not in get_args(ClippingStyle):
+        raise ValueError(f"clipping={shown(style)}: expected one of {', '.join(get_args(ClippingStyle))}.")
+    number("automatic_gamma", gamma)
     if not (gamma > 0 and math.isfinite(gamma)):
         raise ValueError(f"automatic_gamma={gamma}: expected a finite number above 0, such as {DEFAULT_GAMMA}.")
     if style == "automatic" and math.isinf(clip_norm):

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dp.checked import number
 from lightning_dp.functional.average import average, warmed_up_decay
 from lightning_dp.preflight import check_averaging
 
@@ -38,7 +39,7 @@ class ExponentialMovingAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.999, device: torch.device | str | int | None = None) -> None:
-        if not 0 <= decay < 1:
+        if not 0 <= number("decay", decay) < 1:
             raise ValueError(f"decay={decay}: expected a number in [0, 1), such as 0.999.")
         self.decay = decay
         super().__init__(device=device, use_buffers=False, avg_fn=self._average)

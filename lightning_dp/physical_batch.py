@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_dp import preflight
 from lightning_dp.batch_search import Found, measured, random_rows, search_size
+from lightning_dp.checked import shown, whole
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.select import make_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
@@ -35,9 +36,14 @@ PhysicalBatchSize = int | Literal["auto"] | None
 
 def check_physical_batch_size(size: object) -> None:
     """Raise ``ValueError`` unless ``size`` is a :data:`PhysicalBatchSize`."""
-    if size is None or size == "auto" or (isinstance(size, int) and size >= 1):
+    if size is None or (isinstance(size, str) and size == "auto"):
         return
-    raise ValueError(f"physical_batch_size={size!r}: expected at least 1, 'auto', or None for the default.")
+    try:
+        whole("physical_batch_size", size, low=1)
+    except ValueError:
+        raise ValueError(
+            f"physical_batch_size={shown(size)}: expected at least 1, 'auto', or None for the default."
+        ) from None
 
 
 def default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: Strategy, views: int) -> int:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lightning_dp.checked import number, whole
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
+
+MOST_STEPS = MOST_EXAMPLES = 10**15
+"""Counts up to here are exact as floating-point numbers, and so is arithmetic with them."""
+SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 1e-9, 1e9
+SMALLEST_CLIP_NORM = 1e-30
 
 NEIGHBOURING_RELATION = "add/remove one example"
 SAMPLING = "Poisson"
@@ -72,7 +78,8 @@ class PrivacyPlan:
         check_delta(self.delta)
         if self.target_epsilon is not None:
             check_epsilon(self.target_epsilon)
-        if self.dataset_size < 1:
+        number("expected_batch_size", self.expected_batch_size)
+        if whole("dataset_size", self.dataset_size, high=MOST_EXAMPLES) < 1:
             raise ValueError(
                 f"dataset_size={self.dataset_size}: expected at least one example. "
                 "Check that the training dataset is not empty."
@@ -84,7 +91,7 @@ class PrivacyPlan:
                 "(0, 1]. Lower the loader's batch_size (it is multiplied by the number of ranks) or pass "
                 f"DifferentialPrivacy(expected_batch_size=...) at most {self.dataset_size}."
             )
-        if self.steps is not None and self.steps < 0:
+        if self.steps is not None and whole("steps", self.steps, high=MOST_STEPS) < 0:
             raise ValueError(f"steps={self.steps}: expected a non-negative number of steps, or None if unknown.")
         if math.isinf(self.clip_norm) and self.noise_multiplier > 0:
             raise ValueError(
@@ -140,7 +147,7 @@ class PrivacyPlan:
 
 def check_max_batch_size(max_batch_size: int) -> None:
     """Raise ``ValueError`` unless ``max_batch_size`` is at least 1."""
-    if max_batch_size < 1:
+    if whole("max_batch_size", max_batch_size) < 1:
         raise ValueError(
             f"max_batch_size={max_batch_size}: expected at least 1, well above the expected batch size, or None for draws "
             "of any size."
@@ -149,24 +156,39 @@ def check_max_batch_size(max_batch_size: int) -> None:
 
 def check_epsilon(epsilon: float) -> None:
     """Raise ``ValueError`` unless ``epsilon`` is a finite positive number."""
+    number("epsilon", epsilon)
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon={epsilon}: expected a finite number above 0, such as 8.0.")
 
 
 def check_delta(delta: float) -> None:
     """Raise ``ValueError`` unless ``delta`` lies in (0, 1)."""
-    if not 0 < delta < 1:
+    if not 0 < number("delta", delta) < 1:
         raise ValueError(f"delta={delta}: expected a number in (0, 1), well below 1 / dataset_size, such as 1e-5.")
 
 
 def check_clip_norm(clip_norm: float) -> None:
-    """Raise ``ValueError`` unless ``clip_norm`` is above 0 (``inf`` is accepted)."""
-    if not clip_norm > 0:
+    """Raise ``ValueError`` unless ``clip_norm`` is above 0 (``inf`` is accepted) and suits float32.
+
+    Noise of a standard deviation near the smallest float32 would be rounded to a few values.
+    """
+    if not number("clip_norm", clip_norm) > 0:
         raise ValueError(f"clip_norm={clip_norm}: expected a number above 0, such as 1.0.")
+    if clip_norm != math.inf and not SMALLEST_CLIP_NORM <= clip_norm <= 1 / SMALLEST_CLIP_NORM:
+        raise ValueError(
+            f"clip_norm={clip_norm}: expected a number from {SMALLEST_CLIP_NORM:g} to {1 / SMALLEST_CLIP_NORM:g}, such as 1.0: "
+            "sums and noise are float32. Scale the loss instead."
+        )
 
 
 def check_noise_multiplier(noise_multiplier: float) -> None:
-    """Raise ``ValueError`` unless ``noise_multiplier`` is finite and at least 0."""
+    """Raise ``ValueError`` unless ``noise_multiplier`` is 0 or a number that the accountants can work with."""
+    number("noise_multiplier", noise_multiplier)
+    if 0 < noise_multiplier < SMALLEST_NOISE_MULTIPLIER or math.inf > noise_multiplier > LARGEST_NOISE_MULTIPLIER:
+        raise ValueError(
+            f"noise_multiplier={noise_multiplier}: expected 0, or a number from {SMALLEST_NOISE_MULTIPLIER:g} to "
+            f"{LARGEST_NOISE_MULTIPLIER:g}, such as 1.0."
+        )
     if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
         raise ValueError(
             f"noise_multiplier={noise_multiplier}: expected a finite number of at least 0, such as 1.0 "
@@ -176,7 +198,7 @@ def check_noise_multiplier(noise_multiplier: float) -> None:
 
 def check_sampling_probability(sampling_probability: float) -> None:
     """Raise ``ValueError`` unless ``sampling_probability`` lies in (0, 1]."""
-    if not 0 < sampling_probability <= 1:
+    if not 0 < number("sampling_probability", sampling_probability) <= 1:
         raise ValueError(
             f"sampling_probability={sampling_probability}: expected a number in (0, 1], "
             "the expected batch size divided by the dataset size."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
@@ -18,6 +18,8 @@ from lightning_dp.plan import PrivacyPlan
 from lightning_dp.preflight import PreflightError
 from lightning_dp.ranks import on_every_rank
 from lightning_dp.strategy_facts import world_size_of
+
+T = TypeVar("T")
 
 
 def planned_steps(
@@ -145,7 +147,7 @@ def agreed_plan(
             **asdict(mine),
         },
     )
-    return _on_rank_zero(strategy, make)
+    return on_rank_zero(strategy, make)
 
 
 def check_batch_after_resume(
@@ -179,9 +181,9 @@ def _ledger(plan: PrivacyPlan, spent: dict[str, Any] | None) -> Ledger:
     return Ledger.resume(plan, spent) if spent else Ledger(plan)
 
 
-def _on_rank_zero(strategy: Strategy, make: Callable[[], PrivacyPlan]) -> PrivacyPlan:
+def on_rank_zero(strategy: Strategy, make: Callable[[], T]) -> T:
     """Rank 0's result on every rank, or rank 0's error on every rank."""
-    outcome: PrivacyPlan | ValueError | None = None
+    outcome: T | ValueError | None = None
     if strategy.is_global_zero:
         try:
             outcome = make()

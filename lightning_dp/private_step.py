@@ -118,7 +118,7 @@ class PrivateStep:
             self._manual = ManualOptimization(strategy, self._capture, self._views, self._public_optimizers)
             self.optimizer_steps_per_batch = self._manual.rehearse(loader, self._physical_batch_size)
         ledger = self._ledger = self._planner(loader)
-        key = self._key = self._key or _shared_key(strategy, self._seed)
+        key = self._key = self._key or _shared_key(strategy, self._seed, ledger)
         given, views = self._physical_batch_size, self._views.k if self._views else 1
         size = given if isinstance(given, int) else default_physical_batch_size(module, ledger.plan, strategy, views)
         self._loader = PoissonLoader(
@@ -379,10 +379,10 @@ class PrivateStep:
         return example_loss(strategy, self._capture, self._views, rest)
 
 
-def _shared_key(strategy: Strategy, seed: int | None) -> RandomKey:
+def _shared_key(strategy: Strategy, seed: int | None, ledger: Ledger) -> RandomKey:
     """The run's key, the same on every rank: from the seed, or rank 0's operating-system entropy, written nowhere."""
     if seed is not None:
-        return RandomKey.from_seed(seed)
+        return RandomKey.from_seed(seed, ledger.changed)
     return RandomKey(strategy.broadcast(RandomKey.fresh().reveal()), "secret")
 
 

@@ -15,6 +15,7 @@ from lightning_dp import secure
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.select import Selection
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.whole_file import write_whole
 
 SIMULATION = "SIMULATION at 1/{} of batch and noise, NOT PRIVATE as the run it stands for. Spent here"
 FILE_NAME = "privacy.json"
@@ -30,17 +31,25 @@ class Report:
     Args:
         ledger: where the spent steps are counted.
         randomness: ``"secret"`` or ``"reproducible"``.
+        notes: caveats of this run, beside those of every run.
     """
 
-    def __init__(self, ledger: Ledger, randomness: Literal["secret", "reproducible"]) -> None:
+    def __init__(
+        self, ledger: Ledger, randomness: Literal["secret", "reproducible"], notes: tuple[str, ...] = ()
+    ) -> None:
         self.ledger = ledger
+        self.notes = notes
         self.randomness: Literal["secret", "reproducible"] = randomness
-        self._folder: Path | None = None
+        self.folder: Path | None = None
 
     def start(self, trainer: pl.Trainer, step: PrivateStep, selection: Selection) -> None:
         """Announce the plan to people and loggers. Called on every rank before training."""
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to the other ranks
-        self._folder = None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]  # set where type checkers do not see it
+        self.folder = None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]  # set where type checkers do not see it
+        if self.folder is not None and trainer.is_global_zero:
+            (self.folder / FILE_NAME).unlink(
+                missing_ok=True
+            )  # from the first step on an older one would say too little
         plan = self.ledger.plan
         steps = "an open number of steps" if plan.steps is None else f"{plan.steps} steps"
         style = "" if plan.clipping == "flat" else f" ({plan.clipping_rule})"
@@ -75,7 +84,7 @@ class Report:
     def statement(self) -> Statement:
         """What has been spent so far."""
         caveats = CAVEATS if self.ledger.plan.resolution is None else (*secure.CAVEATS, *CAVEATS[1:])
-        return Statement.of(self.ledger, randomness=self.randomness, caveats=caveats)
+        return Statement.of(self.ledger, randomness=self.randomness, caveats=(*caveats, *self.notes))
 
     @rank_zero_only
     def write(self, trainer: pl.Trainer, broken: int = 0) -> None:
@@ -91,9 +100,14 @@ class Report:
                 "is not covered by the guarantee.) Look for divisions by zero or logarithms in the loss, or lower the rate."
             )
         statement = self.statement()
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / FILE_NAME).write_text(statement.to_json() + "\n", encoding="utf-8")
+        if self.folder is not None:
+            try:
+                write_whole(self.folder / FILE_NAME, statement.to_json() + "\n")
+            except OSError as error:  # the training is done, and what it spent has to be known
+                rank_zero_warn(
+                    f"{self.folder / FILE_NAME} cannot be written ({error}): expected a folder with room. Make room, and save "
+                    f"this in its place:\n{statement.to_json()}"
+                )
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.summary["dp/statement"] = str(statement)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dp.checkpoint import read_checkpoint
 from lightning_dp.loader import LogicalBatch
 from lightning_dp.lost_ranks import naming_absent_nodes
 from lightning_dp.preflight import PreflightError, check_strategy
@@ -61,6 +62,10 @@ class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         _require(self, trainer)
         super().setup(trainer)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -114,6 +119,10 @@ class PrivateDDPStrategy(DDPStrategy):
         """Start all ranks from rank 0's parameters and buffers, which is all that is needed of the DDP wrapper."""
         assert self.model is not None
         _sync_module_states(self.model)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

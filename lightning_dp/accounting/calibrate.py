@@ -10,7 +10,8 @@ from lightning_dp.accounting.epsilon import epsilon_bound
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.prv import EPSILON_ERROR, PrvFailureError, PrvGrid
 from lightning_dp.accounting.rdp import rdp_epsilon
-from lightning_dp.plan import check_delta, check_epsilon, check_sampling_probability
+from lightning_dp.checked import whole
+from lightning_dp.plan import MOST_STEPS, check_delta, check_epsilon, check_sampling_probability
 
 LARGEST_NOISE_MULTIPLIER = 1e6
 """The search gives up beyond this σ."""
@@ -59,7 +60,7 @@ def noise_multiplier_for(
     check_epsilon(epsilon)
     check_delta(delta)
     check_sampling_probability(sampling_probability)
-    if steps < 1:
+    if whole("steps", steps, high=MOST_STEPS) < 1:
         raise ValueError(f"steps={steps}: expected at least 1 step to calibrate the noise for.")
     search = _Search(epsilon, delta, sampling_probability, steps, tuple(p for p in history if p.steps))
     search.check_reachable()

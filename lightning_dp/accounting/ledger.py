@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
-from lightning_dp.accounting.distance import Distance, distance_of_step
+from lightning_dp.accounting.distance import Distance
+from lightning_dp.accounting.entry import REMEDY, Entry, merge_entries
 from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
 from lightning_dp.accounting.reserve import ReservedCurve
-from lightning_dp.clipping import DEFAULT_GAMMA, ClippingStyle, check_clipping
-from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_max_batch_size
+from lightning_dp.checked import shown
+from lightning_dp.plan import PrivacyPlan
 
 STATE_VERSION = 2
 MOST_STEPS = 10**9
@@ -22,106 +23,6 @@ MOST_STEPS = 10**9
 
 class BudgetExceededError(RuntimeError):
     """The next step would take ε above the target; it was not charged and must not be taken."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """Consecutive steps under one set of public numbers."""
-
-    steps: int
-    noise_multiplier: float
-    sampling_probability: float
-    clip_norm: float
-    expected_batch_size: float
-    dataset_size: int
-    delta: float
-    max_batch_size: int | None
-    resolution: int | None
-    coordinates: int | None
-    clipping: ClippingStyle = "flat"
-
-    @classmethod
-    def of(cls, plan: PrivacyPlan, steps: int) -> _Entry:
-        return cls(
-            steps=steps,
-            noise_multiplier=float(plan.noise_multiplier),
-            sampling_probability=float(plan.sampling_probability),
-            clip_norm=float(plan.clip_norm),
-            expected_batch_size=float(plan.expected_batch_size),
-            dataset_size=int(plan.dataset_size),
-            delta=float(plan.delta),
-            max_batch_size=plan.max_batch_size,
-            resolution=plan.resolution,
-            coordinates=plan.coordinates,
-            clipping=plan.clipping,
-        )
-
-    @classmethod
-    def read(cls, raw: object) -> _Entry:
-        fields = cls.__dataclass_fields__
-        if isinstance(raw, Mapping):
-            raw = {"clipping": "flat", **raw}  # all that there was before there were styles
-        if not isinstance(raw, Mapping) or set(raw) != set(fields):
-            found = sorted(map(str, raw)) if isinstance(raw, Mapping) else raw
-            raise ValueError(f"a phase of the ledger's state has {found}: expected {sorted(fields)}. {_REMEDY}")
-        for name in set(fields) - {"clipping"}:
-            if raw[name] is None and name in _NULLABLE:
-                continue
-            kinds = (int,) if name in ("steps", "dataset_size", *_NULLABLE) else (int, float)
-            if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
-                raise ValueError(f"{name}={raw[name]!r} in the ledger's state: expected a plain number. {_REMEDY}")
-        entry = cls(**{str(name): value for name, value in raw.items()})
-        try:
-            entry.phase()
-            check_clip_norm(entry.clip_norm)
-            check_clipping(entry.clipping, DEFAULT_GAMMA, entry.clip_norm)
-            check_delta(entry.delta)
-            entry.check_distance()
-        except ValueError as error:
-            raise ValueError(f"the ledger's state is not valid: {error} {_REMEDY}") from error
-        return entry
-
-    def phase(self) -> Phase:
-        return Phase(self.noise_multiplier, self.sampling_probability, self.steps)
-
-    def distance(self) -> Distance:
-        """How far these steps are from what the accountant composes, all together."""
-        one = distance_of_step(
-            dataset_size=self.dataset_size,
-            sampling_probability=self.sampling_probability,
-            noise_multiplier=self.noise_multiplier,
-            max_batch_size=self.max_batch_size,
-            resolution=self.resolution,
-            coordinates=self.coordinates,
-        )
-        return one * self.steps
-
-    def check_distance(self) -> None:
-        if self.max_batch_size is not None:
-            check_max_batch_size(self.max_batch_size)
-        for name, value in (("dataset_size", self.dataset_size), ("resolution", self.resolution)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1.")
-        if self.resolution is not None and (self.coordinates is None or self.coordinates < 1):
-            raise ValueError(f"coordinates={self.coordinates}: expected at least 1 beside a resolution.")
-        self.distance()
-
-
-def _merge(entries: Iterable[_Entry]) -> tuple[_Entry, ...]:
-    """Join neighbouring entries that differ in nothing but their steps, and leave out those without steps."""
-    merged: list[_Entry] = []
-    for entry in entries:
-        if entry.steps == 0:
-            continue
-        if merged and replace(merged[-1], steps=entry.steps) == entry:
-            merged[-1] = replace(entry, steps=merged[-1].steps + entry.steps)
-        else:
-            merged.append(entry)
-    return tuple(merged)
-
-
-_NULLABLE = ("max_batch_size", "resolution", "coordinates")
-_REMEDY = "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."
 
 
 class Ledger:
@@ -157,8 +58,9 @@ class Ledger:
 
     def __init__(self, plan: PrivacyPlan) -> None:
         self._plan = plan
-        self._past: tuple[_Entry, ...] = ()
+        self._past: tuple[Entry, ...] = ()
         self._charged = 0
+        self.witness: Callable[[int], None] | None = None
         self._start()
 
     def _start(self) -> None:
@@ -174,7 +76,7 @@ class Ledger:
             self._plan.noise_multiplier,
             self._plan.sampling_probability,
             self._plan.delta,
-            _Entry.of(self._plan, 1).distance(),
+            Entry.of(self._plan, 1).distance(),
             foreseen,
         )
         self._surely_affordable: int | None = None
@@ -199,7 +101,7 @@ class Ledger:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Every step taken so far, as runs of equal σ and q in order."""
-        return merge_phases([*self._past_phases, _Entry.of(self._plan, self._charged).phase()])
+        return merge_phases([*self._past_phases, Entry.of(self._plan, self._charged).phase()])
 
     @property
     def steps(self) -> int:
@@ -209,7 +111,20 @@ class Ledger:
     def distance(self, steps: int) -> Distance:
         """How far ``steps`` steps in all (at least those past) are from what the accountant composes."""
         past = sum((entry.distance() for entry in self._past), Distance())
-        return past + _Entry.of(self._plan, steps - self._past_steps).distance()
+        return past + Entry.of(self._plan, steps - self._past_steps).distance()
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The public numbers of the current plan's steps, and how many are charged, as in a state."""
+        return asdict(Entry.of(self._plan, self._charged))
+
+    @property
+    def changed(self) -> str:
+        """Empty if all steps so far were under the current plan's numbers; otherwise after how many they became these."""
+        current, before = Entry.of(self._plan, 0), list(self._past)
+        while before and replace(before[-1], steps=0) == current:
+            before.pop()
+        return f"{sum(entry.steps for entry in before)}: {current}" if before else ""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -285,6 +200,8 @@ class Ledger:
     def charge(self) -> None:
         """Count one step of the current plan.
 
+        :attr:`witness`, if set, is then told how many these are. If it raises, the step is charged and must not be taken.
+
         Raises:
             BudgetExceededError: the step would take ε above the target. Nothing is charged.
         """
@@ -297,6 +214,8 @@ class Ledger:
                 "epsilon, or plan for more steps so that a larger noise multiplier is found."
             )
         self._charged += 1
+        if self.witness is not None:
+            self.witness(self._charged)
 
     def epsilon(self, steps: int | None = None) -> EpsilonBound:
         """The upper bound on ε after ``steps`` steps in all, past or still to come under the current plan.
@@ -312,7 +231,7 @@ class Ledger:
             return self._curve.at(total - self._past_steps)
         if total < 0:
             raise ValueError(f"steps={total}: expected a non-negative total number of steps.")
-        cut: list[_Entry] = []
+        cut: list[Entry] = []
         for entry in self._past:
             cut.append(replace(entry, steps=min(entry.steps, total)))
             total -= cut[-1].steps
@@ -335,17 +254,17 @@ class Ledger:
             ValueError: the state is of another version, incomplete, or holds an impossible number.
         """
         version = state.get("version")
-        if version != STATE_VERSION or isinstance(version, bool):
-            raise ValueError(f"version={version!r} of the ledger's state: expected {STATE_VERSION}. {_REMEDY}")
+        if type(version) is not int or version != STATE_VERSION:
+            raise ValueError(f"version={shown(version)} of the ledger's state: expected {STATE_VERSION}. {REMEDY}")
         phases = state.get("phases")
         if not isinstance(phases, list):
-            raise ValueError(f"phases={phases!r} in the ledger's state: expected a list. {_REMEDY}")
-        self._past = _merge(map(_Entry.read, phases))
+            raise ValueError(f"phases={shown(phases)} in the ledger's state: expected a list. {REMEDY}")
+        self._past = merge_entries(map(Entry.read, phases))
         self._charged = 0
         self._start()
 
-    def _entries(self) -> tuple[_Entry, ...]:
-        return _merge([*self._past, _Entry.of(self._plan, self._charged)])
+    def _entries(self) -> tuple[Entry, ...]:
+        return merge_entries([*self._past, Entry.of(self._plan, self._charged)])
 
     def _holds(self, steps: int, target: float) -> bool:
         return self._curve.at(steps).epsilon <= target

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_dp.plan import check_noise_multiplier, check_sampling_probability
+from lightning_dp.checked import whole
+from lightning_dp.plan import MOST_STEPS, check_noise_multiplier, check_sampling_probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Phase:
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
         check_sampling_probability(self.sampling_probability)
-        if self.steps < 0:
+        if whole("steps", self.steps, high=MOST_STEPS) < 0:
             raise ValueError(f"steps={self.steps}: expected a non-negative number. Count the steps that were taken.")
 
 

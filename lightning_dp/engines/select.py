@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from lightning_dp.checked import shown
 from lightning_dp.engines.decisions import PartingError
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.ghost import GhostEngine
@@ -60,8 +61,8 @@ class Selection:
 
 def check_engine_name(engine: str) -> None:
     """Raise ``ValueError`` unless ``engine`` is one of the names of :data:`EngineName`."""
-    if engine not in get_args(EngineName):
-        raise ValueError(f"engine={engine!r}: expected one of {', '.join(get_args(EngineName))}.")
+    if not isinstance(engine, str) or engine not in get_args(EngineName):
+        raise ValueError(f"engine={shown(engine)}: expected one of {', '.join(get_args(EngineName))}.")
 
 
 def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.Module | None = None) -> Selection:

@@ -51,9 +51,16 @@ class RandomKey:
         return cls(secrets.token_bytes(KEY_BYTES), "secret")
 
     @classmethod
-    def from_seed(cls, seed: int) -> RandomKey:
-        """A key anybody can rebuild from ``seed``: for tests and debugging, not for releases."""
-        material = hashlib.blake2b(str(int(seed)).encode(), digest_size=KEY_BYTES, person=b"lightning_dp/sd").digest()
+    def from_seed(cls, seed: int, changed: str = "") -> RandomKey:
+        """A key anybody can rebuild from ``seed``: for tests and debugging, not for releases.
+
+        Args:
+            seed: any whole number.
+            changed: what makes a resumed run another mechanism than the run it continues. With the same noise in both, two
+                noisy gradients of one step would be two equations, which give the gradient and the noise.
+        """
+        text = f"{int(seed)}:{changed}" if changed else str(int(seed))
+        material = hashlib.blake2b(text.encode(), digest_size=KEY_BYTES, person=b"lightning_dp/sd").digest()
         return cls(material, "reproducible")
 
     def reveal(self) -> bytes:

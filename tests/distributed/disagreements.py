@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 from lightning_dp import DifferentialPrivacy, agreement
 from lightning_dp.accounting import Ledger
+from lightning_dp.checkpoint import Past, sealed
 from tests.conftest import loader, regression_data, regressor
 from tests.functional.laws import plan
 
@@ -82,4 +83,4 @@ class Restored(L.Callback):
         ledger = Ledger(plan(noise_multiplier=1.0, dataset_size=64, expected_batch_size=16))
         for _step in range(self.charged):
             ledger.charge()
-        self.private.load_state_dict({"ledger": ledger.state_dict()} if self.charged else {})
+        self.private.load_state_dict(sealed(Past(ledger.state_dict())) if self.charged else {})

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import lightning_dp.accounting.ledger as ledger_module
+import lightning_dp.accounting.entry as entry_module
 import lightning_dp.engines.on_grid as on_grid_module
 import lightning_dp.functional.grid as grid_module
 import lightning_dp.functional.step as step_module
@@ -25,24 +25,24 @@ from tests.guarantees.mutations import patched
 @contextmanager
 def cuts_are_free() -> Iterator[None]:
     """Draws are cut and accounted for as if they were not, as a fixed-size buffer does it."""
-    original = ledger_module.distance_of_step
+    original = entry_module.distance_of_step
 
     def distance(**numbers: Any) -> Distance:
         return original(**{**numbers, "max_batch_size": None})
 
-    with patched((ledger_module, "distance_of_step", distance)):
+    with patched((entry_module, "distance_of_step", distance)):
         yield
 
 
 @contextmanager
 def cuts_are_paid_for_once() -> Iterator[None]:
     """The probability of a cut is taken for one step, not for all of them."""
-    original = ledger_module._Entry.distance
+    original = entry_module.Entry.distance
 
     def distance(self: Any) -> Distance:
         return original(replace(self, steps=min(1, self.steps)))
 
-    with patched((ledger_module._Entry, "distance", distance)):
+    with patched((entry_module.Entry, "distance", distance)):
         yield
 
 
@@ -70,12 +70,12 @@ def each_rank_cuts_for_itself() -> Iterator[None]:
 @contextmanager
 def discrete_noise_is_free() -> Iterator[None]:
     """Discrete noise is accounted for as if it were the Gaussian itself."""
-    original = ledger_module.distance_of_step
+    original = entry_module.distance_of_step
 
     def distance(**numbers: Any) -> Distance:
         return original(**{**numbers, "resolution": None})
 
-    with patched((ledger_module, "distance_of_step", distance)):
+    with patched((entry_module, "distance_of_step", distance)):
         yield
 
 

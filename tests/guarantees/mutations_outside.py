@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import lightning_dp.accounting.entry as entry_module
 import lightning_dp.accounting.epsilon as epsilon_module
 import lightning_dp.accounting.ledger as ledger_module
 import lightning_dp.callback as callback_module
@@ -76,12 +77,12 @@ def any_loader_is_accepted() -> Iterator[None]:
 @contextmanager
 def accounted_with_one_over_the_loaders_length() -> Iterator[None]:
     """O#813: q = 1/len(loader), whatever the sampler does."""
-    original = ledger_module._Entry.of
+    original = entry_module.Entry.of
 
     def of(plan: PrivacyPlan, steps: int) -> Any:
         return replace(original(plan, steps), sampling_probability=1 / math.ceil(1 / plan.sampling_probability))
 
-    with patched((ledger_module._Entry, "of", staticmethod(of))):
+    with patched((entry_module.Entry, "of", staticmethod(of))):
         yield
 
 
