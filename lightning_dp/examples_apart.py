@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_dp import preflight
+from lightning_dp.engines.explain import explain
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.loader import PoissonLoader
 from lightning_dp.loss_coupling import PROBES, Reduction, check_loss_keeps_examples_apart
@@ -73,4 +74,13 @@ def _reduction(
     batch = collate(records)
     if with_views is not None:
         batch = with_views(batch, np.arange(len(records)), 0)
-    return check_loss_keeps_examples_apart(module, loss_function, trainable(module), batch, len(records))
+    try:
+        return check_loss_keeps_examples_apart(module, loss_function, trainable(module), batch, len(records))
+    except preflight.PreflightError:
+        raise
+    except Exception as error:  # a step that takes single examples only, or no room for several at once
+        rank_zero_info(
+            f"lightning_dp: whether the loss of a batch couples its examples could not be looked at: {explain(error, module)}. "
+            "In training every example is a batch of its own."
+        )
+        return Reduction.UNKNOWN

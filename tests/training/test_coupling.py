@@ -132,6 +132,16 @@ def test_weights_that_vanish_in_a_batch_of_one_are_warned_about() -> None:
         fit(class_weighted)
 
 
+def one_at_a_time(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return mean(net, x, y) if x.sum(1) > 0 else mean(net, -x, y)
+
+
+def test_a_step_that_takes_single_examples_only_is_trained_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    fit(one_at_a_time)
+    assert "could not be looked at: Boolean value of Tensor with more than one value is ambiguous" in caplog.text
+    assert "test_coupling.py:" in caplog.text
+
+
 def test_with_views_the_loss_is_checked_too() -> None:
     images = TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 3)
 
@@ -201,6 +211,17 @@ def test_padding_that_enters_the_loss_is_refused(collate: Any) -> None:
     """Else removing the longest record would change every other record's gradient."""
     with pytest.raises(PreflightError, match=r"collate_fn pads examples.*changed by .*%.*Mask the padding"):
         fit_sequences(collate, masked=False)
+
+
+def test_records_too_short_by_themselves_are_no_cause_for_alarm() -> None:
+    class Convolution(Sequences):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            outputs = F.conv1d(self.net(batch["sequences"]).mT, torch.ones(1, 1, 5))
+            return outputs.square().mean()
+
+    trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(
+        Convolution(masked=True), loader(LENGTHS[3:], 21, collate_fn=padded)
+    )
 
 
 @pytest.mark.parametrize("collate", [minus_their_mean, shuffled_together], ids=lambda f: f.__name__)
