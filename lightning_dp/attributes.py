@@ -1,4 +1,4 @@
-"""Python attributes of a module, and putting them back as they were."""
+"""Python attributes that training_step leaves on its module: taken off after each pass, and set once for the whole step."""
 
 from __future__ import annotations
 
@@ -6,55 +6,208 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_dp.preflight import PreflightError
 
 TORCH_KEEPS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 """Entries of a module's ``__dict__`` that are torch's: parameters and buffers are watched elsewhere."""
 
+LIGHTNING_KEEPS = frozenset(pl.LightningModule().__dict__) | {"log", "_param_requires_grad_state"}
+"""Entries of a LightningModule's ``__dict__`` that are Lightning's, or this package's for the time of a pass."""
+
+_ABSENT = object()
+_PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set, deque)
+_KINDS = {int: torch.int64, float: torch.float64}
+_written: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
+"""What training_step has left on modules: name → what was there before the first private step."""
+
+Place = tuple[str, str, str]
+"""A module's path, an attribute's name, and what happened to it: ``"set"`` or ``"extended"``."""
 
 
 @contextmanager
-def attributes_put_back(module: nn.Module) -> Iterator[None]:
+def attributes_put_back(module: nn.Module, *, report: bool = True) -> Iterator[dict[Place, Any]]:
     """Undo, when it closes, every attribute that was set, changed or deleted on ``module`` or a module inside it.
 
-    Lists, dicts, sets and deques get their items back; what is deeper inside is not looked at.
+    While it is open, what earlier passes have left looks as it did before training (integers excepted): what was learnt
+    from one example may reach another's gradient through released parameters only.
+
+    Args:
+        module: the user's.
+        report: whether to look at what happened; without it everything is undone and nothing said.
+
+    Yields:
+        Filled when it closes: what happened to attributes of LightningModules. What other modules keep for themselves
+        (a cache, the last attention map) is undone and not reported.
+
+    Raises:
+        PreflightError: a LightningModule's attribute changed in a way that cannot be put together for many examples.
     """
-    before = [(one, snapshot(one)) for one in module.modules()]
+    hidden = [(one, _hide(one)) for one in module.modules() if one in _written]
+    before = [(path, one, _snapshot(one)) for path, one in module.named_modules()]
+    changes: dict[Place, Any] = {}
     try:
-        yield
+        yield changes
     finally:
-        for one, found in before:
-            put_back(one, found)
+        for path, one, found in before:
+            if report and isinstance(one, pl.LightningModule):
+                changes.update(_changes(path, one, found))
+            _put_back(one, found)
+        for one, kept in hidden:
+            one.__dict__.update(kept)
+    for (path, name, _), value in changes.items():
+        if value is _ABSENT:
+            raise PreflightError(
+                f"training_step changes self.{f'{path}.' if path else ''}{name}: expected attributes that are set anew or "
+                "lists that are appended to. It runs for each example on its own, and what it adds up or moves cannot be put "
+                "together afterwards; above all, no later training_step may depend on it. Use self.log or a torchmetrics "
+                "object, or do it in on_train_batch_end."
+            )
 
 
-def snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+def leave(module: nn.Module, changes: dict[Place, Any], kinds: dict[Place, Any]) -> None:
+    """Do once, for all examples of a step, what each pass through training_step did to attributes.
+
+    Args:
+        module: the user's.
+        changes: from :func:`numbers_as_tensors`, each tensor with a leading axis of examples.
+        kinds: the type of each leaf before that.
+
+    Raises:
+        PreflightError: an integer differs between examples.
+    """
+    for (path, name, how), value in changes.items():
+        owner = module.get_submodule(path)
+        joined = pytree.tree_map(lambda leaf, kind, name=name: _joined(leaf, kind, name), value, kinds[path, name, how])
+        before = owner.__dict__.get(name, _ABSENT)
+        _written.setdefault(owner, {}).setdefault(name, before.copy() if type(before) in _CONTAINERS else before)
+        if how == "set":
+            owner.__dict__[name] = joined
+        else:
+            owner.__dict__[name].extend(joined)
+
+
+def numbers_as_tensors(changes: dict[Place, Any]) -> dict[Place, Any]:
+    """Python numbers become tensors, so that every example's is seen; :func:`leave` turns them back."""
+
+    def as_tensor(leaf: Any) -> Any:
+        return torch.tensor(leaf, dtype=_KINDS[type(leaf)]) if type(leaf) in _KINDS else leaf
+
+    return {place: pytree.tree_map(as_tensor, value) for place, value in changes.items()}
+
+
+def _joined(leaf: Any, kind: type, name: str) -> Any:
+    """What one example's value becomes for all: scalars the mean, counts the sum, everything else its rows."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if kind is int and not bool((leaf == leaf[0]).all()):
+        raise PreflightError(
+            f"training_step sets self.{name} to different integers for different examples: expected one that does not depend "
+            "on the data, such as a counter of steps. Use self.log or a torchmetrics object."
+        )
+    if kind in _KINDS:
+        return int(leaf[0]) if kind is int else float(leaf.mean())
+    if leaf.ndim > 1:
+        return leaf.flatten(0, 1)
+    return leaf.mean() if leaf.is_floating_point() else leaf.sum()
+
+
+def _changes(path: str, one: pl.LightningModule, found: dict[str, tuple[Any, Any]]) -> dict[Place, Any]:
+    changes: dict[Place, Any] = {}
+    for name in {*found, *one.__dict__} - LIGHTNING_KEEPS - TORCH_KEEPS:
+        value, items = found.get(name, (_ABSENT, None))
+        now = one.__dict__.get(name, _ABSENT)
+        if type(now) is type(value) and isinstance(value, _PLAIN) and now == value:
+            continue
+        if now is not value:
+            adds_up = isinstance(value, (float, Tensor))
+            changes[path, name, "set"] = _ABSENT if now is _ABSENT or adds_up else now
+        elif items is not None and not _same(items, value):
+            appended = (
+                isinstance(value, (list, deque)) and len(value) > len(items) and _same(items, [*value][: len(items)])
+            )
+            changes[path, name, "extended"] = [*value][len(items) :] if appended else _ABSENT
+    return changes
+
+
+def _hide(one: nn.Module) -> dict[str, Any]:
+    """Make what was left on a module look as before training, and give back how it really looks."""
+    now, kept = one.__dict__, {}
+    for name, before in _written[one].items():
+        if name in now and type(now[name]) is not int:
+            kept[name] = now.pop(name)
+            if before is not _ABSENT:
+                now[name] = before.copy() if type(before) in _CONTAINERS else before
+    return kept
+
+
+def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """The attributes of one module: name → the object, and its items if it is a container."""
     return {
-        name: (value, value.copy() if type(value) in _CONTAINERS else None)
+        name: (value, _items(value) if type(value) in _CONTAINERS else None)
         for name, value in module.__dict__.items()
         if name not in TORCH_KEEPS
     }
 
 
-def put_back(module: nn.Module, found: dict[str, tuple[Any, Any]]) -> None:
+def _items(value: Any, depth: int = 0) -> Any:
+    """A copy of a container and, some levels deep, of those inside it."""
+    if type(value) not in _CONTAINERS or depth > 2:
+        return value
+    if isinstance(value, dict):
+        return {key: (item, _items(item, depth + 1)) for key, item in value.items()}
+    if isinstance(value, set):
+        return set(value)
+    return [(item, _items(item, depth + 1)) for item in value]
+
+
+def _put_back(module: nn.Module, found: dict[str, tuple[Any, Any]]) -> None:
     """Make the attributes of one module what they were when ``found`` was taken."""
     now = module.__dict__
     for name in [name for name in now if name not in found and name not in TORCH_KEEPS]:
         del now[name]
     for name, (value, items) in found.items():
-        if items is not None and (len(items) != len(value) or not _same(items, value)):
-            value.clear()
-            value.update(items) if isinstance(value, (dict, set)) else value.extend(items)
-        if now.get(name, TORCH_KEEPS) is not value:
+        if items is not None:
+            _refill(value, items)
+        if now.get(name, _ABSENT) is not value:
             now[name] = value
 
 
+def _refill(value: Any, items: Any) -> None:
+    if _same(items, value):
+        return
+    value.clear()
+    if isinstance(value, set):
+        value.update(items)
+        return
+    for key, (item, inner) in items.items() if isinstance(value, dict) else enumerate(items):
+        if type(item) in _CONTAINERS and inner is not item:
+            _refill(item, inner)
+        if isinstance(value, dict):
+            value[key] = item
+        else:
+            value.append(item)
+
+
 def _same(items: Any, value: Any) -> bool:
-    """Whether two containers of one length hold the very same objects."""
-    if isinstance(value, dict):
-        return all(value.get(key, TORCH_KEEPS) is item for key, item in items.items())
+    """Whether a container still holds what it held."""
+    if len(items) != len(value):
+        return False
     if isinstance(value, set):
         return bool(items == value)
-    return all(a is b for a, b in zip(items, value, strict=True))
+    pairs = (
+        [(value.get(key, _ABSENT), held) for key, held in items.items()]
+        if isinstance(value, dict)
+        else list(zip(value, items, strict=True))
+    )
+    return all(
+        now is item and (inner is item or type(item) not in _CONTAINERS or _same(inner, item))
+        for now, (item, inner) in pairs
+    )

@@ -7,13 +7,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
+from lightning_dp.advice import check_decisions
 from lightning_dp.agreement import check_same_on_every_rank, facts
 from lightning_dp.augmentation import views_of
 from lightning_dp.batch_axis import check_batch_axis_argument
@@ -227,6 +227,7 @@ class DifferentialPrivacy(pl.Callback):
         preflight.check_module(pl_module)  # again: configure_model may have added the layers
         preflight.check_optimizers(pl_module, trainer.optimizers)
         check_public_optimizers(pl_module, trainer.optimizers, self.public_optimizers)
+        check_decisions(trainer, pl_module)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._begin(trainer)
 
@@ -384,5 +385,4 @@ class DifferentialPrivacy(pl.Callback):
 
 def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     preflight.check_trainer(trainer)
-    if not is_overridden("configure_model", module):  # else on_fit_start checks, when the layers are there
-        preflight.check_module(module)
+    preflight.check_module(module, complete=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
+
+from lightning_dp.attributes import attributes_put_back, leave, numbers_as_tensors
 
 _warnings = WarningCache()
 
@@ -49,6 +51,8 @@ class Recording:
     metric_calls: list[MetricCall]
     log_calls: list[LogCall]
     extras: dict[str, Any]
+    attributes: dict[Any, Any] = field(default_factory=dict)
+    kinds: dict[Any, Any] = field(default_factory=dict)
 
     def take_tensors(self) -> list[Tensor]:
         """Everything tensor-valued that an example contributed; :meth:`put_back` is the inverse."""
@@ -56,16 +60,17 @@ class Recording:
             [call.arguments for call in self.metric_calls],
             [call.value for call in self.log_calls],
             self.extras,
+            self.attributes,
         ]
         self._leaves, self._structure = pytree.tree_flatten(nest)
         return [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
 
-    def put_back(self, tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any], dict[str, Any]]:
-        """Metric arguments, logged values and extra outputs with ``tensors`` in the tensors' places."""
+    def put_back(self, tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any], dict[str, Any], dict[Any, Any]]:
+        """Metric arguments, logged values, extra outputs and attributes with ``tensors`` in the tensors' places."""
         remaining = iter(tensors)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        arguments, values, extras = pytree.tree_unflatten(leaves, self._structure)
-        return arguments, values, extras
+        arguments, values, extras, attributes = pytree.tree_unflatten(leaves, self._structure)
+        return arguments, values, extras, attributes
 
 
 class StepCapture:
@@ -86,9 +91,11 @@ class StepCapture:
 
     def run(self, call: Callable[[], Any]) -> tuple[Tensor, list[Tensor]]:
         """Call ``training_step`` and split what it did into the loss and the tensors it logged, counted or returned."""
-        with self.listening() as recording:
+        with self.listening() as recording, attributes_put_back(self.module) as changes:
             output = call()
         loss, recording.extras = split_output(output)
+        recording.attributes = numbers_as_tensors(changes)
+        recording.kinds = {place: pytree.tree_map(type, value) for place, value in changes.items()}
         self._recording = recording
         return loss, recording.take_tensors()
 
@@ -98,7 +105,12 @@ class StepCapture:
         return [] if self._recording is None else [call.name for call in self._recording.log_calls]
 
     def replay(
-        self, outputs: list[list[Tensor]], examples: int, share: Callable[[Any], Any] | None = None
+        self,
+        outputs: list[list[Tensor]],
+        examples: int,
+        share: Callable[[Any], Any] | None = None,
+        *,
+        log: bool = True,
     ) -> dict[str, Any]:
         """Hand the captured calls of a whole step to Lightning.
 
@@ -108,6 +120,7 @@ class StepCapture:
             examples: how many examples the rank has in this step.
             share: given when some rank has no example while others have: takes a rank's list of log calls and returns
                 rank 0's, so that every rank makes the same (possibly collective) log calls.
+            log: ``False`` sets the attributes that training_step sets, and nothing else.
 
         Returns:
             The extra keys that training_step returned beside the loss, concatenated over examples.
@@ -116,7 +129,9 @@ class StepCapture:
         extras: dict[str, Any] = {}
         if outputs and self._recording is not None:
             columns = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
-            arguments, values, extras = self._recording.put_back(columns)
+            arguments, values, extras, attributes = self._recording.put_back(columns)
+            leave(self.module, attributes, self._recording.kinds)
+        if outputs and self._recording is not None and log:
             results = [
                 self._replay_metric(call, _rows(args))
                 for call, args in zip(self._recording.metric_calls, arguments, strict=True)
@@ -125,6 +140,8 @@ class StepCapture:
                 LogCall(call.path, call.name, self._logged_value(call, value, results), call.options)
                 for call, value in zip(self._recording.log_calls, values, strict=True)
             ]
+        if not log:
+            return {}
         if share is not None:
             shared = share(log_calls)
             log_calls = log_calls if outputs else shared
@@ -138,13 +155,15 @@ class StepCapture:
         recording = Recording([], [], {})
         replaced: list[tuple[Any, str, Any]] = []
 
-        def replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+        def replace(owner: Any, name: str, function: Any) -> None:
             replaced.append((owner, name, owner.__dict__.get(name)))
             object.__setattr__(owner, name, function)
 
         try:
             for path, child in self.module.named_modules():
                 if isinstance(child, pl.LightningModule):
+                    if child._current_fx_name is not None:  # a log method that was kept elsewhere must not get through
+                        replace(child, "_current_fx_name", None)
                     replace(child, "log", _record_log(recording, path, self.module))
                 elif isinstance(child, (Metric, MetricCollection)):
                     replace(child, "forward", _record_metric(recording, path, child, "forward"))

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from lightning_dp.capture import StepCapture
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.views import Views
+from lightning_dp.spectral import SpectralNorms
 from lightning_dp.strategy_facts import module_of
 from lightning_dp.transfer import as_training_step_takes_it
 
@@ -39,12 +40,12 @@ def example_loss(
         run: calls training_step and gives what it "returned"; manual optimization, where it need not return the loss,
             says what that is.
     """
-    stepper = _TrainingStep(module_of(strategy))
+    stepper, spectral_norms = _TrainingStep(module_of(strategy)), SpectralNorms(module_of(strategy))
 
     def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
         named = {f"module.{name}": parameter for name, parameter in {**(fixed or {}), **parameters}.items()}
         example = as_training_step_takes_it(strategy, example if views is None else views.fold(example))
-        with strategy.precision_plugin.train_step_context():
+        with spectral_norms.resting(), strategy.precision_plugin.train_step_context():
             call = partial(functional_call, stepper, named, (example, *rest))
             return capture.run(call if run is None else partial(run, call))
 

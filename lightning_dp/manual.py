@@ -72,7 +72,7 @@ class ManualOptimization:
         self._strategy, self._capture, self._views = strategy, capture, views
         self._public = frozenset(public)
         self._private = [place for place in range(len(strategy.optimizers)) if place not in self._public]
-        self._selections: dict[int, Selection] = {}
+        self._selections: dict[tuple[int, frozenset[str]], Selection] = {}
         self._scripts: list[list[int]] = []
         self._stand_in: Any = None
         self._live: _Live | None = None
@@ -122,14 +122,15 @@ class ManualOptimization:
         first: tuple[Selection, LossFunction] | None = None
         for index, script in enumerate(self._scripts):
             for number, place in enumerate(script):
-                if place in self._public or place in self._selections:
+                parameters = self._parameters()[place]
+                key = place, frozenset(parameters)
+                if place in self._public or key in self._selections:
                     continue
                 rest = (index,) if takes_batch_idx(module) else ()
-                parameters = self._parameters()[place]
                 before = {name: p.detach().clone() for name, p in module.named_parameters()}
                 with parameters_put_back(module):
                     loss_function = self._loss_function(rest, number, place, parameters)
-                    self._selections[place] = try_engines(loss_function, parameters)
+                    self._selections[key] = try_engines(loss_function, parameters)
                     changed = [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
                 if changed:
                     raise PreflightError(
@@ -138,7 +139,7 @@ class ManualOptimization:
                         "runs for each example. Move such updates (weight clipping, target networks) to the end of "
                         "training_step or to on_train_batch_end."
                     )
-                first = first or (self._selections[place], loss_function)
+                first = first or (self._selections[key], loss_function)
         assert first is not None, "rehearsal saw a private step"
         return first
 
@@ -220,10 +221,11 @@ class ManualOptimization:
         parameters = live.parameters[place]
         loss_function = self._loss_function(live.rest, live.step, place, parameters)
         with torch.enable_grad(), self._outside_the_precision_context():
-            if place not in self._selections:
-                self._selections[place] = live.sample.try_engines(loss_function, parameters)
+            key = place, frozenset(parameters)
+            if key not in self._selections:  # later than rehearsal looked, or parameters thawed since
+                self._selections[key] = live.sample.try_engines(loss_function, parameters)
             several = len(self._private) > 1
-            total = live.sample.clipped_sum(loss_function, parameters, self._selections[place], several)
+            total = live.sample.clipped_sum(loss_function, parameters, self._selections[key], several)
             gradient = live.sample.released(total, len(live.stepped), len(self._private))
         for group in self._strategy.optimizers[place].param_groups:
             for parameter in group["params"]:
@@ -279,7 +281,7 @@ class ManualOptimization:
                 raise _ReachedError
 
         def up_to_the_step(call: Callable[[], Any]) -> dict[str, Any]:
-            with attributes_put_back(module), intercepted(module, on_step) as notes:
+            with attributes_put_back(module, report=False), intercepted(module, on_step) as notes:
                 try:
                     call()
                 except _ReachedError:

@@ -86,8 +86,12 @@ def check_averaging(trainer: pl.Trainer) -> None:
         )
 
 
-def check_module(module: pl.LightningModule) -> None:
+def check_module(module: pl.LightningModule, *, complete: bool = True) -> None:
     """Refuse modules whose layers mix examples or have nothing to train. Called once the module is complete.
+
+    Args:
+        module: the user's.
+        complete: ``False`` before ``configure_model``, which may be where the parameters come from.
 
     Raises:
         PreflightError: see the message.
@@ -112,7 +116,8 @@ def check_module(module: pl.LightningModule) -> None:
             "lightning_dp.make_trainable_privately(module) before fit; or, for a frozen pre-trained part, call .eval() and "
             ".requires_grad_(False) on it."
         )
-    if not any(parameter.requires_grad for parameter in module.parameters()):
+    late = not complete and is_overridden("configure_model", module, parent=pl.LightningModule)
+    if not late and not any(parameter.requires_grad for parameter in module.parameters()):
         raise PreflightError(
             "no trainable parameter: expected at least one with requires_grad=True. Unfreeze what should be trained."
         )
@@ -273,7 +278,8 @@ def check_buffers(module: nn.Module, before: dict[str, tuple[Tensor, int]]) -> N
         raise PreflightError(
             f"training_step changes the buffers {', '.join(changed[:5])}: expected buffers that stay as they are. What a "
             "buffer learns from private examples leaves with the checkpoint, without noise. Make it a parameter, update "
-            "it outside training_step from public values, or switch the tracking off."
+            "it outside training_step from public values, or switch the tracking off. (Of spectral norms, the one of "
+            "torch.nn.utils.parametrizations is looked after.)"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -38,7 +37,9 @@ from lightning_dp.lost_ranks import naming_lost_ranks
 from lightning_dp.manual import ManualOptimization
 from lightning_dp.physical_batch import PhysicalBatchSize, default_physical_batch_size, settle_physical_batch_size
 from lightning_dp.ranks import on_every_rank
+from lightning_dp.seeded import forked_rng
 from lightning_dp.sharding import reshard, sum_over_ranks, whole
+from lightning_dp.spectral import SpectralNorms
 from lightning_dp.step_sample import StepSample
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.transfer import let_logical_batches_through, stop_letting_through, to_device
@@ -97,6 +98,7 @@ class PrivateStep:
         self._key: RandomKey | None = None
         self._capture: StepCapture | None = None
         self._pending: Accumulated | None = None
+        self._tried: set[str] = set()
         self._told = False
         self.not_finite = 0
 
@@ -168,6 +170,7 @@ class PrivateStep:
                 loss_function,
                 self._with_views_or_none,
             )
+        self._tried = set(trainable(module))
         return self._selection
 
     def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
@@ -201,19 +204,28 @@ class PrivateStep:
                 sum_clipped=partial(self.clipped_sum, strategy, batch.step),
                 release=partial(self.released, strategy, batch.step),
                 try_engines=partial(self.try_engines, strategy),
-                seeded=lambda: _forked_rng(strategy.root_device, seed),
+                seeded=lambda: forked_rng(strategy.root_device, seed),
             )
             output: STEP_OUTPUT = self._manual.training_step(sample, rest, share, self._log_train_metrics)
             self.unused_samples += not sample.charged
             if self._log_train_metrics:
                 self._say_once_that_metrics_are_private(capture.logged_names)
             return output
-        loss_function, micro_batches = self._loss_function(strategy, rest), self._micro_batches(strategy, batch, key)
+        SpectralNorms(module).advance()
+        parameters, loss_function = trainable(module), self._loss_function(strategy, rest)
+        if parameters.keys() != self._tried:  # thawed or frozen on the way, as by BackboneFinetuning
+            check_same_parameters_on_every_rank(strategy, module)
+            with whole(module):
+                self._selection = self.try_engines(strategy, loss_function, trainable(module))
+            self._tried = set(parameters)
+            rank_zero_info(
+                f"{self._selection.describe()}\n  (tried again: {len(parameters)} parameters are trained now)"
+            )
+        micro_batches = self._micro_batches(strategy, batch, key)
         total = self.clipped_sum(strategy, batch.step, self._selection, loss_function, trainable(module), micro_batches)
         self._pending = total
-        extras: dict[str, Any] = {}
+        extras = capture.replay(total.outputs, total.examples, share, log=self._log_train_metrics)
         if self._log_train_metrics:
-            extras = capture.replay(total.outputs, total.examples, share)
             self._say_once_that_metrics_are_private(capture.logged_names)
         loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
         return {"loss": loss, **extras} if extras else loss
@@ -238,7 +250,7 @@ class PrivateStep:
                 "call .train() on a frozen part; batch statistics mix the examples."
             )
         buffers = preflight.buffer_versions(module)
-        with _forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
+        with forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
             total = accumulate(
                 selection.engine,
                 loss_function,
@@ -384,11 +396,3 @@ def _shared_key(strategy: Strategy, seed: int | None, ledger: Ledger) -> RandomK
     if seed is not None:
         return RandomKey.from_seed(seed, ledger.changed)
     return RandomKey(strategy.broadcast(RandomKey.fresh().reveal()), "secret")
-
-
-@contextmanager
-def _forked_rng(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's global generators seeded for this step's random layers, and put back afterwards."""
-    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -140,7 +140,7 @@ def _steps_at(
         isolate_rng(),
         torch.enable_grad(),
         parameters_put_back(module),
-        attributes_put_back(module),
+        attributes_put_back(module, report=False),
         capture.listening(),
         intercepted(module, on_step) as notes,
         module.trainer.precision_plugin.train_step_context(),
