@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lightning_dp.functional.grid as grid_module
 import lightning_dp.loader as loader_module
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.accounting.distance import discretisation_divergence
@@ -28,6 +29,7 @@ from tests.conftest import Regressor, loader, regression_data, regressor, traine
 from tests.distributed.ranks import Shift
 from tests.functional.laws import FALSE_ALARM, poisson_sampling_p_values
 from tests.functional.test_discrete_gaussian import large_noise_p_values
+from tests.training.manual_modules import manual_regressor
 
 SIGMA, CLIP, BATCH = 1.5, 0.5, 16
 
@@ -188,6 +190,31 @@ def test_views_a_moving_average_a_target_and_a_bound_on_draws_go_with_it() -> No
     assert len(steps) == 3
     assert 1.8 < private.statement().epsilon <= 2.0
     assert not torch.equal(before.double(), weights(module))
+
+
+@pytest.mark.parametrize("clipping", ["per_layer", "automatic"])
+def test_every_clipping_style_and_padding_go_with_it(clipping: str) -> None:
+    """Padding counts in nothing: the noise alone is released when no example has a gradient."""
+    wanted = {"clipping": clipping, "static_shapes": True, "physical_batch_size": 4}
+    _, steps, _ = secure_run(Mute(), max_steps=1, private=wanted)
+    assert min(large_noise_p_values(steps[0], Fraction(SIGMA) ** 2 * RESOLUTION**2).values()) > FALSE_ALARM
+
+
+def test_manual_optimization_gets_discrete_noise_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    original = grid_module.discrete_gaussian
+
+    def counted(variance: Fraction, count: int, stream: Keystream) -> Any:
+        drawn.append(count)
+        return original(variance, count, stream)
+
+    monkeypatch.setattr(grid_module, "discrete_gaussian", counted)
+    module = manual_regressor()
+    private = DifferentialPrivacy(noise_multiplier=SIGMA, clip_norm=CLIP, delta=1e-3, secure=True)
+    trainer(private, max_steps=3).fit(module, loader())
+    assert private.ledger is not None
+    assert drawn == [len(weights(module))] * private.ledger.steps
+    assert private.ledger.steps == 3
 
 
 @pytest.mark.parametrize(
