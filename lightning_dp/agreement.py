@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dp.functional.opened import open_containers
+from lightning_dp.held_records import HeldRecords
 from lightning_dp.preflight import PreflightError
 from lightning_dp.ranks import gathered
 from lightning_dp.strategy_facts import world_size_of
@@ -99,7 +100,11 @@ def check_same_data_on_every_rank(strategy: Strategy, dataset: Any) -> None:
 
     Raises:
         PreflightError: a rank's examples differ from rank 0's, as after a random split with another seed.
+        HeldRecordsError: records are held that were not divided among these ranks.
     """
+    if isinstance(dataset, HeldRecords):
+        dataset.check_ranks(world_size_of(strategy))  # it has compared them when it read them
+        return
     if world_size_of(strategy) == 1:
         return
     indices = sorted({int(index) for index in np.linspace(0, len(dataset) - 1, PROBES)})

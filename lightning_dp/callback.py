@@ -253,8 +253,9 @@ class DifferentialPrivacy(pl.Callback):
         assert self._report is not None
         step = make_private(trainer.strategy).private_step
         self._unused_samples = 0 if step is None else step.unused_samples
+        waited = None if step is None else step.waited
         settings: Any = trainer  # Lightning sets log_every_n_steps where type checkers do not see it
-        for name, value in self._report.metrics(settings.log_every_n_steps).items():
+        for name, value in self._report.metrics(settings.log_every_n_steps, waited).items():
             pl_module.log(name, value, prog_bar=name == "dp/epsilon", batch_size=1)
         self._stop_if_spent(trainer)
 

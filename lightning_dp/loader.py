@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,6 +20,7 @@ from lightning_dp.functional.keystream import Keystream
 from lightning_dp.functional.microbatch import split
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import cut, exact_poisson_sample, poisson_sample, rank_slice
+from lightning_dp.held_records import HeldRecords
 from lightning_dp.plan import PrivacyPlan
 
 Indices = npt.NDArray[np.int64]
@@ -74,6 +77,9 @@ class PoissonLoader:
         world_size: the number of ranks.
         physical_batch_size: the most examples in a micro-batch. Changes memory and nothing else.
         next_step: says the number of the next step when an epoch begins (how many the ledger has charged).
+
+    Attributes:
+        waited: seconds for which the loop has waited for micro-batches so far. **Private**, as the sizes of draws are.
     """
 
     def __init__(
@@ -91,8 +97,10 @@ class PoissonLoader:
         self.collate_fn = loader.collate_fn
         self.plan = plan
         self.physical_batch_size = physical_batch_size
+        self.waited = 0.0
         self._next_step = next_step
-        self._draws = _Draws(len(loader.dataset), plan, key, rank, world_size)  # type: ignore[arg-type]  # preflight saw that it has a length
+        self._source: _MicroBatchSource | None = None
+        self._draws = _Draws(loader.dataset, plan, key, rank, world_size)
         self._schedule = _Schedule(self._draws, physical_batch_size)
         self._micro_batch_loader = _rebuild(loader, self._schedule)
 
@@ -101,13 +109,30 @@ class PoissonLoader:
 
     def __iter__(self) -> Iterator[LogicalBatch]:
         first = self._next_step()
-        steps = range(first, first + len(self))
-        self._schedule.steps, self._schedule.physical_batch_size = steps, self.physical_batch_size
-        self._draws.forget()
-        source = _MicroBatchSource(iter(self._micro_batch_loader), self._draws, self.physical_batch_size, first)
-        for step in steps:
+        source, self._source = self._source, None
+        if source is None or not source.goes_on(first, self.physical_batch_size):
+            source = self._start(first)
+        if self._micro_batch_loader.persistent_workers:
+            self._source = source  # the next epoch goes on with it, and its first sample is being read already
+        for step in range(first, first + len(self)):
             mine, global_size = self._draws.at(step)
             yield LogicalBatch(step, torch.from_numpy(mine), global_size, source)
+
+    def _start(self, first: int) -> _MicroBatchSource:
+        last = None if self._micro_batch_loader.persistent_workers else first + len(self)
+        self._schedule.steps = itertools.count(first) if last is None else range(first, last)
+        self._schedule.physical_batch_size = self.physical_batch_size
+        self._draws.forget()
+        iterator = iter(self._micro_batch_loader)
+        return _MicroBatchSource(iterator, self._draws, self.physical_batch_size, first, self._note_wait)
+
+    def _note_wait(self, seconds: float) -> None:
+        self.waited += seconds
+
+    def close(self) -> None:
+        """End the workers. What they have read ahead is dropped: it was neither released nor charged."""
+        self._source = None
+        self._micro_batch_loader._iterator = None
 
     def resize(self, physical_batch_size: int) -> None:
         """Work on at most so many examples at once from the next epoch on. Which examples are drawn does not change."""
@@ -115,13 +140,18 @@ class PoissonLoader:
 
     def first_examples(self, count: int) -> tuple[Any, int]:
         """The dataset's first ``count`` examples (fewer if it is smaller), collated: for trying an engine out."""
-        count = min(count, len(self.dataset))  # type: ignore[arg-type]  # preflight saw that it has a length
-        return self.collate_fn([self.dataset[index] for index in range(count)]), count
+        examples = [self.dataset[int(index)] for index in self._readable[:count]]
+        return self.collate_fn(examples), len(examples)
 
     def evenly_spaced(self, count: int) -> list[Any]:
         """``count`` examples of the dataset (fewer if it is smaller), not collated."""
-        size = len(self.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
-        return [self.dataset[int(index)] for index in np.linspace(0, size - 1, min(count, size))]
+        size = len(self._readable)
+        return [self.dataset[int(self._readable[int(place)])] for place in np.linspace(0, size - 1, min(count, size))]
+
+    @property
+    def _readable(self) -> Any:
+        """The indices of the examples that this rank can read."""
+        return self.dataset.here if isinstance(self.dataset, HeldRecords) else range(self._draws.dataset_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: where to go on is in the ledger. Its presence tells Lightning that this loader can resume."""
@@ -134,22 +164,24 @@ class PoissonLoader:
 class _Draws:
     """The global draw of each step, made once and shared by the schedule of workers and the loop."""
 
-    def __init__(self, dataset_size: int, plan: PrivacyPlan, key: RandomKey, rank: int, world_size: int) -> None:
-        self._dataset_size, self._plan, self._key = dataset_size, plan, key
-        self._rank, self._world_size = rank, world_size
+    def __init__(self, dataset: Any, plan: PrivacyPlan, key: RandomKey, rank: int, world_size: int) -> None:
+        self.dataset_size, self._plan, self._key = len(dataset), plan, key
+        self._mine: Callable[[Indices], Indices] = lambda drawn: rank_slice(drawn, rank, world_size)
+        if isinstance(dataset, HeldRecords):
+            self._mine = dataset.held
         self._made: dict[int, tuple[Indices, int]] = {}
 
     def at(self, step: int) -> tuple[Indices, int]:
         if step not in self._made:
             q = self._plan.sampling_probability
             if self._plan.resolution is None:
-                drawn = poisson_sample(self._key.generator(Stream.SAMPLING, step), self._dataset_size, q)
+                drawn = poisson_sample(self._key.generator(Stream.SAMPLING, step), self.dataset_size, q)
             else:
                 stream = Keystream.of(self._key, Stream.SAMPLING, step)
-                drawn = exact_poisson_sample(stream, self._dataset_size, q)
+                drawn = exact_poisson_sample(stream, self.dataset_size, q)
             if self._plan.max_batch_size is not None:
                 drawn = cut(self._key.generator(Stream.SAMPLING, step, 1), drawn, self._plan.max_batch_size)
-            self._made[step] = (rank_slice(drawn, self._rank, self._world_size), len(drawn))
+            self._made[step] = (self._mine(drawn), len(drawn))
         return self._made[step]
 
     def forget(self, before: int | None = None) -> None:
@@ -159,11 +191,12 @@ class _Draws:
 class _Schedule:
     """The batch sampler of the inner loader: all micro-batches of all steps of an epoch, one after the other.
 
-    Workers that prefetch therefore read ahead into the next logical batch.
+    Workers that prefetch therefore read ahead into the next logical batch. With persistent workers the steps never end,
+    so that they also read ahead into the next epoch.
     """
 
     def __init__(self, draws: _Draws, physical_batch_size: int) -> None:
-        self.steps = range(0)
+        self.steps: Iterable[int] = range(0)
         self.physical_batch_size = physical_batch_size
         self._draws = draws
 
@@ -176,10 +209,21 @@ class _Schedule:
 class _MicroBatchSource:
     """Hands out the micro-batches of each step in turn and keeps loop and schedule in step."""
 
-    def __init__(self, iterator: Iterator[Any], draws: _Draws, physical_batch_size: int, first: int) -> None:
+    def __init__(
+        self,
+        iterator: Iterator[Any],
+        draws: _Draws,
+        physical_batch_size: int,
+        first: int,
+        note_wait: Callable[[float], None],
+    ) -> None:
         self._iterator, self._draws, self._physical_batch_size = iterator, draws, physical_batch_size
-        self._step = first
+        self._step, self._note_wait = first, note_wait
         self._unread: Iterator[tuple[Any, int]] = iter(())
+
+    def goes_on(self, step: int, physical_batch_size: int) -> bool:
+        """Whether ``step`` comes next, in pieces of that size."""
+        return self._step == step and self._physical_batch_size == physical_batch_size
 
     def take(self, step: int) -> Iterator[tuple[Any, int]]:
         if step < self._step:
@@ -199,7 +243,10 @@ class _MicroBatchSource:
 
     def _of_step(self, step: int) -> Iterator[tuple[Any, int]]:
         for piece in split(self._draws.at(step)[0], self._physical_batch_size):
-            yield next(self._iterator), len(piece)
+            before = time.perf_counter()
+            micro_batch = next(self._iterator)
+            self._note_wait(time.perf_counter() - before)
+            yield micro_batch, len(piece)
         self._draws.forget(before=step + 1)
 
 

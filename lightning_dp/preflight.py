@@ -208,7 +208,9 @@ def check_loader(loader: object) -> DataLoader[Any]:
     if isinstance(loader.dataset, IterableDataset):
         raise PreflightError(
             f"dataset={type(loader.dataset).__name__} is an IterableDataset: expected a map-style dataset with "
-            "__getitem__ and __len__. A stream cannot be sampled by Poisson; index the data."
+            "__getitem__ and __len__. A stream cannot be sampled by Poisson: what a shuffle buffer gives is neither independent "
+            "nor drawn with a known probability. Index the data, or hold the records of its shards in memory with "
+            "lightning_dp.HeldRecords."
         )
     if not hasattr(loader.dataset, "__len__"):
         raise PreflightError(

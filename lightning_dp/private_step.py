@@ -346,12 +346,19 @@ class PrivateStep:
         """Forget the key and leave the module as it was found."""
         self._key = None
         self._pending = None
+        if self._loader is not None:
+            self._loader.close()
         stop_letting_through(module_of(strategy))
 
     @property
     def randomness(self) -> Literal["secret", "reproducible"]:
         """Where sampling and noise come from."""
         return "secret" if self._seed is None else "reproducible"
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds for which the steps so far have waited for data, if numbers that depend on the draws may be logged."""
+        return self._loader.waited if self._loader is not None and self._log_train_metrics else None
 
     @property
     def physical_batch_size(self) -> int | None:

@@ -41,6 +41,7 @@ class Report:
         self.notes = notes
         self.randomness: Literal["secret", "reproducible"] = randomness
         self.folder: Path | None = None
+        self._waited = 0.0
 
     def start(self, trainer: pl.Trainer, step: PrivateStep, selection: Selection) -> None:
         """Announce the plan to people and loggers. Called on every rank before training."""
@@ -50,6 +51,7 @@ class Report:
             (self.folder / FILE_NAME).unlink(
                 missing_ok=True
             )  # from the first step on an older one would say too little
+        self._waited = 0.0
         plan = self.ledger.plan
         steps = "an open number of steps" if plan.steps is None else f"{plan.steps} steps"
         style = "" if plan.clipping == "flat" else f" ({plan.clipping_rule})"
@@ -62,18 +64,28 @@ class Report:
             f"up to {step.physical_batch_size}, {self.randomness} randomness."
         )
         for logger in trainer.loggers:
-            logger.log_hyperparams({"dp": {**dataclasses.asdict(plan), "engine": selection.engine.name}})
+            logger.log_hyperparams(
+                {"dp": {**dataclasses.asdict(plan), "engine": selection.engine.name, "world_size": trainer.world_size}}
+            )
 
-    def metrics(self, every_n_steps: int) -> dict[str, float]:
-        """The ``dp/...`` metrics after a step. All are functions of public numbers alone.
+    def metrics(self, every_n_steps: int, waited: float | None) -> dict[str, float]:
+        """The ``dp/...`` metrics after a step. All but ``dp/data_wait`` are functions of public numbers alone.
 
+        ``dp/data_wait`` is the time in seconds for which this rank has waited for the step's data. It depends on the draw, so
+        it is left out where metrics of private examples are.
         ε is exact on the steps that loggers record and an upper bound in between (ε at the next recorded step).
+
+        Args:
+            every_n_steps: how often loggers record.
+            waited: seconds for which all steps so far have waited for data (private), or ``None`` to say nothing of it.
         """
         steps, plan = self.ledger.steps, self.ledger.plan
         ahead = math.ceil(steps / every_n_steps) * every_n_steps if every_n_steps else steps
         if plan.steps is not None:
             ahead = max(steps, min(ahead, plan.steps))
+        before, self._waited = self._waited, waited or 0.0
         found = {
+            **({} if waited is None else {"dp/data_wait": waited - before}),
             "dp/epsilon": self.ledger.epsilon(ahead).epsilon,
             "dp/delta": plan.delta,
             "dp/noise_multiplier": plan.noise_multiplier,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -293,3 +294,72 @@ def test_memory_of_past_draws_is_given_back() -> None:
         assert len(loader._draws._made) <= 3
     assert len(loader) == 200
     assert np.all([index < 1000 for index in batch.indices])
+
+
+class Counting(Numbers):
+    """Tells in a file what has been read, from whichever process."""
+
+    def __init__(self, examples: int, file: Any) -> None:
+        super().__init__(examples)
+        self.file = file
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        with self.file.open("a") as told:
+            told.write(f"{index}\n")
+        return super().__getitem__(index)
+
+
+def counting_loader(file: Any, charged: list[int], **options: Any) -> PoissonLoader:
+    mechanism = plan(dataset_size=40, expected_batch_size=20)  # an epoch of two steps
+    return PoissonLoader(
+        DataLoader(Counting(40, file), batch_size=4, **options), mechanism, KEY,
+        rank=0, world_size=1, physical_batch_size=50, next_step=lambda: len(charged),
+    )  # fmt: skip
+
+
+def read_so_far(file: Any, at_least: int) -> list[int]:
+    """What the workers have read, once they have read that much."""
+    for _ in range(200):
+        found = [int(line) for line in file.read_text().split()] if file.exists() else []
+        if len(found) >= at_least:
+            break
+        time.sleep(0.05)
+    return found
+
+
+def test_the_next_sample_is_read_while_this_one_is_used_also_over_the_end_of_an_epoch(tmp_path: Any) -> None:
+    file, charged = tmp_path / "read", []
+    loader = counting_loader(file, charged, num_workers=1, persistent_workers=True, prefetch_factor=2)
+    draws = [expected_draw(step, expected=20) for step in range(7)]
+    for _epoch in range(2):
+        for batch in loader:
+            assert delivered(batch) == draws[batch.step]
+            charged.append(batch.step)
+            ahead = [index for draw in draws[: batch.step + 3] for index in draw]  # two micro-batches, so two samples
+            assert read_so_far(file, len(ahead)) == ahead
+    assert charged == [0, 1, 2, 3]
+    loader.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}])
+def test_the_order_of_samples_does_not_depend_on_who_reads_ahead(tmp_path: Any, options: dict[str, Any]) -> None:
+    charged: list[int] = []
+    loader = counting_loader(tmp_path / "read", charged, **options)
+    for steps in (2, 1, 2, 2):  # an epoch that is cut short goes on where it stopped
+        for batch, _ in zip(loader, range(steps), strict=False):
+            assert batch.step == len(charged)
+            assert delivered(batch) == expected_draw(batch.step, expected=20)
+            charged.append(batch.step)
+    assert charged == list(range(7))
+    loader.resize(3)  # micro-batches of another size: what has been read ahead is read again
+    assert [delivered(batch) for batch in loader] == [expected_draw(step, expected=20) for step in (7, 8)]
+    loader.close()
+
+
+def test_the_time_that_the_loop_waits_is_counted() -> None:
+    loader = poisson_loader()
+    assert loader.waited == 0.0
+    batches = list(loader)
+    assert loader.waited == 0.0
+    delivered(batches[0])
+    assert loader.waited > 0.0

@@ -28,7 +28,7 @@ from tests.conftest import trainer
 from tests.distributed import disagreements, training_runs
 from tests.distributed.two_hosts import ADDRESSES, move_to, two_hosts, why_not
 
-ENOUGH = 100
+ENOUGH = 60
 """Seconds after which a process that has not ended is ended, and its test fails."""
 TIMEOUT = timedelta(seconds=20)
 """Of a collective: a rank that waits for nobody ends with gloo's error, not with the sentence a test expects."""
@@ -185,6 +185,9 @@ def main(folder: Path) -> None:
     meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
     elastic(folder, "restarts", lambda to: training_runs.killed_once(on_cluster, to), "--max-restarts", "1", *meeting)
     on_two_hosts(folder)
+    for ranks in (2, 3):
+        launch(folder, "held", run("held"), ranks)
+    launch(folder, "wrong_shards", run("wrong_shards"), 2)
     launch(folder, "counted", run("counted"), 2)
     for ranks, until in ((4, 2), (2, 4), (1, 6)):
         launch(folder, "stretch", stretches(until), ranks)
@@ -195,4 +198,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    os.chdir(sys.argv[1])
     main(Path(sys.argv[1]))

@@ -34,6 +34,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load
 
 
+LOOKED_AT = 16
+"""At most so many examples are read before training, to try engines and to look for coupled examples."""
+
 SAME = {
     "seed": r"seed differs between ranks: 0 on rank 0, 1 on rank 1: expected the same on all 2\. .*same number, or None",
     "one seed": "seed differs between ranks: None on rank 0, 7 on rank 1",
@@ -99,8 +102,9 @@ def test_a_rank_reads_its_part_of_each_sample_once_and_nothing_else(results: Any
     together: list[list[int]] = [[] for _ in range(12)]
     for rank in range(ranks):
         here = results("uneven", ranks, rank)
-        before = 2 + (PROBES if ranks > 1 else 0)  # what tries the engine, and what is compared between the ranks
-        assert here["read"][before:] == [index for step in here["sampled"] for index in step]
+        drawn = [index for step in here["sampled"] for index in step]
+        assert here["read"][len(here["read"]) - len(drawn) :] == drawn
+        assert len(here["read"]) - len(drawn) <= LOOKED_AT + PROBES
         for step, indices in zip(together, here["sampled"], strict=True):
             step += indices
     assert [sorted(step) for step in together] == results("uneven", 1)["sampled"]
@@ -202,3 +206,34 @@ def test_a_node_that_never_comes_is_asked_for(results: Any, case: str) -> None:
 def test_with_the_stock_strategy_it_is_torch_that_says_so(results: Any) -> None:
     """Lightning meets the other processes before it asks any callback."""
     assert re.search("1/2 clients joined", results("absent_stock", 2)["error"])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_records_of_shards_are_drawn_as_if_every_rank_had_them_all(results: Any, ranks: int) -> None:
+    same_as_alone(results, "held", ranks)
+    of_rank = [results("held", ranks, rank) for rank in range(ranks)]
+    assert sorted(index for part in of_rank for index in part["here"]) == list(range(64))
+    for part in of_rank:
+        assert {index for step in part["sampled"] for index in step} <= set(part["here"])
+
+
+WRONG_SHARDS = {
+    "everything on every rank": "64 of 64 records compared are on more than one rank: expected each record on one rank only",
+    "one record twice": r"1 of 64 records compared are on more than one rank: .* give copies='count'",
+    "unreadable on one": r"shard range\(9, 30\) on rank 1: OSError: the disk is gone: expected every shard to be readable",
+    "other shards": "shards differ between rank 0 and rank 1: expected the same list in the same order on every rank",
+    "too few": "1 shards for 2 ranks: expected at least one for each",
+    "empty": r"shard range\(0, 0\) holds no record",
+    "too early": "HeldRecords of 1 ranks in a run of 2: expected the same, .* setup or train_dataloader",
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SHARDS)
+def test_shards_that_are_not_one_dataset_are_refused_on_every_rank(results: Any, case: str) -> None:
+    told = [results("wrong_shards", 2, rank)[case] for rank in range(2)]
+    assert told[0] == told[1]
+    assert re.match(f"HeldRecordsError: {WRONG_SHARDS[case]}", told[0]), told
+
+
+def test_repetitions_count_as_records_of_their_own_if_asked(results: Any) -> None:
+    assert [results("wrong_shards", 2, rank)["counted"] for rank in range(2)] == [64 + 5, 64 + 5]

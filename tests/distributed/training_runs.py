@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, lost_ranks
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, HeldRecords, lost_ranks
 from lightning_dp.functional import step as functional_step
 from tests.conftest import Regressor, loader, regression_data, regressor, weights
 from tests.distributed.ranks import Shift
@@ -102,6 +102,72 @@ def counted(make_trainer: Any) -> dict[str, Any]:
     return found
 
 
+SHARDS = [range(0, 9), range(9, 30), range(30, 31), range(31, 55), range(55, 64)]
+
+
+def read_shard(shard: range) -> Any:
+    data = regression_data()
+    return (data[index] for index in shard)
+
+
+class Shards(L.LightningDataModule):
+    """Records of shards, read where the ranks have met."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self.arguments = {"shards": SHARDS, "read": read_shard, **arguments}
+
+    def setup(self, stage: str) -> None:
+        self.records = HeldRecords(**self.arguments)
+
+    def train_dataloader(self) -> Any:
+        return loader(self.records)
+
+
+def held(make_trainer: Any) -> dict[str, Any]:
+    """The run of :func:`plain`, with data that can only be read from beginning to end."""
+    module, callback, data, sampled = regressor(), private(), Shards(), Sampled()
+    make_trainer(callback, sampled, max_steps=STEPS).fit(module, datamodule=data)
+    return {**outcome(module, callback), "sampled": sampled.indices, "here": data.records.here.tolist()}
+
+
+TOO_EARLY = HeldRecords(SHARDS, read_shard)
+
+
+def fails_on_one(shard: range) -> Any:
+    if rank_here() == 1:
+        raise OSError("the disk is gone")
+    return read_shard(shard)
+
+
+WRONG_SHARDS: dict[str, dict[str, Any]] = {
+    "everything on every rank": {"read": lambda shard: list(regression_data())},
+    "one record twice": {"read": lambda shard: [*read_shard(shard), regression_data()[63]]},
+    "unreadable on one": {"read": fails_on_one},
+    "other shards": {"shards": lambda: SHARDS[rank_here() :]},
+    "too few": {"shards": lambda: SHARDS[:1]},
+    "empty": {"shards": lambda: [*SHARDS, range(0)]},
+    "counted": {"read": lambda shard: [*read_shard(shard), regression_data()[63]], "copies": "count"},
+}
+
+
+def wrong_shards(make_trainer: Any) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    for name, changed in WRONG_SHARDS.items():
+        arguments = {key: value() if key == "shards" else value for key, value in changed.items()}
+        try:
+            callback = private()
+            make_trainer(callback, max_steps=1).fit(regressor(), datamodule=Shards(**arguments))
+            told[name] = callback.statement().to_dict()["dataset_size"]
+        except ValueError as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    try:
+        make_trainer(private(), max_steps=1).fit(regressor(), loader(TOO_EARLY))
+    except ValueError as error:
+        told["too early"] = f"{type(error).__name__}: {error}"
+    return told
+
+
 class Traffic:
     """Writes down every collective call of torch.distributed, with its bytes, step by step."""
 
@@ -169,8 +235,7 @@ def killed_once(make_trainer: Any, folder: Path) -> dict[str, Any]:
     lost_ranks.PATIENCE = timedelta(seconds=1)
     module, callback = regressor(), private()
     saved = ModelCheckpoint(folder / "restarts", every_n_train_steps=2, save_last=True)
-    fit = make_trainer(callback, max_steps=STEPS, enable_checkpointing=True)
-    fit.callbacks.append(saved)
+    fit = make_trainer(callback, saved, max_steps=STEPS, enable_checkpointing=True)
     if rank_here() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         fit.callbacks.append(Dies(3, signal.SIGKILL))
     sampled = Sampled()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -135,3 +136,16 @@ def test_ranks_with_equal_keys_draw_together_by_the_law_and_never_the_same_examp
     keys = [RandomKey.from_seed(13) for _ in range(world_size)]
     p_values = poisson_sampling_p_values(memberships(ranks_together, draws=4000), Q)
     assert min(p_values.values()) > FALSE_ALARM, p_values
+
+
+@pytest.mark.parametrize("expected", [16_384, 65_536, 1_000_000])
+def test_a_draw_takes_the_memory_of_the_sample_and_not_of_the_dataset(expected: int) -> None:
+    """Of 10⁸ examples. One uniform number for each would be 800 MB."""
+    examples = 10**8
+    key = RandomKey.from_seed(14)
+    tracemalloc.start()
+    drawn = poisson_sample(key.generator(Stream.SAMPLING, 0), examples, expected / examples)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * 2**20
+    assert abs(len(drawn) - expected) < 6 * expected**0.5

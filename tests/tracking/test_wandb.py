@@ -99,6 +99,7 @@ def test_the_record_holds_plan_history_and_statement_and_no_secret(
     assert private.plan is not None
     assert plan["noise_multiplier"] == private.plan.noise_multiplier
     assert plan["dataset_size"] == 64
+    assert plan["world_size"] == 1
     assert plan["target_epsilon"] == 2.0
     epsilons = [row["dp/epsilon"] for row in record["history"] if "dp/epsilon" in row]
     assert len(epsilons) == 3

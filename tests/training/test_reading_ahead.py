@@ -1,0 +1,58 @@
+"""Workers that read ahead, and the time that the step waits for them: neither changes what is released."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_dp import DifferentialPrivacy
+from lightning_dp.functional import step as functional_step
+from tests.conftest import loader, regressor, trainer, weights
+
+
+class Watch(L.Callback):
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def fit(steps: int, log_train_metrics: bool = True, **options: Any) -> tuple[torch.Tensor, DifferentialPrivacy, Watch]:
+    private, watch, module = DifferentialPrivacy(noise_multiplier=1.0, seed=5), Watch(), regressor()
+    private.log_train_metrics = log_train_metrics
+    trainer(private, watch, max_steps=steps).fit(module, loader(**options))
+    return weights(module), private, watch
+
+
+def test_a_sample_that_was_read_ahead_and_not_used_is_neither_released_nor_charged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noised: list[int] = []
+    add = functional_step.add_gaussian_noise
+
+    def noted(total: torch.Tensor, **named: Any) -> torch.Tensor:
+        noised.append(named["step"])
+        return add(total, **named)
+
+    monkeypatch.setattr(functional_step, "add_gaussian_noise", noted)
+    plain, _, _ = fit(6)
+    ahead, private, _ = fit(6, num_workers=1, persistent_workers=True, prefetch_factor=4)
+    assert torch.equal(plain, ahead)
+    assert noised == [*range(6), *range(6)]
+    assert private.ledger is not None
+    assert private.ledger.steps == 6  # of epochs of four steps, in the middle of one
+
+
+def test_the_time_waited_for_data_is_logged_unless_private_numbers_are_kept_from_the_loggers() -> None:
+    _, _, watch = fit(4)
+    assert "dp/data_wait" not in watch.seen[0]
+    waited = [seen["dp/data_wait"] for seen in watch.seen[1:]]
+    assert all(seconds > 0 for seconds in waited)
+    assert len(set(waited)) == len(waited)  # of each step, not since the beginning
+    _, _, kept = fit(2, log_train_metrics=False)
+    assert "dp/steps" in kept.seen[1]
+    assert "dp/data_wait" not in kept.seen[1]
