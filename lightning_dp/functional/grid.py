@@ -15,7 +15,7 @@ from lightning_dp.functional.discrete_gaussian import discrete_gaussian
 from lightning_dp.functional.keystream import Keystream
 from lightning_dp.functional.noise import BLOCK, share_of
 from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.reduce import AllReduceSum, flatten, no_reduce, unflatten
+from lightning_dp.functional.reduce import AllReduceSum, Unflatten, flatten, no_reduce, unflatten
 from lightning_dp.plan import PrivacyPlan
 
 RESOLUTION = 2**30
@@ -75,6 +75,7 @@ def release_on_grid(
     rank: int = 0,
     world_size: int = 1,
     all_reduce_sum: AllReduceSum = no_reduce,
+    unflatten: Unflatten = unflatten,
 ) -> dict[str, Tensor]:
     """The ranks' integer sums, with discrete noise once, as the noisy gradient that may be used and published.
 
@@ -89,7 +90,8 @@ def release_on_grid(
         step: number of the step in the run's life.
         rank: of this process.
         world_size: how many processes' sums are added up.
-        all_reduce_sum: adds int64 tensors up over the ranks.
+        all_reduce_sum: adds int64 tensors up over the ranks; of sharded parameters, gives each rank its part.
+        unflatten: from that to a gradient by name.
 
     Returns:
         Parameter name → float64.

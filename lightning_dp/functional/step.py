@@ -123,7 +123,14 @@ def release(
     """
     if plan.resolution is not None:
         return release_on_grid(
-            gradient, plan, key, step, rank=rank, world_size=world_size, all_reduce_sum=all_reduce_sum
+            gradient,
+            plan,
+            key,
+            step,
+            rank=rank,
+            world_size=world_size,
+            all_reduce_sum=all_reduce_sum,
+            unflatten=unflatten,
         )
     flat = flatten(gradient)
     add_gaussian_noise(flat, noise_std=plan.noise_std, key=key, step=step, rank=rank, world_size=world_size)

@@ -85,7 +85,7 @@ class Odd(Sharded):
                 nn.Tanh(),
                 nn.Linear(4, 4),
                 nn.Linear(4, 3),
-                nn.InstanceNorm1d(1, affine=True),
+                nn.LayerNorm(3),
                 nn.Linear(3, 1),
             )
         self.net[2].weight = self.net[0].weight
@@ -183,6 +183,7 @@ def run(folder: Path, ranks: int) -> None:
         fit(engine, folder, ranks, private(engine=engine))
     fit("odd", folder, ranks, private(), module=Odd())
     fit("validated", folder, ranks, private(), val=loader(), val_check_interval=2, check_val_every_n_epoch=None)
+    fit("secure", folder, ranks, private(seed=None, secure=True), max_steps=2)
     if ranks == RANKS:
         fit("looked_at", folder, ranks, private(), module=Looking())
         fit("by_name", folder, ranks, private(), strategy="private_fsdp")

@@ -47,6 +47,14 @@ def test_tied_layers_groups_and_a_sharded_lightning_module_reach_them_too(result
     torch.testing.assert_close(results("odd")["after"], results("odd", 1)["after"], rtol=1e-5, atol=1e-6)
 
 
+def test_integers_and_discrete_noise_are_sharded_like_floats(results: Any) -> None:
+    """Secret keys, so other examples in each run: both move, and by no more than two steps of the clip norm and noise."""
+    for ranks in (1, 2):
+        result = results("secure", ranks)
+        assert result["steps"] == 2
+        assert 0 < float((result["after"] - result["before"]).norm()) < 1
+
+
 def test_validation_between_steps_sees_the_weights_of_then(results: Any) -> None:
     halves = [results("validated", 2, rank)["val"] for rank in range(2)]
     assert sum(halves) / 2 == pytest.approx(results("validated", 1)["val"], rel=1e-5)

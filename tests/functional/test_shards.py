@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,23 +38,31 @@ def test_each_rank_gets_what_torch_chunk_gives_it(shapes: list[tuple[int, ...]],
             assert torch.equal(kept[name], chunks(tensor, world_size)[rank])
 
 
+INTEGERS = {"resolution": 2**20, "coordinates": 5 * 7**3}
+
+
+@settings(max_examples=15)
 @given(shapes=SHAPES, world_size=st.integers(1, 5), seed=st.integers(0, 99))
+@pytest.mark.parametrize("of_plan", [{}, INTEGERS], ids=["floats", "integers"])
 def test_sharded_ranks_release_their_shards_of_what_one_process_releases(
-    shapes: list[tuple[int, ...]], world_size: int, seed: int
+    of_plan: dict[str, int], shapes: list[tuple[int, ...]], world_size: int, seed: int
 ) -> None:
     """Sums, noise and divisor: put together, the shards are the gradient of one process."""
+    mechanism = plan(**of_plan)
     sums = [named(shapes, seed + rank) for rank in range(world_size)]
-    alone = release({n: torch.stack([of[n] for of in sums]).sum(0) for n in sums[0]}, plan(), KEY, 3)
+    if of_plan:
+        sums = [{name: (1000 * tensor).long() for name, tensor in of.items()} for of in sums]
+    alone = release({n: torch.stack([of[n] for of in sums]).sum(0) for n in sums[0]}, mechanism, KEY, 3)
     sent: list[Tensor] = []
     for rank, own in enumerate(sums):
         release(
-            own, plan(), KEY, 3, rank=rank, world_size=world_size,
+            own, mechanism, KEY, 3, rank=rank, world_size=world_size,
             all_reduce_sum=lambda flat: sent.append(by_rank(flat, sums[0], world_size)) or flat,
         )  # fmt: skip
     scattered = torch.stack(sent).sum(0).view(world_size, -1)
     for rank, own in enumerate(sums):
         shards = release(
-            own, plan(), KEY, 3, rank=rank, world_size=world_size,
+            own, mechanism, KEY, 3, rank=rank, world_size=world_size,
             all_reduce_sum=lambda _, rank=rank: scattered[rank].clone(),
             unflatten=lambda flat, like, rank=rank: of_rank(flat, like, rank, world_size),
         )  # fmt: skip
