@@ -22,6 +22,7 @@ Differentially private training with PyTorch Lightning.
   numbers   epsilon                        the ε that a noise multiplier gives
             calibrate                      the noise multiplier that an ε needs
             search                         the ε of choosing settings by several runs
+  pictures  report                         finished runs: accuracy against ε, budget, validation
   evidence  audit                          a lower bound on ε, from training a recipe once with canaries
 
 lightning-dp COMMAND --help says more. --version prints the version.
@@ -56,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_dp.search_command import run as run_search
 
         run_search(words[1:])
+    elif command == "report":
+        from lightning_dp.reporting.command import run as run_report
+
+        run_report(words[1:])
     elif command == "audit":
         from lightning_dp.audit.command import run as run_audit
 

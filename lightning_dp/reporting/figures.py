@@ -1,0 +1,106 @@
+"""The pictures of a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from io import BytesIO
+from typing import Any
+
+from lightning_dp.reporting.facts import Published
+from lightning_dp.reporting.runs import ReportError, Run
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by everybody
+Draw = Callable[[Any], None]
+
+
+def accuracy_against_epsilon(runs: Sequence[Run], metric: str, published: Sequence[Published]) -> bytes:
+    """Last ``metric`` of every run at the ε it spent, beside published curves; without privacy a dashed line."""
+
+    def draw(axes: Any) -> None:
+        for place, curve in enumerate(published):
+            colour = ("#888888", "#444444", "#AAAAAA")[place % 3]
+            axes.plot(*zip(*curve.points, strict=True), "-", color=colour, lw=1, zorder=1)
+            for epsilon, accuracy in curve.points:
+                face = "white" if epsilon in curve.unconfirmed else colour
+                axes.plot(epsilon, accuracy, "s^D"[place % 3], color=colour, mfc=face, ms=6, zorder=2)
+            line = "-" if len(curve.points) > 1 else ""
+            axes.plot([], [], "s^D"[place % 3] + line, color=colour, label=f"{curve.label} (δ = {curve.delta:g})")
+        for run, colour in zip(runs, _cycle(runs), strict=True):
+            last = run.series[metric][-1][1]
+            if math.isinf(run.epsilon):
+                axes.axhline(last, ls="--", color=colour, label=f"{run.name} (no privacy)")
+            else:
+                marker, what = ("X", "SIMULATION, ") if run.is_simulation else ("o", "")
+                delta = run.statement["delta"] if run.statement else math.nan
+                axes.plot(
+                    run.epsilon, last, marker, color=colour, ms=9, zorder=3, label=f"{run.name} ({what}δ = {delta:g})"
+                )
+        axes.set(xscale="log", xlabel="ε spent (logarithmic)", ylabel=metric)
+        plain = import_module("matplotlib.ticker").FuncFormatter(lambda x, _: f"{x:g}")
+        axes.xaxis.set_major_formatter(plain)
+        axes.xaxis.set_minor_formatter(plain)
+        if any(curve.unconfirmed for curve in published):
+            axes.plot(
+                [], [], "s", color="#888888", mfc="white", label="hollow: published figure without a second source"
+            )
+
+    return _png(draw)
+
+
+def budget_by_step(runs: Sequence[Run]) -> bytes:
+    """ε after every logged step, with the budget as a dotted line."""
+
+    def draw(axes: Any) -> None:
+        for run, colour in zip(runs, _cycle(runs), strict=True):
+            if run.statement is None or "dp/epsilon" not in run.series:
+                continue
+            axes.plot(*zip(*run.series["dp/epsilon"], strict=True), color=colour, label=run.name)
+            if run.statement.get("target_epsilon") is not None:
+                target = run.statement["target_epsilon"]
+                axes.axhline(target, ls=":", color=colour, lw=1, label=f"{run.name}: budget ε = {target:g}")
+        axes.set(xlabel="private steps", ylabel="ε spent (upper bound)")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+
+    return _png(draw)
+
+
+def validation_by_step(runs: Sequence[Run], metric: str) -> bytes:
+    """``metric`` at every validation; averaged weights with solid lines, weights as trained with dashed ones."""
+
+    def draw(axes: Any) -> None:
+        for run, colour in zip(runs, _cycle(runs), strict=True):
+            how = {True: "averaged weights", False: "weights as trained", None: "weights not known"}[run.averaged]
+            style = "--" if run.averaged is False else "-"
+            axes.plot(
+                *zip(*run.series[metric], strict=True), "o" + style, ms=4, color=colour, label=f"{run.name} ({how})"
+            )
+        axes.set(xlabel="optimizer steps", ylabel=metric)
+        axes.set_xlim(left=0)
+
+    return _png(draw)
+
+
+def _cycle(runs: Sequence[Run]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
+
+
+def _png(draw: Draw) -> bytes:
+    try:
+        figure_class = import_module("matplotlib.figure").Figure  # no pyplot: no display, no global state
+    except ModuleNotFoundError as error:
+        raise ReportError(
+            "matplotlib is not installed: expected it for drawing. pip install 'lightning-dp[report]' brings it."
+        ) from error
+    figure = figure_class(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize="small")
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()

@@ -1,0 +1,57 @@
+"""One HTML page that needs no other file."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from lightning_dp.accounting.statement import round_up
+from lightning_dp.reporting.facts import Published
+from lightning_dp.reporting.runs import Run
+
+STYLE = "body{font:16px/1.5 sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}\
+table{border-collapse:collapse}td,th{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left}"
+
+
+def page(runs: Sequence[Run], metric: str, pictures: Mapping[str, bytes], published: Sequence[Published]) -> str:
+    """The report as HTML, its pictures inside.
+
+    Args:
+        runs: in the order of the table.
+        metric: the column that was drawn.
+        pictures: caption and PNG.
+        published: whose sources are listed.
+    """
+    rows = "".join(_row(run, metric) for run in runs)
+    images = "".join(
+        f'<h2>{escape(caption)}</h2><img alt="{escape(caption)}" src="data:image/png;base64,{b64encode(png).decode()}">'
+        for caption, png in pictures.items()
+    )
+    sources = "".join(f"<li>{escape(curve.label)}: {escape(curve.source)}</li>" for curve in published)
+    listed = (
+        f"<h2>Published figures</h2><p>Hollow: not confirmed by a second source.</p><ul>{sources}</ul>"
+        if sources
+        else ""
+    )
+    notes = dict.fromkeys(c for run in runs if run.statement for c in run.statement.get("caveats", []))
+    caveats = "".join(f"<li>{escape(str(note))}</li>" for note in notes)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Report of {len(runs)} runs</title><style>{STYLE}</style>'
+        f"<h1>Report of {len(runs)} runs</h1><table><tr><th>run</th><th>{escape(metric)}, last</th><th>ε ≤</th><th>δ</th>"
+        f"<th>σ</th><th>q</th><th>steps</th></tr>{rows}</table>{images}{listed}"
+        + (f"<h2>Caveats of the runs</h2><ul>{caveats}</ul>" if caveats else "")
+        + "</html>\n"
+    )
+
+
+def _row(run: Run, metric: str) -> str:
+    name = f"{run.name} (SIMULATION, not private)" if run.is_simulation else run.name
+    cells = [name, f"{run.series[metric][-1][1]:.4f}"]
+    if run.statement is None:
+        cells += ["∞ (no privacy)", "", "", "", ""]
+    else:
+        spent = run.statement
+        cells += [round_up(run.epsilon), f"{spent['delta']:g}"]
+        cells += [f"{spent.get(key, ''):.4g}" for key in ("noise_multiplier", "sampling_probability", "steps")]
+    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"

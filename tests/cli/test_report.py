@@ -1,0 +1,135 @@
+"""``lightning-dp report``: what runs wrote is what is drawn, and logs that are broken or do not match are named."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from base64 import b64decode
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dp.cli import main
+from lightning_dp.reporting import figures
+from lightning_dp.reporting.facts import TASKS
+from lightning_dp.reporting.runs import ReportError, read_runs
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def logs(folder: Path, epsilon: float | None = 2.9, last: float = 0.61, size: int = 50000, **changes: Any) -> Path:
+    """The files that a run of three validations leaves behind."""
+    folder.mkdir(parents=True)
+    lines = ["epoch,step,dp/epsilon,val/accuracy"]
+    lines += [f"0,{step},{'' if epsilon is None else epsilon * (step + 1) / 30}," for step in range(9, 30, 10)]
+    lines += [f"0,{step},,{accuracy}" for step, accuracy in ((9, 0.4), (19, 0.5), (29, last))]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    spent = {"epsilon": epsilon, "delta": 1e-5, "dataset_size": size, "target_epsilon": 3.0, "simulation": None}
+    spent |= {"noise_multiplier": 2.0, "sampling_probability": 0.08, "steps": 30, "caveats": ["a <caveat>"], **changes}
+    if epsilon is not None:
+        (folder / "privacy.json").write_text(json.dumps(spent))
+    return folder
+
+
+def test_pictures_and_one_page_that_needs_no_other_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        logs(tmp_path / "a"),
+        logs(tmp_path / "b" / "version_0", None),
+        logs(tmp_path / "c", 400.0, simulation="SIMULATION"),
+    ]
+    words = [str(runs[0]), str(runs[1].parent), str(runs[2]), "--beside", "cifar10", "--out", str(tmp_path / "out")]
+    main(["report", *words])
+    pictures = {path.stem: path.read_bytes() for path in (tmp_path / "out").glob("*.png")}
+    assert set(pictures) == {"accuracy", "budget", "validation"}
+    assert all(content.startswith(PNG) for content in pictures.values())
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    embedded = [b64decode(found) for found in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    assert sorted(embedded) == sorted(pictures.values())
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "0.6100" in page
+    assert "2.90" in page
+    assert "∞ (no privacy)" in page
+    assert "SIMULATION, not private" in page
+    assert "a &lt;caveat&gt;" in page
+    assert "arXiv 2204.13650" in page
+    assert "index.html and 3 pictures" in capsys.readouterr().out
+
+
+def test_what_is_drawn_is_what_was_logged(tmp_path: Path) -> None:
+    (run,) = read_runs([logs(tmp_path / "a")], "val/accuracy")
+    assert run.series["val/accuracy"] == [(10, 0.4), (20, 0.5), (30, 0.61)]
+    assert run.series["dp/epsilon"][-1] == (30, pytest.approx(2.9))
+    assert (run.epsilon, run.averaged, run.is_simulation) == (2.9, None, False)
+    (tmp_path / "a" / "config.yaml").write_text("class_path: lightning_dp.ExponentialMovingAverage")
+    assert read_runs([tmp_path / "a"], "val/accuracy")[0].averaged is True
+    (tmp_path / "a" / "privacy.json").unlink()
+    assert read_runs([tmp_path / "a"], "val/accuracy")[0].epsilon == math.inf
+    spent = {"epsilon": "inf", "delta": 1e-5, "dataset_size": 50000}  # as privacy.json says that there was no noise
+    (tmp_path / "a" / "privacy.json").write_text(json.dumps(spent))
+    assert read_runs([tmp_path / "a"], "val/accuracy")[0].epsilon == math.inf
+
+
+def broken(tmp_path: Path, how: str) -> list[Path]:
+    good = logs(tmp_path / "good")
+    if how == "empty":
+        (tmp_path / "empty").mkdir()
+        return [tmp_path / "empty"]
+    if how == "two":
+        logs(tmp_path / "two" / "version_0"), logs(tmp_path / "two" / "version_1")
+        return [tmp_path / "two"]
+    if how == "torn statement":
+        (good / "privacy.json").write_text('{"epsilon": 2.9, "del')
+    if how == "torn metrics":
+        (good / "metrics.csv").write_text("epoch,step,val/accuracy\n0,9,0.4\n0,1x,0.")
+    if how == "no rows":
+        (good / "metrics.csv").write_text("epoch,step,val/accuracy\n")
+    return [good, logs(tmp_path / "other", size=1437)] if how == "other data" else [good]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("empty", r"empty has no metrics.csv: expected the folder of one run"),
+        ("missing", r"nowhere has no metrics.csv"),
+        ("two", r"two has 2 runs \(.*version_0, .*version_1\): expected the folder of one run"),
+        ("torn statement", r"privacy.json is torn \(JSONDecodeError.*: expected the statement of a run"),
+        ("torn metrics", r"metrics.csv is torn \(.*1x.*\): expected numbers"),
+        ("no rows", r"metrics.csv: expected a column 'step' and at least one row"),
+        ("other data", r"runs of different data sets \(.*good: 50000, .*other: 1437 training examples\)"),
+    ],
+)
+def test_logs_that_cannot_be_drawn_are_named(how: str, message: str, tmp_path: Path) -> None:
+    folders = [tmp_path / "nowhere"] if how == "missing" else broken(tmp_path, how)
+    with pytest.raises(ReportError, match=message):
+        read_runs(folders, "val/accuracy")
+
+
+def test_an_unknown_column_and_a_missing_matplotlib_end_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(logs(tmp_path / "a"))
+    with pytest.raises(SystemExit):
+        main(["report", run, "--metric", "val/acc"])
+    assert "metric='val/acc' is no column of" in (said := capsys.readouterr().err)
+    assert "expected one of val/accuracy. Give --metric" in said
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(figures, "import_module", missing)
+    with pytest.raises(SystemExit):
+        main(["report", run])
+    assert "pip install 'lightning-dp[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_published_accuracies_are_shares_and_name_their_source() -> None:
+    for curves in TASKS.values():
+        for curve in curves:
+            assert curve.source.count("arXiv") == 1
+            epsilons = [epsilon for epsilon, _ in curve.points]
+            assert epsilons == sorted(set(epsilons))
+            assert set(curve.unconfirmed) <= set(epsilons)
+            assert all(0 < accuracy < 1 for _, accuracy in curve.points)
