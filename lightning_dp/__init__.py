@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_dp.callback import DifferentialPrivacy
     from lightning_dp.ema import ExponentialMovingAverage
     from lightning_dp.engines.select import EngineError
-    from lightning_dp.held_records import HeldRecords
+    from lightning_dp.loading.held_records import HeldRecords
     from lightning_dp.plan import PrivacyPlan
     from lightning_dp.preflight import PreflightError
     from lightning_dp.private_layers import make_trainable_privately
@@ -33,7 +33,7 @@ _HOMES = {
     "DifferentialPrivacy": "callback",
     "EngineError": "engines.select",
     "ExponentialMovingAverage": "ema",
-    "HeldRecords": "held_records",
+    "HeldRecords": "loading.held_records",
     "PreflightError": "preflight",
     "PrivacyPlan": "plan",
     "PrivateDDPStrategy": "strategy",

@@ -14,24 +14,24 @@ from typing_extensions import override
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.advice import check_decisions
-from lightning_dp.agreement import check_same_on_every_rank, facts
 from lightning_dp.augmentation import views_of
-from lightning_dp.batch_axis import check_batch_axis_argument
 from lightning_dp.checked import shown, whole
-from lightning_dp.checkpoint import Past, lost_since, past_of, sealed, unsealed, with_lost_steps
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
+from lightning_dp.distributed.agreement import check_same_on_every_rank, facts
+from lightning_dp.distributed.gathering import on_every_rank
+from lightning_dp.distributed.homecoming import register, send_home
 from lightning_dp.engines.select import EngineName, check_engine_name
-from lightning_dp.homecoming import register, send_home
-from lightning_dp.journal import Journal
-from lightning_dp.optimizers import check_public_optimizers
-from lightning_dp.physical_batch import PhysicalBatchSize, check_physical_batch_size
+from lightning_dp.loading.batch_axis import check_batch_axis_argument
+from lightning_dp.manual.public_optimizers import check_public_optimizers
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, check_batch_after_resume, on_rank_zero, planned_steps
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.ranks import on_every_rank
-from lightning_dp.report import Report
+from lightning_dp.records.checkpoint import Past, lost_since, past_of, sealed, unsealed, with_lost_steps
+from lightning_dp.records.journal import Journal
+from lightning_dp.records.report import Report
 from lightning_dp.secure import check_secure, resolution
 from lightning_dp.simulation import as_if_real, check_simulation, simulated
+from lightning_dp.sizing.physical_batch import PhysicalBatchSize, check_physical_batch_size
 from lightning_dp.strategy import PrivateStrategy, make_private
 
 

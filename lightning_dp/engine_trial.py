@@ -12,17 +12,17 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_dp import preflight
-from lightning_dp.batch_axis import to_front
-from lightning_dp.coupling import check_rows_stay_apart
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.verification import check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
-from lightning_dp.examples_apart import WithViews
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.opened import open_containers
-from lightning_dp.loader import PoissonLoader
+from lightning_dp.loading.batch_axis import to_front
+from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
+from lightning_dp.mixing.examples_apart import WithViews
+from lightning_dp.mixing.transforms import check_rows_stay_apart
 from lightning_dp.strategy_facts import module_of, trainable
-from lightning_dp.transfer import as_training_step_takes_it, batch_axis_of, to_device
 
 TRIAL_EXAMPLES = 2
 

@@ -12,11 +12,11 @@ from lightning.pytorch.strategies import Strategy
 from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Ledger, check_distance_is_affordable, noise_multiplier_for, noise_with_reserve
-from lightning_dp.agreement import check_same_on_every_rank
 from lightning_dp.clipping import Clipping
+from lightning_dp.distributed.agreement import check_same_on_every_rank
+from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.preflight import PreflightError
-from lightning_dp.ranks import on_every_rank
 from lightning_dp.strategy_facts import world_size_of
 
 T = TypeVar("T")

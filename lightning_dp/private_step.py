@@ -20,29 +20,33 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger
-from lightning_dp.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
-from lightning_dp.batch_axis import BatchAxis
-from lightning_dp.capture import StepCapture
+from lightning_dp.distributed.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
+from lightning_dp.distributed.gathering import on_every_rank
+from lightning_dp.distributed.lost_ranks import naming_lost_ranks
+from lightning_dp.distributed.sharding import reshard, sum_over_ranks, whole
 from lightning_dp.engine_trial import try_engines
 from lightning_dp.engines.on_grid import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
-from lightning_dp.example_loss import example_loss, takes_batch_idx
-from lightning_dp.examples_apart import WithViews, check_examples_stay_apart
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.functional.views import Views, view_uniforms
-from lightning_dp.loader import LogicalBatch, PoissonLoader
-from lightning_dp.lost_ranks import naming_lost_ranks
-from lightning_dp.manual import ManualOptimization
-from lightning_dp.physical_batch import PhysicalBatchSize, default_physical_batch_size, settle_physical_batch_size
-from lightning_dp.ranks import on_every_rank
-from lightning_dp.seeded import forked_rng
-from lightning_dp.sharding import reshard, sum_over_ranks, whole
-from lightning_dp.spectral import SpectralNorms
-from lightning_dp.step_sample import StepSample
+from lightning_dp.loading.batch_axis import BatchAxis
+from lightning_dp.loading.loader import LogicalBatch, PoissonLoader, check_sample
+from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through, to_device
+from lightning_dp.manual.optimization import ManualOptimization
+from lightning_dp.manual.step_sample import StepSample
+from lightning_dp.mixing.examples_apart import WithViews, check_examples_stay_apart
+from lightning_dp.sizing.physical_batch import (
+    PhysicalBatchSize,
+    default_physical_batch_size,
+    settle_physical_batch_size,
+)
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
-from lightning_dp.transfer import let_logical_batches_through, stop_letting_through, to_device
+from lightning_dp.user_step.capture import StepCapture
+from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
+from lightning_dp.user_step.seeded import forked_rng
+from lightning_dp.user_step.spectral import SpectralNorms
 
 Planner = Callable[[DataLoader[Any]], Ledger]
 """Turns the user's training loader into the ledger of the run, which holds the plan."""
@@ -64,7 +68,7 @@ class PrivateStep:
         static_shapes: whether every micro-batch is padded to the physical batch size.
         views: how the K augmented views of each example are made, or ``None`` for the examples as they are.
         public_optimizers: under manual optimization, places of the optimizers that see no private data.
-        batch_axis: where a batch has its examples, see :mod:`lightning_dp.batch_axis`.
+        batch_axis: where a batch has its examples, see :mod:`lightning_dp.loading.batch_axis`.
     """
 
     def __init__(
@@ -185,16 +189,7 @@ class PrivateStep:
         assert key is not None
         assert capture is not None
         assert self._selection is not None
-        if not isinstance(batch, LogicalBatch):
-            raise RuntimeError(
-                f"batch of type {type(batch).__name__}: expected a LogicalBatch. Something replaced the private training "
-                "loader; pass the data to trainer.fit as usual and do not touch trainer.fit_loop."
-            )
-        if batch.step != ledger.steps + self.unused_samples:
-            raise RuntimeError(
-                f"The sample of step {batch.step} arrived when {ledger.steps} steps are charged: expected one release for "
-                "each sample. An override of optimizer_step or a callback left a batch unused; step on every batch."
-            )
+        check_sample(batch, ledger.steps, self.unused_samples)
         some_rank_is_empty = 0 < batch.global_size < world_size_of(strategy)
         share = strategy.broadcast if some_rank_is_empty else None
         if self._manual is not None:

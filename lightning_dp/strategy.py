@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dp.checkpoint import read_checkpoint
-from lightning_dp.loader import LogicalBatch
-from lightning_dp.lost_ranks import naming_absent_nodes
+from lightning_dp.distributed.lost_ranks import naming_absent_nodes
+from lightning_dp.distributed.sharding import check_sharding, reshard, whole
+from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.preflight import PreflightError, check_strategy
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.sharding import check_sharding, reshard, whole
+from lightning_dp.records.checkpoint import read_checkpoint
 from lightning_dp.strategy_facts import module_of
 
 

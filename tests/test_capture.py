@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
-from lightning_dp.capture import StepCapture, split_output
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.functional.gradient import Engine
+from lightning_dp.user_step.capture import StepCapture, split_output
 
 Logged = list[tuple[str, Any, dict[str, Any]]]
 ENGINES: list[Engine] = [VmapEngine(), LoopEngine()]

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dp import DifferentialPrivacy, HeldRecords, PreflightError
-from lightning_dp.held_records import HeldRecordsError, _sketch
+from lightning_dp.loading.held_records import HeldRecordsError, _sketch
 from tests.conftest import loader, regression_data, regressor, trainer, weights
 
 

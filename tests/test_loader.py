@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import poisson_sample
-from lightning_dp.loader import LogicalBatch, LogicalBatchConsumedError, PoissonLoader
+from lightning_dp.loading.loader import LogicalBatch, LogicalBatchConsumedError, PoissonLoader
 from tests.functional.laws import plan
 
 KEY = RandomKey.from_seed(51)

@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import lightning_dp.physical_batch as physical_batch
+import lightning_dp.sizing.physical_batch as physical_batch
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
-from lightning_dp.batch_search import Found, Measured, measured, random_rows, search_size
 from lightning_dp.functional.transforms import ViewTransform
-from lightning_dp.memory import UNKNOWN, available_memory, peak_bytes, room_for_micro_batches
-from lightning_dp.physical_batch import largest_useful_size
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.sizing.batch_search import Found, Measured, measured, random_rows, search_size
+from lightning_dp.sizing.memory import UNKNOWN, available_memory, peak_bytes, room_for_micro_batches
+from lightning_dp.sizing.physical_batch import largest_useful_size
 from tests.conftest import Regressor, loader, regressor, trainer, weights
 
 CPU = torch.device("cpu")

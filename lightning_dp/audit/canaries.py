@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dp.capture import split_output
+from lightning_dp.user_step.capture import split_output
 
 PARAMETER = "dp_audit_canaries"
 """The name under which the gradient-space canaries' own coordinates are added to the module."""

@@ -20,7 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_dp.user_code import Line, line_of_the_caller
+from lightning_dp.engines.user_code import Line, line_of_the_caller
 
 
 class PartingError(BaseException):

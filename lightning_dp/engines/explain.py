@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_dp.user_code import layer_of_error, line_of_error
+from lightning_dp.engines.user_code import layer_of_error, line_of_error
 
 CAUSES = {
     "data-dependent control flow": "it takes an example's value into Python, which must be the same for all at once",

@@ -11,9 +11,10 @@ import lightning as L
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from lightning_dp import DifferentialPrivacy, agreement
+from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Ledger
-from lightning_dp.checkpoint import Past, sealed
+from lightning_dp.distributed import agreement
+from lightning_dp.records.checkpoint import Past, sealed
 from tests.conftest import loader, regression_data, regressor
 from tests.functional.laws import plan
 

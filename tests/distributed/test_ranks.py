@@ -26,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,secret,gan,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
-        cwd=ROOT, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 

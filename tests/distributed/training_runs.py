@@ -17,7 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, HeldRecords, lost_ranks
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, HeldRecords
+from lightning_dp.distributed import lost_ranks
 from lightning_dp.functional import step as functional_step
 from tests.conftest import Regressor, loader, regression_data, regressor, weights
 from tests.distributed.ranks import Shift

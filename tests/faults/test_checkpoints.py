@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_dp import PreflightError
-from lightning_dp.journal import FILE_NAME, JournalError
+from lightning_dp.records.journal import FILE_NAME, JournalError
 from tests.faults.lives import life
 
 pytestmark = [
@@ -114,7 +114,7 @@ def edited(whole: bytes, tmp_path: Path, edit: Any) -> Path:
 
 
 def test_a_ledger_sealed_again_must_still_hold_the_steps_of_the_weights(tmp_path: Path, whole: bytes) -> None:
-    from lightning_dp.checkpoint import Past, sealed
+    from lightning_dp.records.checkpoint import Past, sealed
 
     def fewer(content: dict[str, Any]) -> None:
         ledger = copy.deepcopy(content["callbacks"][KEY]["ledger"])

@@ -18,8 +18,8 @@ import torch
 import lightning_dp.callback as callback_module
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
-from lightning_dp.checkpoint import Past
-from lightning_dp.journal import FILE_NAME, Journal
+from lightning_dp.records.checkpoint import Past
+from lightning_dp.records.journal import FILE_NAME, Journal
 from tests.faults.lives import (
     RELEASES,
     StopAt,

@@ -15,7 +15,7 @@ import lightning_dp.accounting.entry as entry_module
 import lightning_dp.engines.on_grid as on_grid_module
 import lightning_dp.functional.grid as grid_module
 import lightning_dp.functional.step as step_module
-import lightning_dp.loader as loader_module
+import lightning_dp.loading.loader as loader_module
 from lightning_dp.accounting import Distance
 from tests.guarantees.mutations import patched
 

@@ -12,10 +12,10 @@ import lightning_dp.accounting.entry as entry_module
 import lightning_dp.accounting.epsilon as epsilon_module
 import lightning_dp.accounting.ledger as ledger_module
 import lightning_dp.callback as callback_module
-import lightning_dp.loader as loader_module
+import lightning_dp.loading.loader as loader_module
 import lightning_dp.planning as planning_module
 import lightning_dp.preflight as preflight_module
-import lightning_dp.report as report_module
+import lightning_dp.records.report as report_module
 from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep

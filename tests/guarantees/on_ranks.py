@@ -26,7 +26,7 @@ def noise_on_two_ranks(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
     """The noise that moved the weights, in units of σC: of the right code, and of each planted bug."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.guarantees.on_ranks", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=240,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return {path.stem: torch.load(path, weights_only=True).double().numpy() for path in folder.glob("*.pt")}

@@ -21,7 +21,7 @@ from tests.guarantees.test_failures_01_to_10 import clipped_sums_are_right
 from tests.training import test_budget as budget
 from tests.training import test_lightning_stays_itself as lightning
 from tests.training import test_randomness as randomness
-from tests.training.test_refusals import refused
+from tests.training.refusals import refused
 
 pytestmark = budget.pytestmark
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from lightning_dp import PreflightError
 from lightning_dp.accounting import Ledger
 from lightning_dp.accounting.entry import Entry
-from lightning_dp.checkpoint import Past, past_of, sealed, unsealed
-from lightning_dp.journal import Journal, JournalError, Lineage, count_lost
 from lightning_dp.plan import PrivacyPlan
+from lightning_dp.records.checkpoint import Past, past_of, sealed, unsealed
+from lightning_dp.records.journal import Journal, JournalError, Lineage, count_lost
 from tests.hostile.values import STATES_TRIED, TRIED, as_many_as_promised, plain
 
 KEY = "DifferentialPrivacy"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lightning_dp.functional.grid as grid_module
-import lightning_dp.loader as loader_module
+import lightning_dp.loading.loader as loader_module
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.accounting.distance import discretisation_divergence
 from lightning_dp.functional import keystream

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_dp import preflight
 from lightning_dp.engines.explain import explain
 from lightning_dp.functional.gradient import LossFunction
-from lightning_dp.loader import PoissonLoader
-from lightning_dp.loss_coupling import PROBES, Reduction, check_loss_keeps_examples_apart
-from lightning_dp.padding import check_collate_keeps_examples_apart, check_padding_is_masked
+from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.loading.transfer import to_device
+from lightning_dp.mixing.losses import PROBES, Reduction, check_loss_keeps_examples_apart
+from lightning_dp.mixing.padding import check_collate_keeps_examples_apart, check_padding_is_masked
 from lightning_dp.strategy_facts import module_of, trainable
-from lightning_dp.transfer import to_device
 
 WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
 """``(batch on the device, indices, seed)`` → the batch with its views."""

@@ -24,10 +24,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_dp.distributed.gathering import gathered
 from lightning_dp.functional.opened import open_containers
-from lightning_dp.held_records import HeldRecords
+from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.preflight import PreflightError
-from lightning_dp.ranks import gathered
 from lightning_dp.strategy_facts import world_size_of
 from lightning_dp.version import __version__
 

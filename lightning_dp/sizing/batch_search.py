@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dp.functional.microbatch import is_list_of_values
-from lightning_dp.memory import peak_bytes
+from lightning_dp.sizing.memory import peak_bytes
 
 LONG_ENOUGH = 5.0
 """Seconds: where one micro-batch takes as long, a larger one saves nothing worth having."""

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.capture import LogCall, StepCapture
+from lightning_dp.user_step.capture import LogCall, StepCapture
 
 _warnings = WarningCache()
 

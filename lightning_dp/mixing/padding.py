@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_dp.attributes import attributes_put_back
-from lightning_dp.coupling import DRAWS, seeded
 from lightning_dp.engines.ghost.verification import inert
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.microbatch import batch_of_one
+from lightning_dp.mixing.transforms import DRAWS, seeded
 from lightning_dp.preflight import PreflightError
+from lightning_dp.user_step.attributes import attributes_put_back
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """The part of a gradient by which it may change with its padding; 5e-2 in lower precision."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
-from lightning_dp.attributes import attributes_put_back, leave, numbers_as_tensors
+from lightning_dp.user_step.attributes import attributes_put_back, leave, numbers_as_tensors
 
 _warnings = WarningCache()
 

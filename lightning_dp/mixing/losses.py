@@ -11,11 +11,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_dp.attributes import attributes_put_back
 from lightning_dp.engines.ghost.verification import double, inert
 from lightning_dp.functional.gradient import LossFunction, scalar_loss
 from lightning_dp.functional.microbatch import take
 from lightning_dp.preflight import PreflightError
+from lightning_dp.user_step.attributes import attributes_put_back
 
 PROBES = 8
 """So many examples are looked at: four blocks of two."""

@@ -20,7 +20,7 @@ from lightning_dp.functional.keystream import Keystream
 from lightning_dp.functional.microbatch import split
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import cut, exact_poisson_sample, poisson_sample, rank_slice
-from lightning_dp.held_records import HeldRecords
+from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.plan import PrivacyPlan
 
 Indices = npt.NDArray[np.int64]
@@ -268,3 +268,26 @@ def _rebuild(loader: DataLoader[Any], schedule: _Schedule) -> DataLoader[Any]:
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
+
+
+def check_sample(batch: object, charged: int, unused: int) -> None:
+    """Refuse a batch that is not the sample that belongs to the next step.
+
+    Args:
+        batch: what Lightning passes to a step.
+        charged: how many steps are charged.
+        unused: how many samples were drawn and not released.
+
+    Raises:
+        RuntimeError: it is no sample of the private loader, or another step's.
+    """
+    if not isinstance(batch, LogicalBatch):
+        raise RuntimeError(
+            f"batch of type {type(batch).__name__}: expected a LogicalBatch. Something replaced the private training "
+            "loader; pass the data to trainer.fit as usual and do not touch trainer.fit_loop."
+        )
+    if batch.step != charged + unused:
+        raise RuntimeError(
+            f"The sample of step {batch.step} arrived when {charged} steps are charged: expected one release for "
+            "each sample. An override of optimizer_step or a callback left a batch unused; step on every batch."
+        )

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_dp.journal import Lineage, count_lost
 from lightning_dp.preflight import PreflightError
+from lightning_dp.records.journal import Lineage, count_lost
 
 _REMEDY = (
     "Resume from a checkpoint that is whole and unedited; spent budget cannot be guessed. To start from public weights, load "

@@ -16,21 +16,21 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_dp.attributes import attributes_put_back
-from lightning_dp.capture import Recording, StepCapture
-from lightning_dp.commands import Commands, intercepted
 from lightning_dp.engines.select import Selection
-from lightning_dp.example_loss import example_loss, takes_batch_idx
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.step import Accumulated
 from lightning_dp.functional.views import Views
-from lightning_dp.late_logs import KnownLoss, in_place_of, log_late
+from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
+from lightning_dp.manual.commands import Commands, intercepted
+from lightning_dp.manual.late_logs import KnownLoss, in_place_of, log_late
+from lightning_dp.manual.rehearsal import check_private_step, check_public_steps, parameters_put_back, rehearse
+from lightning_dp.manual.stand_in import without_content
+from lightning_dp.manual.step_sample import StepSample, TryEngines
 from lightning_dp.preflight import PreflightError
-from lightning_dp.rehearsal import check_private_step, check_public_steps, parameters_put_back, rehearse
-from lightning_dp.stand_in import without_content
-from lightning_dp.step_sample import StepSample, TryEngines
 from lightning_dp.strategy_facts import module_of, world_size_of
-from lightning_dp.transfer import as_training_step_takes_it, to_device
+from lightning_dp.user_step.attributes import attributes_put_back
+from lightning_dp.user_step.capture import Recording, StepCapture
+from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 
 
 @dataclass
@@ -151,7 +151,7 @@ class ManualOptimization:
         Args:
             sample: of this step; the private optimizers' gradients are made of it.
             rest: what Lightning passes to training_step after the batch.
-            share: see :meth:`lightning_dp.capture.StepCapture.replay`.
+            share: see :meth:`lightning_dp.user_step.capture.StepCapture.replay`.
             log: whether what training_step logs is handed to Lightning.
 
         Returns:

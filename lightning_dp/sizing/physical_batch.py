@@ -15,17 +15,17 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_dp import preflight
-from lightning_dp.batch_search import Found, measured, random_rows, search_size
 from lightning_dp.checked import shown, whole
+from lightning_dp.distributed.gathering import gathered
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.select import make_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
-from lightning_dp.loader import PoissonLoader
-from lightning_dp.memory import room_for_micro_batches
+from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.loading.transfer import to_device
 from lightning_dp.plan import PrivacyPlan
-from lightning_dp.ranks import gathered
+from lightning_dp.sizing.batch_search import Found, measured, random_rows, search_size
+from lightning_dp.sizing.memory import room_for_micro_batches
 from lightning_dp.strategy_facts import module_of, trainable, world_size_of
-from lightning_dp.transfer import to_device
 
 WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
 """``(batch on the device, indices, seed)`` → the batch with its views."""

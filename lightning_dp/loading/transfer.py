@@ -7,9 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 
-from lightning_dp.batch_axis import BatchAxis, as_given, to_front
 from lightning_dp.functional.opened import close_containers, open_containers
-from lightning_dp.loader import LogicalBatch
+from lightning_dp.loading.batch_axis import BatchAxis, as_given, to_front
+from lightning_dp.loading.loader import LogicalBatch
 
 HOOK = "_on_before_batch_transfer"
 """Lightning's way to the user's ``on_before_batch_transfer``."""
@@ -19,7 +19,7 @@ def to_device(strategy: Strategy, batch: Any) -> Any:
     """Convert a micro-batch to the Trainer's precision and move it to the device, the user's hooks included.
 
     Containers of the user's own come back in parts (:mod:`lightning_dp.functional.opened`) and tensors with their
-    examples on the first axis (:mod:`lightning_dp.batch_axis`), for the stages that follow.
+    examples on the first axis (:mod:`lightning_dp.loading.batch_axis`), for the stages that follow.
 
     Args:
         strategy: connected to the module; its precision plugin, device and the module's (or data module's)

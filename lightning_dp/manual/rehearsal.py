@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_dp.attributes import attributes_put_back
-from lightning_dp.capture import StepCapture
-from lightning_dp.commands import Commands, intercepted
-from lightning_dp.example_loss import takes_batch_idx
+from lightning_dp.manual.commands import Commands, intercepted
 from lightning_dp.preflight import PreflightError
+from lightning_dp.user_step.attributes import attributes_put_back
+from lightning_dp.user_step.capture import StepCapture
+from lightning_dp.user_step.example_loss import takes_batch_idx
 
 REHEARSED = 8
 """So many batches' worth of training_step are rehearsed: some modules step an optimizer at every n-th batch only."""

@@ -15,7 +15,7 @@ from lightning_dp import secure
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.select import Selection
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.whole_file import write_whole
+from lightning_dp.records.whole_file import write_whole
 
 SIMULATION = "SIMULATION at 1/{} of batch and noise, NOT PRIVATE as the run it stands for. Spent here"
 FILE_NAME = "privacy.json"

@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_dp.capture import StepCapture
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.views import Views
-from lightning_dp.spectral import SpectralNorms
+from lightning_dp.loading.transfer import as_training_step_takes_it
 from lightning_dp.strategy_facts import module_of
-from lightning_dp.transfer import as_training_step_takes_it
+from lightning_dp.user_step.capture import StepCapture
+from lightning_dp.user_step.spectral import SpectralNorms
 
 
 def example_loss(

@@ -1,0 +1,1 @@
+"""The dataset, sampled by Poisson and brought to the device in micro-batches."""

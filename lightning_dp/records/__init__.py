@@ -1,0 +1,1 @@
+"""What a run leaves on disk: statement, journal, checkpoints that can be trusted."""

@@ -1,0 +1,1 @@
+"""How many examples are worked on at once."""

@@ -1,0 +1,123 @@
+"""Manual optimization that cannot be private is refused before anything is released."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp import DifferentialPrivacy, PreflightError
+from tests.conftest import loader, regressor, trainer, weights
+from tests.training.manual_modules import ManualRegressor, gan
+from tests.training.test_manual_optimization import fit_gan
+
+
+def training(body: Any, optimizers: int = 1) -> L.LightningModule:
+    class Training(ManualRegressor):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            loss = nn.functional.mse_loss(self.net(batch[0]).squeeze(-1), batch[1])
+            body(self, self.optimizers(), loss)
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.net[2 * i].parameters(), lr=0.1) for i in range(optimizers)]
+
+    return Training()
+
+
+def _accumulating(module: Any, optimizer: Any, loss: Tensor) -> None:
+    module.manual_backward(loss)
+
+
+def _clipping(module: Any, optimizer: Any, loss: Tensor) -> None:
+    module.manual_backward(loss)
+    module.clip_gradients(optimizer, gradient_clip_val=1.0)
+    optimizer.step()
+
+
+def _bare(module: Any, optimizer: Any, loss: Tensor) -> None:
+    module.manual_backward(loss)
+    module.optimizers(use_pl_optimizer=False).step()
+
+
+def _shared(module: Any, optimizers: Any, loss: Tensor) -> None:
+    module.manual_backward(loss)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def _twice(module: Any, optimizer: Any, loss: Tensor) -> None:
+    for _ in range(2):
+        module.manual_backward(loss * 1.0)
+        optimizer.step()
+
+
+def _by_the_data(module: Any, optimizer: Any, loss: Tensor) -> None:
+    if not loss.requires_grad or float(loss) > 0.5:
+        module.manual_backward(loss)
+        optimizer.step()
+
+
+def _writing(module: Any, optimizers: Any, loss: Tensor) -> None:
+    optimizers[0].zero_grad()
+    module.manual_backward(loss)
+    optimizers[0].step()
+    module.net[0].weight.data.mul_(0.5)
+    module.manual_backward(loss * 1.0)
+    optimizers[1].step()
+
+
+def _nothing(module: Any, optimizer: Any, loss: Tensor) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("body", "optimizers", "words"),
+    [
+        (_accumulating, 1, ["without a step of an optimizer", "batch_size"]),
+        (_clipping, 1, ["self.clip_gradients", "clip_norm"]),
+        (_bare, 1, ["use_pl_optimizer=False", "self.optimizers()"]),
+        (_shared, 2, ["optimizer 1 steps without a manual_backward", "parameter groups"]),
+        (_twice, 1, ["optimizer 0 steps twice"]),
+        (_writing, 2, ["training_step writes into net.0.weight", "target networks"]),
+        (_nothing, 1, ["no private optimizer steps", "opt.step()"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Trainable parameters that no optimizer holds")
+def test_what_cannot_be_private_is_refused_before_anything_is_released(
+    body: Any, optimizers: int, words: list[str]
+) -> None:
+    module = training(body, optimizers)
+    before = weights(module)
+    private = DifferentialPrivacy(noise_multiplier=1.0, engine="loop")
+    with pytest.raises(PreflightError, match="expected") as caught_error:
+        trainer(private).fit(module, loader())
+    for word in words:
+        assert word in str(caught_error.value)
+    assert private.ledger is None or private.ledger.steps == 0
+    assert torch.equal(before, weights(module))
+
+
+@pytest.mark.parametrize(
+    ("public", "words"),
+    [
+        ([2], ["public_optimizers=[2] with 2 optimizers"]),
+        ([0, 1], ["at least one optimizer left that is private"]),
+    ],
+)
+def test_a_choice_of_public_optimizers_that_makes_no_sense(public: list[int], words: list[str]) -> None:
+    with pytest.raises(PreflightError, match="expected") as caught_error:
+        fit_gan(public_optimizers=public)
+    for word in words:
+        assert word in str(caught_error.value)
+
+
+def test_public_optimizers_under_automatic_optimization_or_over_shared_parameters() -> None:
+    with pytest.raises(PreflightError, match="with automatic optimization: expected None"):
+        trainer(DifferentialPrivacy(noise_multiplier=1.0, public_optimizers=[0])).fit(regressor(), loader())
+    module = gan()
+    module.configure_optimizers = lambda: [torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2)]
+    with pytest.raises(PreflightError, match="belong to a public and to a private optimizer: expected"):
+        fit_gan(module=module)
