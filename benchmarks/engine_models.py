@@ -1,4 +1,4 @@
-"""The models that ``benchmarks/engines.py`` times, in plain PyTorch and small enough to read."""
+"""The models that ``benchmarks/engines.py`` times: the library's wide residual network, and transformers in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,48 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class StandardisedConv2d(nn.Conv2d):
-    """Weight standardisation with a gain, as in De et al. 2022 (arXiv 2204.13650)."""
-
-    def __init__(self, *args: int) -> None:
-        super().__init__(*args)
-        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve with the standardised weight."""
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        scale = self.gain * (variance * self.weight[0].numel()).clamp(min=1e-4).rsqrt()
-        return F.conv2d(x, (self.weight - mean) * scale, self.bias, self.stride, self.padding)
-
-
-def _normalised(channels: int) -> nn.Module:
-    return nn.Sequential(nn.ReLU(), nn.GroupNorm(16, channels))
-
-
-class _Residual(nn.Module):
-    def __init__(self, conv: type[nn.Conv2d], inputs: int, outputs: int, stride: int, first: bool) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            _normalised(inputs), conv(inputs, outputs, 3, stride, 1), _normalised(outputs), conv(outputs, outputs, 3, 1, 1)
-        )  # fmt: skip
-        self.shortcut = nn.Sequential(_normalised(inputs), conv(inputs, outputs, 1, stride)) if first else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) + self.shortcut(x)
-
-
-def wide_resnet(conv: type[nn.Conv2d] = nn.Conv2d, depth: int = 16, width: int = 4) -> nn.Module:
-    """WRN-depth-width for 10 classes: ReLU → GroupNorm(16) → convolution throughout (De et al. 2022)."""
-    blocks: list[nn.Module] = []
-    channels = 16
-    for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
-        for block in range((depth - 4) // 6):
-            stride = 2 if group and not block else 1
-            blocks.append(_Residual(conv, channels, outputs, stride, first=not block))
-            channels = outputs
-    pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
-    return nn.Sequential(conv(3, 16, 3, 1, 1), *blocks, _normalised(channels), *pooled)
+from lightning_dp.models import WideResNet
 
 
 class _Attention(nn.Module):
@@ -140,8 +99,8 @@ def _sentences(size: int, views: int) -> tuple[Tensor, Tensor]:
 
 
 TASKS = {
-    "wrn": Task(wide_resnet, _images),
-    "wrn-ws": Task(lambda: wide_resnet(StandardisedConv2d), _images),
+    "wrn": Task(lambda: WideResNet(16, 4, weight_standardisation=False), _images),
+    "wrn-ws": Task(lambda: WideResNet(16, 4), _images),
     "vit": Task(vision_transformer, _images),
     "lm": Task(language_model, _sentences),
 }

@@ -1,12 +1,14 @@
 """Time the engines, and Opacus's, against a step without privacy.
 
-    uv run python benchmarks/engines.py --json engines.json
+    uv run python benchmarks/engines.py --json engines.json --write docs/performance.md
 
 What is timed is the clipped sum of a micro-batch: forward, backward, norms, clipping, sum; and for the step without
-privacy forward and backward. Engines take turns, round by round, so that a busy machine slows all of them alike; the
-table gives the median of the rounds' ratios, their least and greatest. Memory is the peak of what torch allocates
-during a step, parameters included. The error is the largest difference from the engine ``loop`` in any coordinate, as a
-part of the norm of the whole sum (float32).
+privacy what Lightning runs: gradients set to None, forward, backward. Engines take turns, round by round, so that a busy
+machine slows all of them alike; the table gives the median of the rounds' ratios, their least and greatest. Memory is
+the peak of what torch allocates during a step, parameters and what an engine keeps for the next step included. The error is
+the largest difference from the engine ``loop`` in any coordinate, as a part of the norm of the whole sum (float32).
+
+``trainer`` is the whole private step of a Trainer with ``ghost``, and its ratio is to that engine alone.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import argparse
 import copy
 import importlib.metadata
 import json
+import logging
+import os
 import platform
 import statistics
 import sys
@@ -29,10 +33,9 @@ import torch
 from engine_models import TASKS, loss_of
 from torch import Tensor, nn
 from torch.func import functional_call
+from trainer_step import trainer_over_engine
 
-from lightning_dp.engines.ghost import GhostEngine
-from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.engines.vmap import VmapEngine
+from lightning_dp.engines.select import make_engine
 
 CLIP_NORM = 1.0
 Gradient = dict[str, Tensor]
@@ -48,8 +51,9 @@ class Row:
         model: name in ``engine_models.TASKS``.
         batch_size: examples in the micro-batch.
         views: augmented views of each.
-        engine: ours by name, or ``opacus-…``.
-        ratio: median of time ÷ time without privacy, over the rounds.
+        engine: ours by name, ``opacus-…``, or ``trainer``.
+        over: what the ratio is to: ``plain``, the step without privacy, or ``ghost``, for ``trainer``.
+        ratio: median of time ÷ time of that, over the rounds.
         ratio_min: least.
         ratio_max: greatest.
         milliseconds_per_example: median.
@@ -61,6 +65,7 @@ class Row:
     batch_size: int
     views: int
     engine: str
+    over: str
     ratio: float | None
     ratio_min: float | None
     ratio_max: float | None
@@ -70,19 +75,19 @@ class Row:
 
 
 def plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
-    """Forward and backward without privacy."""
-    parameters = dict(model.named_parameters())
+    """What Lightning runs without privacy: gradients set to None, forward, backward."""
 
     def step() -> Gradient:
-        gradients = torch.autograd.grad(loss_of(model, inputs, targets), list(parameters.values()))
-        return dict(zip(parameters, gradients, strict=True))
+        model.zero_grad(set_to_none=True)
+        loss_of(model, inputs, targets).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     return step
 
 
 def ours(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     """One of this package's engines."""
-    engine = {"ghost": GhostEngine(model), "vmap": VmapEngine(), "loop": LoopEngine()}[name]
+    engine = make_engine(name, model)
     parameters = dict(model.named_parameters())
 
     def loss_function(given: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
@@ -144,8 +149,13 @@ ENGINES: dict[str, Callable[..., Step]] = {
 }
 
 
+NAMES = [*ENGINES, "trainer"]
+
+
 def seconds(step: Step, device: torch.device) -> float:
     """Wall-clock time of one step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -178,43 +188,67 @@ def measure(
     torch.manual_seed(0)
     model = TASKS[name].model().to(device)
     inputs, targets = (t.to(device) for t in TASKS[name].batch(size, views))
-    given = (model, inputs, targets)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
-    steps: dict[str, Step] = {"plain": plain(*given)}
+
+    def step_of(engine: str) -> Step:
+        step = {"plain": plain, **ENGINES}[engine](model, inputs, targets)
+
+        def cast() -> Gradient:  # a context of its own each time: it keeps the weights it has cast
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                return step()
+
+        return cast
+
+    steps: dict[str, Step] = {"plain": step_of("plain")}
     failures: dict[str, str] = {}
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        expected = ours("loop", *given)()
-        size_of_sum = float(torch.cat([g.flatten() for g in expected.values()]).norm())
-        errors = {}
-        for engine in engines:
-            try:
-                step = ENGINES[engine](*given)
-                found = step()
-            except Exception as error:
-                failures[engine] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                continue
-            errors[engine] = max(float((found[n] - g).abs().max()) for n, g in expected.items()) / size_of_sum
-            steps[engine] = step
-        fresh = {"plain": plain, **ENGINES}  # an engine that has kept no memory from an earlier step
-        peaks = {engine: held + peak_memory(fresh[engine](*given), device) for engine in steps}
-        seconds(steps["plain"], device)
-        times: dict[str, list[float]] = {engine: [] for engine in steps}
-        for _ in range(rounds):
-            for engine, step in steps.items():
-                times[engine].append(seconds(step, device))
+    expected = step_of("loop")()
+    size_of_sum = float(torch.cat([g.flatten() for g in expected.values()]).norm())
+    errors = {}
+    for engine in (one for one in engines if one in ENGINES):
+        try:
+            step = step_of(engine)
+            found = step()
+        except Exception as error:
+            failures[engine] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        errors[engine] = max(float((found[n] - g).abs().max()) for n, g in expected.items()) / size_of_sum
+        steps[engine] = step
+    peaks = {}
+    for engine in steps:  # each anew, so that what it keeps for its next step is counted
+        model.zero_grad(set_to_none=True)
+        peaks[engine] = held + peak_memory(step_of(engine), device)
+    seconds(steps["plain"], device)
+    times: dict[str, list[float]] = {engine: [] for engine in steps}
+    for _ in range(rounds):
+        for engine, step in steps.items():
+            times[engine].append(seconds(step, device))
     rows = []
     for engine in engines:
-        if engine in failures:
-            rows.append(Row(name, size, views, engine, None, None, None, None, None, failures[engine]))
-            continue
-        ratios = [t / base for t, base in zip(times[engine], times["plain"], strict=True)]
-        per_example = 1e3 * statistics.median(times[engine]) / size
-        memory = peaks[engine] / peaks["plain"]
-        middle = statistics.median(ratios)
-        rows.append(
-            Row(name, size, views, engine, middle, min(ratios), max(ratios), per_example, memory, errors[engine])
-        )
+        case = (name, size, views, engine)
+        if engine == "trainer":
+            rows.append(of_trainer(name, size, views, rounds, device))
+        elif engine in failures:
+            rows.append(Row(*case, "plain", None, None, None, None, None, failures[engine]))
+        else:
+            memory = peaks[engine] / peaks["plain"]
+            rows.append(Row(*case, "plain", *figures(times[engine], times["plain"], size), memory, errors[engine]))
     return rows
+
+
+def of_trainer(name: str, size: int, views: int, rounds: int, device: torch.device) -> Row:
+    """The row of a Trainer's whole step; one without a ratio where there is none."""
+    case = (name, size, views, "trainer", "ghost")
+    try:
+        whole, alone = trainer_over_engine(name, size, views, "ghost", rounds, device)
+    except NotImplementedError as error:
+        return Row(*case, None, None, None, None, None, f"not measured with {error}")
+    return Row(*case, *figures(whole, alone, size), None, "its own draws")
+
+
+def figures(times: list[float], base: list[float], size: int) -> tuple[float, float, float, float]:
+    """Median, least and greatest ratio of the rounds, and milliseconds per example."""
+    ratios = [t / b for t, b in zip(times, base, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios), 1e3 * statistics.median(times) / size
 
 
 def line(row: Row) -> str:
@@ -223,13 +257,31 @@ def line(row: Row) -> str:
     if row.ratio is None:
         cells += ["–", "–", "–", f"{row.error}"]
     else:
+        note = "" if row.over == "plain" else f" of `{row.over}`"
         cells += [
-            f"{row.ratio:.2f} ({row.ratio_min:.2f}–{row.ratio_max:.2f})",
+            f"{row.ratio:.2f} ({row.ratio_min:.2f}–{row.ratio_max:.2f}){note}",
             f"{row.milliseconds_per_example:.2f}",
-            f"{row.peak_memory_ratio:.2f}",
-            f"{row.error:.0e}",
+            "–" if row.peak_memory_ratio is None else f"{row.peak_memory_ratio:.2f}",
+            row.error if isinstance(row.error, str) else f"{row.error:.0e}",
         ]
     return "| " + " | ".join(cells) + " |"
+
+
+HEAD = """| model | batch | views | engine | time ÷ without privacy | ms per example | memory ÷ | error |
+|---|--:|--:|---|--:|--:|--:|--:|"""
+MARKS = ("<!-- engines.py: begin -->", "<!-- engines.py: end -->")
+
+
+def write_into(page: Path, table: str, about: str) -> None:
+    """Put the table and what it was measured with between the page's two marks."""
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    page.write_text(f"{before}{MARKS[0]}\n{table}\n\n{about}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def load() -> str:
+    """How busy the machine is."""
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
 
 
 def main() -> None:
@@ -241,18 +293,19 @@ def main() -> None:
         default=["wrn:16", "wrn:64", "wrn:4:8", "wrn-ws:16", "wrn-ws:64", "vit:64", "lm:32"],
         help="model:batch_size or model:batch_size:views",
     )
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--rounds", type=int, default=5, help="how often each engine is timed (default 5)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast")
+    parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast (not the row of the Trainer)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (default 1)")
     parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--write", type=Path, help="a page with the two marks, between which the table goes")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
-    print("| model | batch | views | engine | time ÷ without privacy | ms per example | memory ÷ | error |")
-    print("|---|--:|--:|---|--:|--:|--:|--:|", flush=True)
+    device, loads = torch.device(arguments.device), [load()]
+    print(HEAD, flush=True)
     rows: list[Row] = []
     for case in arguments.cases:
         name, size, *views = case.split(":")
@@ -260,16 +313,26 @@ def main() -> None:
             name, int(size), int(*views or [1]), arguments.engines, arguments.rounds, device, arguments.bf16
         )
         rows += measured
+        loads.append(load())
         print("\n".join(line(row) for row in measured), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
-    where = platform.processor() or platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    print(
-        f"\n{where}, {arguments.threads} thread(s), {arguments.rounds} rounds, Python {platform.python_version()}, "
-        f"{versions}",
-        file=sys.stderr,
+    where = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    about = (
+        f"{where}, {os.cpu_count()} cores, {arguments.threads} thread(s), {arguments.rounds} rounds, load average before "
+        f"each case {', '.join(loads)}; Python {platform.python_version()}, {versions}."
     )
+    print(f"\n{about}", file=sys.stderr)
+    if arguments.write:
+        write_into(arguments.write, "\n".join([HEAD, *map(line, rows)]), about)
+
+
+def processor() -> str:
+    """What the machine calls its processor."""
+    found = Path("/proc/cpuinfo")
+    names = [one for one in found.read_text().splitlines() if one.startswith("model name")] if found.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

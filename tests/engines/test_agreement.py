@@ -7,12 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.engines.vmap import VmapEngine
-from lightning_dp.functional.gradient import Engine
+from lightning_dp.engines.select import make_engine
 from lightning_dp.functional.step import Accumulated, accumulate
 from tests.engines import oracle
 from tests.engines.family import FAMILY, Case, case
@@ -21,17 +19,16 @@ from tests.functional.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
 # torch has no batched kernel of attention for the CPU and says that it is slow; the numbers are right all the same
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
-ENGINES: list[Engine] = [VmapEngine(), LoopEngine()]
-BY_NAME = {"ids": lambda engine: engine.name}
+ENGINES = ["ghost", "vmap", "loop"]
 
 
-def run(engine: Engine, of: Case, clip_norm: float, sizes: list[int] | None = None) -> Accumulated:
+def run(engine: str, of: Case, clip_norm: float, sizes: list[int] | None = None) -> Accumulated:
     pieces, start = [], 0
     for size in [of.examples] if sizes is None else sizes:
         pieces.append((tuple(part[start : start + size] for part in of.batch), size))
         start += size
     assert start == of.examples
-    return accumulate(engine, of.loss_function(), of.parameters(), pieces, clip_norm)
+    return accumulate(make_engine(engine, of.module), of.loss_function(), of.parameters(), pieces, clip_norm)
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 1e-10) -> None:
@@ -42,12 +39,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 1e
         )
 
 
-@pytest.mark.parametrize("engine", ENGINES, **BY_NAME)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", FAMILY)
 @settings(max_examples=12)
 @given(examples=st.integers(1, 6), seed=st.integers(0, 10_000), clip_norm=st.sampled_from([0.1, 1.0, 2.0, math.inf]))
 def test_every_engine_gives_what_plain_backward_passes_give(
-    engine: Engine, name: str, examples: int, seed: int, clip_norm: float
+    engine: str, name: str, examples: int, seed: int, clip_norm: float
 ) -> None:
     of = case(name, examples, seed)
     expected, norms, losses = oracle.clipped_sum(of, clip_norm)
@@ -62,14 +59,14 @@ def test_every_engine_gives_what_plain_backward_passes_give(
     assert result.examples == examples
 
 
-@pytest.mark.parametrize("engine", ENGINES, **BY_NAME)
+@pytest.mark.parametrize("engine", ENGINES)
 @settings(max_examples=30)
 @given(
     name=st.sampled_from(sorted(FAMILY)),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     seed=st.integers(0, 10_000),
 )
-def test_micro_batches_change_nothing(engine: Engine, name: str, sizes: list[int], seed: int) -> None:
+def test_micro_batches_change_nothing(engine: str, name: str, sizes: list[int], seed: int) -> None:
     of = case(name, sum(sizes), seed)
     whole, pieces = run(engine, of, 0.7), run(engine, of, 0.7, sizes)
     same(whole.gradient, pieces.gradient)
@@ -85,11 +82,12 @@ def test_micro_batches_change_nothing(engine: Engine, name: str, sizes: list[int
 def test_engines_agree_in_lower_precision_and_sum_in_float32(name: str, dtype: torch.dtype) -> None:
     results = [run(engine, case(name, 6, 0, dtype), 0.7).gradient for engine in ENGINES]
     assert {tensor.dtype for result in results for tensor in result.values()} == {torch.float32}
-    same(*results, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
+    for result in results[1:]:
+        same(results[0], result, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("engine", ENGINES, **BY_NAME)
-def test_no_clip_gives_the_gradient_of_the_summed_loss(engine: Engine) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_clip_gives_the_gradient_of_the_summed_loss(engine: str) -> None:
     of = case("mlp", 6, 0)
     inputs, targets = of.batch
     loss = F.cross_entropy(of.module(inputs), targets, reduction="sum")
@@ -98,8 +96,8 @@ def test_no_clip_gives_the_gradient_of_the_summed_loss(engine: Engine) -> None:
     same(run(engine, of, math.inf).gradient, plain)
 
 
-@pytest.mark.parametrize("engine", ENGINES, **BY_NAME)
-def test_an_unused_parameter_has_a_gradient_of_zero_and_a_frozen_one_none(engine: Engine) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_unused_parameter_has_a_gradient_of_zero_and_a_frozen_one_none(engine: str) -> None:
     of = case("unused and frozen parameters", 4, 0)
     gradient = run(engine, of, 0.5).gradient
     assert set(gradient) == {"idle.weight", "idle.bias", "head.weight", "head.bias"}
@@ -107,17 +105,17 @@ def test_an_unused_parameter_has_a_gradient_of_zero_and_a_frozen_one_none(engine
     assert torch.count_nonzero(gradient["head.weight"]) > 0
 
 
-@pytest.mark.parametrize("engine", ENGINES, **BY_NAME)
-def test_a_loss_that_reads_no_parameter_has_a_gradient_of_zero(engine: Engine) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_that_reads_no_parameter_has_a_gradient_of_zero(engine: str) -> None:
     parameters = {"w": torch.ones(3)}
     for loss in (lambda _, batch: (batch.sum(), []), lambda _, batch: (torch.tensor(2.0), [])):
-        result = engine.clipped_sum(loss, parameters, torch.ones(4, 3), 4, 1.0)
+        result = make_engine(engine, nn.Module()).clipped_sum(loss, parameters, torch.ones(4, 3), 4, 1.0)
         assert result.gradient["w"].tolist() == [0.0] * 3
         assert result.losses.shape == (4,)
 
 
-@pytest.mark.parametrize("engine", ENGINES, **BY_NAME)
-def test_engines_leave_the_parameters_and_their_gradients_alone(engine: Engine) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_leave_the_parameters_and_their_gradients_alone(engine: str) -> None:
     of = case("mlp", 4, 0)
     for parameter in of.parameters().values():
         parameter.grad = torch.full_like(parameter, 3.0)
@@ -131,9 +129,9 @@ def test_engines_leave_the_parameters_and_their_gradients_alone(engine: Engine) 
     assert not any(tensor.requires_grad for tensor in [*result.losses, *result.norms])
 
 
-@pytest.mark.parametrize("engine", ENGINES, **BY_NAME)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broken_example_is_counted_and_adds_nothing(engine: Engine, value: float) -> None:
+def test_a_broken_example_is_counted_and_adds_nothing(engine: str, value: float) -> None:
     of = case("mlp", 5, 0)
     of.batch[0][3] = value
     result = run(engine, of, 0.5)
@@ -147,7 +145,7 @@ class TestDropout:
 
     RATE, FEATURES, EXAMPLES = 0.25, 40, 500
 
-    def masks(self, engine: Engine, seed: int = 0) -> Tensor:
+    def masks(self, engine: str, seed: int = 0) -> Tensor:
         def loss_function(parameters: Any, batch: Tensor) -> tuple[Tensor, Any]:
             kept = F.dropout(batch, self.RATE) > 0
             return (parameters["w"] * kept).sum(), [kept[0]]
@@ -155,21 +153,23 @@ class TestDropout:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             batch = torch.ones(self.EXAMPLES, self.FEATURES)
-            result = engine.clipped_sum(loss_function, {"w": torch.ones(self.FEATURES)}, batch, self.EXAMPLES, math.inf)
+            result = make_engine(engine, nn.Module()).clipped_sum(
+                loss_function, {"w": torch.ones(self.FEATURES)}, batch, self.EXAMPLES, math.inf
+            )
         masks: Tensor = result.outputs[0]
         torch.testing.assert_close(result.gradient["w"], masks.float().sum(0))
         return masks
 
-    @pytest.mark.parametrize("engine", ENGINES, **BY_NAME)
-    def test_masks_of_examples_are_independent_and_of_the_right_rate(self, engine: Engine) -> None:
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_masks_of_examples_are_independent_and_of_the_right_rate(self, engine: str) -> None:
         p_values = poisson_sampling_p_values(self.masks(engine).numpy(), 1 - self.RATE)
         assert min(p_values.values()) > FALSE_ALARM, p_values
 
     def test_the_check_rejects_one_mask_for_all_examples(self) -> None:
-        masks = self.masks(VmapEngine())[:1].expand(self.EXAMPLES, -1).numpy()
+        masks = self.masks("vmap")[:1].expand(self.EXAMPLES, -1).numpy()
         assert min(poisson_sampling_p_values(masks, 1 - self.RATE).values()) < CAUGHT
 
-    @pytest.mark.parametrize("engine", ENGINES, **BY_NAME)
-    def test_masks_follow_torchs_seed(self, engine: Engine) -> None:
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_masks_follow_torchs_seed(self, engine: str) -> None:
         assert torch.equal(self.masks(engine, 1), self.masks(engine, 1))
         assert not torch.equal(self.masks(engine, 1), self.masks(engine, 2))

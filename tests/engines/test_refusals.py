@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.engines.vmap import VmapEngine
+from lightning_dp.engines.select import make_engine
 from lightning_dp.functional.gradient import Engine, scalar_loss
 from lightning_dp.functional.microbatch import BatchAxisError
 
-ENGINES: list[Engine] = [VmapEngine(), LoopEngine()]
+ENGINES: list[Engine] = [make_engine(name, nn.Module()) for name in ("ghost", "vmap", "loop")]
 EVERY_ENGINE = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
 PARAMETERS = {"w": torch.ones(3)}
 

@@ -1,0 +1,120 @@
+"""The whole private step of a Trainer beside its engine alone, for ``benchmarks/engines.py``.
+
+A Trainer trains with the callback. Between its steps the same micro-batches go through an engine of the same kind that
+knows nothing of Lightning, so the two take turns on the same examples. A Trainer's step is everything from the end of one
+batch's hooks to the end of the next: loader, transfer, capture of training_step, engine, noise, ledger, optimizer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from engine_models import TASKS, loss_of
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp import DifferentialPrivacy
+from lightning_dp.engines.select import EngineName, make_engine
+
+CLIP_NORM = 1.0
+WARM_UP = 2
+"""Steps that are not counted: first touches of memory, kernels that choose themselves."""
+
+
+class _Module(L.LightningModule):
+    """One of the benchmark's models, trained in the plainest way."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """The benchmark's loss, logged as modules do."""
+        inputs, targets = batch
+        loss = loss_of(self.net, inputs, targets)
+        self.log("loss", loss, batch_size=1)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD without momentum."""
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class _Turns(L.Callback):
+    """Times each step, and then the engine alone on the same micro-batches."""
+
+    def __init__(self, alone: Callable[[Any, int], Any]) -> None:
+        self._alone = alone
+        self._micro_batches: list[tuple[Any, int]] = []
+        self._started = 0.0
+        self.whole: list[float] = []
+        self.engine: list[float] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the micro-batches that the Trainer's engine is given."""
+        strategy: Any = trainer.strategy
+        engine = strategy.private_step._selection.engine
+        usual = engine.clipped_sum
+
+        def noting(loss: Any, parameters: Any, batch: Any, examples: int, *args: Any, **options: Any) -> Any:
+            self._micro_batches.append((batch, examples))
+            return usual(loss, parameters, batch, examples, *args, **options)
+
+        engine.clipped_sum = noting
+        self._started = _now()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The step is over: it is the other's turn."""
+        self.whole.append(_now() - self._started)
+        started = _now()
+        for batch, examples in self._micro_batches:
+            self._alone(batch, examples)
+        self.engine.append(_now() - started)
+        self._micro_batches = []
+        self._started = _now()
+
+
+def trainer_over_engine(
+    name: str, size: int, views: int, engine: EngineName, steps: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Seconds of the Trainer's steps, and of the engine alone for the same examples.
+
+    Args:
+        name: name in ``engine_models.TASKS``.
+        size: expected batch size, and the physical one.
+        views: must be 1; views are made by a transform, which is the user's and not timed.
+        engine: which engine.
+        steps: how many are timed.
+        device: where.
+    """
+    if views != 1:
+        raise NotImplementedError("several views of an example")
+    torch.manual_seed(0)
+    net = TASKS[name].model().to(device)
+    parameters = dict(net.named_parameters())
+
+    def loss_function(given: Any, batch: Any) -> tuple[Tensor, Any]:
+        return loss_of(lambda x: functional_call(net, dict(given), (x,)), *batch), []
+
+    own = make_engine(engine, net)
+    turns = _Turns(lambda batch, count: own.clipped_sum(loss_function, parameters, batch, count, CLIP_NORM))
+    privacy = DifferentialPrivacy(
+        noise_multiplier=1.0, clip_norm=CLIP_NORM, engine=engine, physical_batch_size=size, seed=0
+    )
+    trainer = L.Trainer(
+        accelerator=device.type, devices=1, max_steps=WARM_UP + steps, callbacks=[privacy, turns], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(_Module(net), DataLoader(TensorDataset(*TASKS[name].batch(8 * size, views)), batch_size=size))
+    return turns.whole[WARM_UP:], turns.engine[WARM_UP:]
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
