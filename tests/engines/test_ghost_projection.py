@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dp.engines.ghost import projection as rule
 from lightning_dp.engines.ghost.buffers import Buffers
+from lightning_dp.engines.ghost.contribution import Channels, Factored, Written
+from lightning_dp.engines.ghost.convolution import Convolution
 from lightning_dp.engines.ghost.projection import Projection, find_projection
+from lightning_dp.models.weight_standardisation import WSConv2d
+from tests.engines.against_loop import agree, build
 
 Weight = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,7 +74,7 @@ def test_projections_are_recognised_and_their_contributions_are_the_whole_way_ba
     assert projection is not None
     gradients = torch.randn(4, *w.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     factors = torch.rand(4, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
-    shares, expected = projection.contributions(gradients, shapes), back(gradients, True)
+    shares, expected = projection.contributions(Written(gradients), shapes), back(gradients, True)
     assert shares.keys() == expected.keys()
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     for parameter, rows in expected.items():
@@ -96,7 +100,7 @@ def test_a_norm_is_never_short_however_much_of_a_gradient_drops_out(outside: flo
     along = torch.randn(50, 5, 1, 1, generator=generator) + w * torch.randn(50, 5, 1, 1, generator=generator)
     gradients = along + outside * torch.randn(50, *w.shape, generator=generator)
     exact = found(standardised, torch.float64)[3](gradients.double(), True)["v"].flatten(1).norm(dim=1)
-    norms = projection.contributions(gradients, shapes)["v"].norms()
+    norms = projection.contributions(Written(gradients), shapes)["v"].norms()
     assert bool((norms >= exact * (1 - 1e-6)).all())
 
 
@@ -104,6 +108,56 @@ def test_a_direction_that_says_nothing_about_a_channel_is_not_believed(monkeypat
     """Weights seeded like the random direction lie along it: any α would explain what comes back."""
     monkeypatch.setattr(rule, "_SEED", 0)
     assert found(standardised, torch.float64)[0] is None
+
+
+class TestChannelsThatAreNotWrittenOut:
+    """A standardised convolution's norms from positions alone, no example's gradient being formed."""
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), (2, 0, 1), (1, 2, 2)])
+    def test_they_give_what_the_loop_gives(
+        self, bias: bool, stride: int, padding: int, dilation: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[bool] = []
+        usual = Convolution._channels
+
+        def channels(*given: object) -> Channels | None:
+            found: Channels | None = usual(*given)  # type: ignore[arg-type]  # passed on as they came
+            asked.append(found is not None)
+            return found
+
+        monkeypatch.setattr(Convolution, "_gram_is_cheaper", lambda *_: True)
+        monkeypatch.setattr(Convolution, "_channels", channels)
+
+        def make() -> nn.Module:
+            layer = WSConv2d(3, 5, 3, stride, padding, dilation)
+            layer.bias = layer.bias if bias else None
+            return nn.Sequential(layer, nn.Tanh(), WSConv2d(5, 4, 2))
+
+        for examples in (1, 3, 4, 5):  # every clipping style
+            agree(*build(make, examples, examples, 3, 7, 6))
+        assert asked
+        assert all(asked)
+
+    def test_they_are_never_short_where_positions_cancel(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Convolution, "_gram_is_cheaper", lambda *_: True)
+        generator = torch.Generator().manual_seed(4)
+        x = torch.randn(20, 3, 1, 1, generator=generator) + 1e-4 * torch.randn(20, 3, 6, 6, generator=generator)
+        g = torch.randn(20, 5, 5, 5, generator=generator)
+        g -= g.mean((2, 3), keepdim=True)
+        weight = torch.randn(5, 3, 2, 2, generator=generator)
+        basis = torch.stack([torch.full((5, 12), 12**-0.5), weight.flatten(1) - weight.flatten(1).mean(1, True)], dim=2)
+        basis = basis / basis.norm(dim=1, keepdim=True)
+        operation = Convolution((1, 1), (0, 0), (1, 1), 1, own_axes=0, keeps_output=True)
+        output = operation.forward(x, weight, None)
+        found = operation.of_weight(x, g, weight, output.saved, Buffers())
+        assert isinstance(found, Factored)
+        channels = found.channels(basis)
+        assert channels is not None
+        exact = operation.of_weight(x.double(), g.double(), weight.double(), None, Buffers()).rows().flatten(2)
+        squares = exact.square().sum(2)
+        assert bool((channels.squares + channels.errors >= squares).all())
+        assert bool((channels.squares < squares).any()), "nothing was lost to rounding, so nothing was tested"
 
 
 class TestBuffers:

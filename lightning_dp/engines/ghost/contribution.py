@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -63,6 +64,26 @@ class Written:
         return Written(blank(self._gradients, broken))
 
 
+@dataclass(frozen=True)
+class Channels:
+    """What the way back through a projection needs to know of B gradients with p channels of n numbers.
+
+    Attributes:
+        squares: squared norm of each channel, ``(B, p)``.
+        errors: how far rounding may have made those too small, ``(B, p)``.
+        components: of each channel along two vectors of its own, ``(p, B, 2)``.
+    """
+
+    squares: Tensor
+    errors: Tensor
+    components: Tensor
+
+    def without(self, broken: Tensor) -> Channels:
+        """The same with zeros for the examples where ``broken``, ``(B,)``, is true."""
+        components = blank(self.components.transpose(0, 1), broken).transpose(0, 1)
+        return Channels(blank(self.squares, broken), blank(self.errors, broken), components)
+
+
 class Factored:
     """Gradients that are a function of two factors, such as Σ_t g_t a_tᵀ, kept in factors because those are smaller.
 
@@ -72,6 +93,8 @@ class Factored:
         norms: (a, g) → the norms, ``(B,)``.
         total: (a, factors · g) → the weighted sum. It is linear in g.
         rows: (a, g) → the gradients written out.
+        channels: basis, ``(p, n, 2)`` → what is known of the channels without writing them out, or ``None`` if nothing
+            exact is.
     """
 
     def __init__(
@@ -82,9 +105,11 @@ class Factored:
         norms: Callable[[Tensor, Tensor], Tensor],
         total: Callable[[Tensor, Tensor], Tensor],
         rows: Callable[[Tensor, Tensor], Tensor],
+        channels: Callable[[Tensor], Channels | None] = lambda _: None,
     ) -> None:
         self._inputs, self._gradients = inputs, gradients
         self._norms, self._total, self._rows = norms, total, rows
+        self.channels = channels
 
     def norms(self) -> Tensor:
         """See :class:`Contribution`."""

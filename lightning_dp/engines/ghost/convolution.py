@@ -14,8 +14,17 @@ from torch.nn import functional as F
 
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Output
-from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
+from lightning_dp.engines.ghost.contribution import (
+    ROUNDING,
+    Channels,
+    Contribution,
+    Factored,
+    Written,
+    gram,
+    gram_norms,
+)
 from lightning_dp.engines.ghost.linear import of_positions
+from lightning_dp.functional.clip import accumulation_dtype
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -30,6 +39,7 @@ class Convolution:
         dilation: per axis.
         groups: groups of channels.
         own_axes: axes before the channels in an example's input (its batch axis of length one), 0 or 1.
+        keeps_output: whether the output is kept, where that spares gradients of a computed weight from being written out.
     """
 
     stride: tuple[int, ...]
@@ -37,13 +47,20 @@ class Convolution:
     dilation: tuple[int, ...]
     groups: int
     own_axes: int = 1
+    keeps_output: bool = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         assert weight is not None
-        convolve = _CONVOLUTIONS[len(self.stride)]
-        output = convolve(self._folded(x), weight, bias, self.stride, self.padding, self.dilation, self.groups)
-        return Output(output, (*x.shape[: 1 + self.own_axes], *output.shape[1:]))
+        samples, convolve = self._folded(x), _CONVOLUTIONS[len(self.stride)]
+        kept = self.keeps_output and self._gram_is_cheaper(samples, len(samples) // max(len(x), 1), weight)
+        given = (self.stride, self.padding, self.dilation, self.groups)
+        output = convolve(samples, weight, None if kept else bias, *given)
+        saved = None
+        if kept:  # apart from what the layer gives, which may be overwritten in place
+            saved = output.detach()
+            output = output.clone() if bias is None else output + bias.view(-1, *[1] * len(self.stride))
+        return Output(output, (*x.shape[: 1 + self.own_axes], *output.shape[1:]), saved)
 
     def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
@@ -52,14 +69,20 @@ class Convolution:
             reached = samples[(slice(None), slice(None), *(slice(None, None, step) for step in self.stride))]
             contribution = of_positions(_positions(reached, len(x)), _positions(g, len(x)))
             return _Reshaped(contribution, tuple(weight.shape))
+        cheaper = self._gram_is_cheaper(samples, len(samples) // len(x), weight)
         own = (len(x), -1)
         samples, g = (t.reshape(*own, *t.shape[1:]) for t in (samples, g))
         rows, total = partial(self._rows, weight=weight, buffers=buffers), partial(self._total, weight=weight)
-        if self.groups == 1 and self._gram_is_cheaper(samples, g, weight):
-            return Factored(
-                samples, g, norms=partial(self._gram_norms, kernel=weight.shape[2:]), total=total, rows=rows
-            )
-        return Written(rows(samples, g))
+        if not cheaper:
+            return Written(rows(samples, g))
+
+        def norms(x: Tensor, g: Tensor) -> Tensor:
+            return gram_norms(self._gram_of_patches(x, g, weight), gram(_rows_of(g)))
+
+        def channels(basis: Tensor) -> Channels | None:
+            return None if saved is None else self._channels(samples, g, weight, saved.view_as(g), basis)
+
+        return Factored(samples, g, norms=norms, total=total, rows=rows, channels=channels)
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
@@ -89,33 +112,63 @@ class Convolution:
         """The plain gradient of the batch, of output gradients that the factors have scaled."""
         return self._weight_gradient(x.flatten(0, 1).to(g.dtype), g.flatten(0, 1), weight.to(g.dtype), self.groups)
 
-    def _gram_is_cheaper(self, x: Tensor, g: Tensor, weight: Tensor) -> bool:
+    def _gram_is_cheaper(self, samples: Tensor, own: int, weight: Tensor) -> bool:
         """Multiplications for the Gram norm against what writing an example's gradient out costs on top of the plain.
 
         The constants (a read or write of a number costs like so many multiplications) were measured on a CPU.
         """
-        pixels = math.prod((x.shape[1], *(n + 2 * pad for n, pad in zip(x.shape[3:], self.padding, strict=True))))
-        positions = g.shape[1] * math.prod(g.shape[3:])
-        offsets = math.prod(weight.shape[2:])
-        gram = pixels**2 * x.shape[2] + positions**2 * (g.shape[2] + 8 * offsets)
+        if self.groups != 1:
+            return False
+        padded = [n + 2 * pad for n, pad in zip(samples.shape[2:], self.padding, strict=True)]
+        kernel = weight.shape[2:]
+        reach = [
+            (n - d * (k - 1) - 1) // s + 1
+            for n, k, d, s in zip(padded, kernel, self.dilation, self.stride, strict=True)
+        ]
+        pixels, positions = own * math.prod(padded), own * math.prod(reach)
+        gram = pixels**2 * samples.shape[1] + positions**2 * (len(weight) + 8 * math.prod(kernel))
         return gram < 80 * weight.numel()
 
-    def _gram_norms(self, x: Tensor, g: Tensor, kernel: tuple[int, ...]) -> Tensor:
-        """Norms from Gram matrices; that of the patches is a sum of shifted ones of the pixels, no patch is formed."""
+    def _gram_of_patches(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+        """⟨patch_t, patch_s⟩, ``(B, T, T)``: a sum of shifted Gram matrices of the pixels, no patch is formed."""
         padded = F.pad(x, [side for pad in reversed(self.padding) for side in (pad, pad)])
         sizes, reach = padded.shape[3:], g.shape[3:]
-        of_pixels = gram(padded.transpose(1, 2).flatten(2).transpose(1, 2))
-        of_pixels = of_pixels.view(len(x), *(x.shape[1], *sizes) * 2)
+        of_pixels = gram(_rows_of(padded)).view(len(x), *(x.shape[1], *sizes) * 2)
         of_patches = of_pixels.new_zeros(len(x), *(x.shape[1], *reach) * 2)
-        for offset in itertools.product(*(range(n) for n in kernel)):
+        for offset in itertools.product(*(range(n) for n in weight.shape[2:])):
             window = [
                 slice(o * d, o * d + s * (n - 1) + 1, s)
                 for o, d, s, n in zip(offset, self.dilation, self.stride, reach, strict=True)
             ]
             of_patches += of_pixels[(slice(None), slice(None), *window, slice(None), *window)]
         positions = x.shape[1] * math.prod(reach)
-        of_gradients = gram(g.transpose(1, 2).flatten(2).transpose(1, 2))
-        return gram_norms(of_patches.reshape(len(x), positions, positions), of_gradients)
+        return of_patches.reshape(len(x), positions, positions)
+
+    def _channels(self, x: Tensor, g: Tensor, weight: Tensor, output: Tensor, basis: Tensor) -> Channels | None:
+        """Channel c's gradient is G_c = Σ_t g_ct patch_t, so all that is asked for are sums over positions.
+
+        ‖G_c‖² = Σ_ts g_ct g_cs ⟨patch_t, patch_s⟩; ⟨G_c, 1⟩ = Σ_t g_ct ⟨patch_t, 1⟩; ⟨G_c, w_c⟩ = Σ_t g_ct y_ct with the
+        output y. The basis spans 1 and w, and its first vector is 1/√n.
+        """
+        if not x.dtype == g.dtype == output.dtype == weight.dtype == basis.dtype == accumulation_dtype(g.dtype):
+            return None
+        rows = weight.flatten(1)
+        along = torch.bmm(rows.unsqueeze(1), basis).squeeze(1)  # (p, 2): w in the basis
+        if not bool((along[:, 0].abs() <= along[:, 1].abs()).all()):
+            return None  # w is nearly constant in some channel, and a difference would lose its digits
+        of_patches = self._gram_of_patches(x, g, weight)
+        by_channel = _rows_of(g).transpose(1, 2)  # (B, p, T)
+        squares = torch.bmm(by_channel, of_patches).mul_(by_channel).sum(2).clamp(min=0)
+        sizes = torch.linalg.vector_norm(of_patches.flatten(1), dim=1)
+        errors = ROUNDING * torch.finfo(squares.dtype).eps * sizes[:, None] * by_channel.square().sum(2)
+        summed = x.flatten(0, 1).sum(1, keepdim=True)
+        ones = torch.full((1, 1, *weight.shape[2:]), rows.shape[1] ** -0.5, dtype=g.dtype, device=g.device)
+        convolve = _CONVOLUTIONS[len(self.stride)]
+        of_ones = convolve(summed, ones, None, self.stride, self.padding, self.dilation).view(len(x), -1, 1)
+        first = torch.bmm(by_channel, of_ones).squeeze(2)
+        with_weight = torch.linalg.vecdot(by_channel, _rows_of(output).transpose(1, 2))
+        second = (with_weight - first * along[:, 0]) / along[:, 1]
+        return Channels(squares, errors, torch.stack([first, second], dim=2).transpose(0, 1))
 
     def _weight_gradient(self, x: Tensor, g: Tensor, weight: Tensor, groups: int) -> Tensor:
         gradient: Tensor = torch.ops.aten.convolution_backward(
@@ -132,6 +185,11 @@ class Convolution:
             [False, True, False],
         )[1]
         return gradient
+
+
+def _rows_of(t: Tensor) -> Tensor:
+    """``(B, own, C, *)`` as ``(B, T, C)``: every position of every own sample."""
+    return t.transpose(1, 2).flatten(2).transpose(1, 2)
 
 
 def _positions(t: Tensor, examples: int) -> Tensor:

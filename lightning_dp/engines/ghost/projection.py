@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.engines.ghost.buffers import Buffers
-from lightning_dp.engines.ghost.contribution import ROUNDING, Contribution, Written
+from lightning_dp.engines.ghost.contribution import ROUNDING, Channels, Contribution, Factored, Written
 from lightning_dp.functional.clip import accumulation_dtype, per_example_norms
 
 PROBES = 3
@@ -44,45 +44,48 @@ class Projection:
     gains: dict[str, Tensor]
     way_back: WayBack
 
-    def contributions(self, gradients: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Contribution]:
-        """What ``gradients`` of w, ``(B, *w.shape)``, contribute to each parameter of the given shapes."""
-        rows = gradients.flatten(2).to(self.scale.dtype)
-        components = torch.bmm(rows.transpose(0, 1), self.basis)  # (p, B, 2)
-        found: dict[str, Contribution] = {self.name: _Projected(self, gradients, rows, components)}
+    def contributions(self, of_weight: Contribution, shapes: Mapping[str, torch.Size]) -> dict[str, Contribution]:
+        """What a contribution to w contributes to each parameter of the given shapes."""
+        channels = of_weight.channels(self.basis) if isinstance(of_weight, Factored) else None
+        if channels is None:
+            rows = of_weight.rows()
+            of_weight, channels = Written(rows), _written_out(rows.flatten(2).to(self.scale.dtype), self.basis)
+        found: dict[str, Contribution] = {self.name: _Projected(self, of_weight, channels)}
         for name, gain in self.gains.items():
-            of_gain = torch.bmm(components, gain.unsqueeze(-1)).squeeze(-1).t()
-            found[name] = Written(of_gain.reshape(len(rows), *shapes[name]))
+            of_gain = torch.bmm(channels.components, gain.unsqueeze(-1)).squeeze(-1).t()
+            found[name] = Written(of_gain.reshape(len(of_gain), *shapes[name]))
         return found
+
+
+def _written_out(rows: Tensor, basis: Tensor) -> Channels:
+    """What is known of gradients that are written out, ``(B, p, n)``."""
+    squares = per_example_norms({"": rows.flatten(0, 1)}).view(rows.shape[:2]).square()
+    return Channels(squares, torch.zeros_like(squares), torch.bmm(rows.transpose(0, 1), basis))
 
 
 class _Projected:
     """The contribution to v."""
 
-    def __init__(self, projection: Projection, gradients: Tensor, rows: Tensor, components: Tensor) -> None:
-        self._projection, self._gradients, self._components = projection, gradients, components
-        examples, channels = rows.shape[:2]
-        self._sizes = per_example_norms({"": rows.flatten(0, 1)}).view(examples, channels)
+    def __init__(self, projection: Projection, of_weight: Contribution, channels: Channels) -> None:
+        self._projection, self._of_weight, self._channels = projection, of_weight, channels
 
     def norms(self) -> Tensor:
         """Norms, rounded up where most of a gradient is in the span and drops out, see ``gram_norms``."""
-        within = torch.bmm(self._components, self._projection.within.transpose(1, 2)).square().sum(2).t()
-        all_squares = self._sizes.square()
-        outside = (all_squares - self._components.square().sum(2).t()).clamp(min=0)
-        allowance = ROUNDING * torch.finfo(all_squares.dtype).eps * all_squares
+        squares, components = self._channels.squares, self._channels.components
+        within = torch.bmm(components, self._projection.within.transpose(1, 2)).square().sum(2).t()
+        outside = (squares - components.square().sum(2).t()).clamp(min=0)
+        allowance = ROUNDING * torch.finfo(squares.dtype).eps * squares + self._channels.errors
         total: Tensor = (self._projection.scale.square() * (outside + allowance) + within).sum(1).sqrt()
         return total
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        total = Written(self._gradients).weighted_sum(factors)
-        return self._projection.way_back(total, False)[self._projection.name]
+        return self._projection.way_back(self._of_weight.weighted_sum(factors), False)[self._projection.name]
 
     def rows(self) -> Tensor:
-        return self._projection.way_back(self._gradients, True)[self._projection.name]
+        return self._projection.way_back(self._of_weight.rows(), True)[self._projection.name]
 
     def without(self, broken: Tensor) -> Contribution:
-        gradients = self._gradients.masked_fill(broken.view(-1, *[1] * (self._gradients.ndim - 1)), 0)
-        components = self._components.masked_fill(broken.view(1, -1, 1), 0)
-        return _Projected(self._projection, gradients, gradients.flatten(2).to(components.dtype), components)
+        return _Projected(self._projection, self._of_weight.without(broken), self._channels.without(broken))
 
 
 def find_projection(

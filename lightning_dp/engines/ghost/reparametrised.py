@@ -59,11 +59,11 @@ class Leaves:
         def deliver(contribution: Contribution) -> None:
             shapes = {name: leaf.shape for name, leaf in self.by_name.items()}
             projection = find_projection(value.detach(), shapes, back, self._buffers)
-            rows = contribution.rows()
             if projection is None:
-                shares: dict[str, Contribution] = {name: Written(g) for name, g in back(rows, True).items()}
+                found = back(contribution.rows(), True)
+                shares: dict[str, Contribution] = {name: Written(g) for name, g in found.items()}
             else:
-                shares = projection.contributions(rows, shapes)
+                shares = projection.contributions(contribution, shapes)
             for name, share in shares.items():
                 self._deliver(name)(share)
 
@@ -157,7 +157,8 @@ def _reader_of_convolution(axes: int) -> Callable[..., Read]:
         if isinstance(padding, str):
             return None, input, weight, bias
         stride, padding, dilation = (_per_axis(value, axes) for value in (stride, padding, dilation))
-        return Convolution(stride, padding, dilation, groups, input.ndim - axes - 1), input, weight, bias
+        own_axes = input.ndim - axes - 1
+        return Convolution(stride, padding, dilation, groups, own_axes, keeps_output=True), input, weight, bias
 
     return read
 
