@@ -25,6 +25,7 @@ from lightning_dp.loading.batch_axis import check_batch_axis_argument
 from lightning_dp.manual.public_optimizers import check_public_optimizers
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, check_batch_after_resume, on_rank_zero, planned_steps
+from lightning_dp.privacy_unit import unit_from
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.records.checkpoint import Past, lost_since, past_of, sealed, unsealed, with_lost_steps
 from lightning_dp.records.journal import Journal
@@ -80,6 +81,9 @@ class DifferentialPrivacy(pl.Callback):
         batch_axis: the axis of the batch's tensors on which the examples are, 0 for the first; or by field, as in
             ``{"inputs": 1, "positions": None}``, where ``None`` marks a tensor that all examples share. Such a tensor
             enters every example's gradient and must be public: the same whatever the examples are.
+        privacy_unit: who is protected, if one person has several examples: the field with the user (``"user_id"``), a file,
+            or the users themselves. Users are then drawn, and counted in ``expected_batch_size`` and ``dataset_size``.
+        max_examples_per_unit: the most examples of a user in a step, chosen at random; ``None`` for 32.
 
     Raises:
         ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
@@ -113,6 +117,8 @@ class DifferentialPrivacy(pl.Callback):
         public_optimizers: list[int] | None = None,
         static_shapes: bool = False,
         batch_axis: int | dict[str, int | None] = 0,
+        privacy_unit: str | list[Any] | dict[int, Any] | None = None,
+        max_examples_per_unit: int | None = None,
     ) -> None:
         if (epsilon is None) == (noise_multiplier is None):
             raise ValueError(
@@ -165,6 +171,7 @@ class DifferentialPrivacy(pl.Callback):
         self.batch_axis = batch_axis
         self.public_optimizers = list(public_optimizers or [])
         self.static_shapes = static_shapes
+        self.privacy_unit = unit_from(privacy_unit, max_examples_per_unit, static_shapes)
         self.ledger: Ledger | None = None
         self._report: Report | None = None
         self._past: Past | None = None
@@ -220,6 +227,7 @@ class DifferentialPrivacy(pl.Callback):
             views=views_of(trainer),
             public_optimizers=self.public_optimizers,
             batch_axis=self.batch_axis,
+            unit=self.privacy_unit,
         )
 
     @override

@@ -17,6 +17,7 @@ from lightning_dp.engines.ghost.verification import check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.opened import open_containers
+from lightning_dp.functional.units import of_two
 from lightning_dp.loading.batch_axis import to_front
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
@@ -70,7 +71,7 @@ def try_engines(
 
         if with_views is not None:
             check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
-        on_device, clipping = prepared(batch), loader.plan.clipping_rule
+        on_device, clipping = of_two(prepared(batch), examples, loader.units), loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:
             engine.clipped_sum(loss_function, given, on_device, examples, clipping)

@@ -13,7 +13,9 @@ MOST_STEPS = MOST_EXAMPLES = 10**15
 SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 1e-9, 1e9
 SMALLEST_CLIP_NORM = 1e-30
 
-NEIGHBOURING_RELATION = "add/remove one example"
+EXAMPLE = "example"
+"""The privacy unit unless another is named."""
+
 SAMPLING = "Poisson"
 
 
@@ -45,6 +47,8 @@ class PrivacyPlan:
         coordinates: P, the most coordinates that get noise; needed with ``resolution``.
         clipping: ``"flat"``, ``"per_layer"`` or ``"automatic"``, see :class:`lightning_dp.clipping.Clipping`.
         automatic_gamma: γ of the automatic style.
+        unit: who is protected, ``"example"`` or the name of a user's field; ``dataset_size``, ``expected_batch_size`` and
+            ``max_batch_size`` count these.
         simulation: how many times smaller batch and noise are than those of the run this one simulates; 1 if it is none.
 
     Raises:
@@ -70,6 +74,7 @@ class PrivacyPlan:
     clipping: ClippingStyle = "flat"
     automatic_gamma: float = DEFAULT_GAMMA
     simulation: int = 1
+    unit: str = EXAMPLE
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
@@ -128,6 +133,11 @@ class PrivacyPlan:
     def sampling_probability(self) -> float:
         """Q = B / N, the probability with which each example enters a step's sample."""
         return self.expected_batch_size / self.dataset_size
+
+    @property
+    def neighbouring_relation(self) -> str:
+        """Between which datasets the guarantee holds."""
+        return f"add/remove one {self.unit}"
 
     @property
     def clipping_rule(self) -> Clipping:

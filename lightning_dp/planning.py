@@ -15,8 +15,9 @@ from lightning_dp.accounting import Ledger, check_distance_is_affordable, noise_
 from lightning_dp.clipping import Clipping
 from lightning_dp.distributed.agreement import check_same_on_every_rank
 from lightning_dp.distributed.gathering import on_every_rank
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.plan import EXAMPLE, PrivacyPlan
 from lightning_dp.preflight import PreflightError
+from lightning_dp.privacy_unit import units_of
 from lightning_dp.strategy_facts import world_size_of
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ def agreed_plan(
         delta: δ.
         clipping: C and how it is kept.
         expected_batch_size: B, or ``None``.
-        dataset_size: N, or ``None``.
+        dataset_size: N, of examples or of the strategy's privacy units, or ``None``.
         max_batch_size: M, or ``None`` for draws of any size.
         resolution: Δ, the clip norm in units of the grid of discrete noise, or ``None`` for noise in floating point.
         coordinates: P, how many trainable coordinates there are; needed with ``resolution``.
@@ -82,7 +83,9 @@ def agreed_plan(
         ValueError: a number is out of range, or no σ reaches ε.
     """
     world_size = world_size_of(strategy)
-    size = dataset_size if dataset_size is not None else len(loader.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
+    units = units_of(strategy)
+    length = len(loader.dataset if units is None else units)  # type: ignore[arg-type]  # preflight saw that it has a length
+    size = dataset_size if dataset_size is not None else length
     batch = expected_batch_size if expected_batch_size is not None else (loader.batch_size or 1) * world_size
 
     def plan(sigma: float) -> PrivacyPlan:
@@ -97,6 +100,7 @@ def agreed_plan(
             max_batch_size=max_batch_size,
             resolution=resolution,
             coordinates=coordinates,
+            unit=EXAMPLE if units is None else units.name,
         )
         remaining = remaining_steps(probe.steps_per_epoch)
         steps = None if remaining is None else _ledger(probe, spent).steps + remaining
@@ -124,7 +128,6 @@ def agreed_plan(
         )
 
     def probe() -> PrivacyPlan:
-        length = len(loader.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
         if max_batch_size is not None and size < length:
             raise PreflightError(
                 f"dataset_size={size} with max_batch_size={max_batch_size}: expected at least the dataset's length, of "
@@ -142,6 +145,7 @@ def agreed_plan(
         strategy,
         {
             "len(dataset)": len(loader.dataset),  # type: ignore[arg-type]  # preflight saw that it has a length
+            "whose each example is (digest)": None if units is None else units.digest,
             "steps already charged": _ledger(mine, spent).steps,
             "the checkpoint's ledger": spent,
             **asdict(mine),

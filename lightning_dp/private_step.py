@@ -8,8 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -30,13 +28,15 @@ from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.step import Accumulated, accumulate, release
-from lightning_dp.functional.views import Views, view_uniforms
+from lightning_dp.functional.units import Units, group
+from lightning_dp.functional.views import Views
 from lightning_dp.loading.batch_axis import BatchAxis
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader, check_sample
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through, to_device
 from lightning_dp.manual.optimization import ManualOptimization
 from lightning_dp.manual.step_sample import StepSample
 from lightning_dp.mixing.examples_apart import WithViews, check_examples_stay_apart
+from lightning_dp.privacy_unit import PrivacyUnit, read_units
 from lightning_dp.sizing.physical_batch import (
     PhysicalBatchSize,
     default_physical_batch_size,
@@ -69,6 +69,7 @@ class PrivateStep:
         views: how the K augmented views of each example are made, or ``None`` for the examples as they are.
         public_optimizers: under manual optimization, places of the optimizers that see no private data.
         batch_axis: where a batch has its examples, see :mod:`lightning_dp.loading.batch_axis`.
+        unit: who is protected, if not each example alone.
     """
 
     def __init__(
@@ -83,14 +84,18 @@ class PrivateStep:
         views: Views | None = None,
         public_optimizers: Sequence[int] = (),
         batch_axis: BatchAxis = 0,
+        unit: PrivacyUnit | None = None,
     ) -> None:
         self.batch_axis = batch_axis
+        self._unit = unit
+        self.units: Units | None = None
         self._public_optimizers = public_optimizers
         self._manual: ManualOptimization | None = None
         self.unused_samples = 0
         self.optimizer_steps_per_batch = 1
         self._planner = planner
         self._views = views
+        self._with_views: WithViews | None = None if views is None else views.seeded
         self._seed = seed
         self._engine_name: EngineName = engine
         self._physical_batch_size = physical_batch_size
@@ -123,10 +128,14 @@ class PrivateStep:
         if not module.automatic_optimization and self._manual is None:
             self._manual = ManualOptimization(strategy, self._capture, self._views, self._public_optimizers)
             self.optimizer_steps_per_batch = self._manual.rehearse(loader, self._physical_batch_size)
+        self.units = read_units(strategy, self._unit, loader.dataset)
         ledger = self._ledger = self._planner(loader)
         key = self._key = self._key or _shared_key(strategy, self._seed, ledger)
         given, views = self._physical_batch_size, self._views.k if self._views else 1
-        size = given if isinstance(given, int) else default_physical_batch_size(module, ledger.plan, strategy, views)
+        most = 1 if self.units is None else self.units.most
+        size = (
+            given if isinstance(given, int) else default_physical_batch_size(module, ledger.plan, strategy, views, most)
+        )
         self._loader = PoissonLoader(
             loader,
             ledger.plan,
@@ -135,6 +144,7 @@ class PrivateStep:
             world_size=world_size_of(strategy),
             physical_batch_size=size,
             next_step=lambda: ledger.steps + self.unused_samples,
+            units=self.units,
         )
         return self._loader
 
@@ -162,9 +172,7 @@ class PrivateStep:
             else:
                 loss_function = self._loss_function(strategy, (0,) if takes_batch_idx(module) else ())
                 self._selection = self.try_engines(strategy, loss_function, trainable(module))
-            check_examples_stay_apart(
-                strategy, loader, None if self._manual else loss_function, self._with_views_or_none
-            )
+            check_examples_stay_apart(strategy, loader, None if self._manual else loss_function, self._with_views)
             rank_zero_info(self._selection.describe())
             self._physical_batch_size = settle_physical_batch_size(
                 strategy,
@@ -172,7 +180,7 @@ class PrivateStep:
                 self._physical_batch_size,
                 self._selection.engine,
                 loss_function,
-                self._with_views_or_none,
+                self._with_views,
             )
         self._tried = set(trainable(module))
         return self._selection
@@ -334,7 +342,7 @@ class PrivateStep:
         assert self._loader is not None
         resolution = self._loader.plan.resolution
         name = self._engine_name if resolution is None else "loop"
-        selection = try_engines(strategy, self._loader, name, loss_function, self._with_views_or_none, parameters)
+        selection = try_engines(strategy, self._loader, name, loss_function, self._with_views, parameters)
         return selection if resolution is None else replace(selection, engine=OnGrid(selection.engine, resolution))
 
     def teardown(self, strategy: Strategy) -> None:
@@ -362,22 +370,11 @@ class PrivateStep:
 
     def _micro_batches(self, strategy: Strategy, batch: LogicalBatch, key: RandomKey) -> Iterator[tuple[Any, int]]:
         """The micro-batches of a step on the device, with their views, and how many examples each holds."""
-        seed, start = int.from_bytes(key.derive(Stream.VIEWS, batch.step, size=8), "big"), 0
-        for micro_batch, size in batch.micro_batches():
-            indices = batch.indices[start : start + size].numpy()
-            yield self._with_views(to_device(strategy, micro_batch), indices, seed), size
-            start += size
-
-    @property
-    def _with_views_or_none(self) -> WithViews | None:
-        return None if self._views is None else self._with_views
-
-    def _with_views(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
-        """A micro-batch whose tensors are ``(B, K, ...)``, or as it is without views."""
-        if self._views is None:
-            return batch
-        uniforms = view_uniforms(seed, indices, self._views.k, self._views.transform.draws)
-        return self._views.expand(batch, len(indices), uniforms)
+        seed = int.from_bytes(key.derive(Stream.VIEWS, batch.step, size=8), "big")
+        for (micro_batch, size), (_, examples) in zip(batch.micro_batches(), batch.pieces, strict=True):
+            rows = to_device(strategy, micro_batch)
+            rows = rows if self._with_views is None else self._with_views(rows, examples, seed)
+            yield group(rows, size, len(examples) // size), size
 
     def _say_once_that_metrics_are_private(self, names: list[str]) -> None:
         if names and not self._told:

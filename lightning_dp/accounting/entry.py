@@ -10,7 +10,7 @@ from lightning_dp.accounting.distance import Distance, distance_of_step
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.checked import number, shown, whole
 from lightning_dp.clipping import DEFAULT_GAMMA, ClippingStyle, check_clipping
-from lightning_dp.plan import MOST_EXAMPLES, PrivacyPlan, check_clip_norm, check_delta, check_max_batch_size
+from lightning_dp.plan import EXAMPLE, MOST_EXAMPLES, PrivacyPlan, check_clip_norm, check_delta, check_max_batch_size
 
 _NULLABLE = ("max_batch_size", "resolution", "coordinates")
 REMEDY = "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."
@@ -31,6 +31,7 @@ class Entry:
     resolution: int | None
     coordinates: int | None
     clipping: ClippingStyle = "flat"
+    unit: str = EXAMPLE
 
     @classmethod
     def of(cls, plan: PrivacyPlan, steps: int) -> Entry:
@@ -47,6 +48,7 @@ class Entry:
             resolution=plan.resolution,
             coordinates=plan.coordinates,
             clipping=plan.clipping,
+            unit=plan.unit,
         )
 
     @classmethod
@@ -58,18 +60,22 @@ class Entry:
         """
         fields = cls.__dataclass_fields__
         if isinstance(raw, Mapping):
-            raw = {"clipping": "flat", **raw}  # all that there was before there were styles
+            raw = {"clipping": "flat", "unit": EXAMPLE, **raw}  # all that there was at first
         if not isinstance(raw, Mapping) or set(raw) != set(fields):
             found = sorted(map(str, raw)) if isinstance(raw, Mapping) else raw
             raise ValueError(
                 f"a phase of the ledger's state has {shown(found, 400)}: expected {sorted(fields)}. {REMEDY}"
             )
-        for name in set(fields) - {"clipping"}:
+        for name in set(fields) - {"clipping", "unit"}:
             if raw[name] is None and name in _NULLABLE:
                 continue
             kinds = (int,) if name in ("steps", "dataset_size", *_NULLABLE) else (int, float)
             if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
                 raise ValueError(f"{name}={shown(raw[name])} in the ledger's state: expected a plain number. {REMEDY}")
+        if not isinstance(raw["unit"], str):
+            raise ValueError(
+                f"unit={shown(raw['unit'])} in the ledger's state: expected the name of a privacy unit. {REMEDY}"
+            )
         entry = cls(**{str(name): value for name, value in raw.items()})
         try:
             entry.phase()
@@ -118,6 +124,20 @@ class Entry:
         if self.resolution is not None and (self.coordinates is None or self.coordinates < 1):
             raise ValueError(f"coordinates={self.coordinates}: expected at least 1 beside a resolution.")
         self.distance()
+
+
+def check_one_unit(entries: Iterable[Entry], unit: str) -> None:
+    """Refuse to go on with another privacy unit than that of the steps before.
+
+    Raises:
+        ValueError: see the message.
+    """
+    other = next((entry.unit for entry in entries if entry.unit != unit), None)
+    if other is not None:
+        raise ValueError(
+            f"privacy_unit={unit!r} after steps with {shown(other)}: expected the same throughout. The steps before protect one "
+            f"{other} each, and no later step changes that. Go on with that unit, or start anew."
+        )
 
 
 def merge_entries(entries: Iterable[Entry]) -> tuple[Entry, ...]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from lightning_dp.accounting.distance import Distance
-from lightning_dp.accounting.entry import REMEDY, Entry, merge_entries
+from lightning_dp.accounting.entry import REMEDY, Entry, check_one_unit, merge_entries
 from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
 from lightning_dp.accounting.reserve import ReservedCurve
@@ -42,6 +42,7 @@ class Ledger:
     | C changed on resume | noted; ε does not depend on C, because σ is relative to it |
     | max_batch_size or the grid changed on resume | each stretch counts with its own distance, and noted |
     | clipping style changed on resume | noted; ε does not depend on it, because C bounds every style's sensitivity |
+    | privacy unit changed on resume | refused: the steps before protect another |
     | dataset size changed on resume | composed, which bounds ε for every example in all phases, and noted |
 
     Args:
@@ -259,7 +260,9 @@ class Ledger:
         phases = state.get("phases")
         if not isinstance(phases, list):
             raise ValueError(f"phases={shown(phases)} in the ledger's state: expected a list. {REMEDY}")
-        self._past = merge_entries(map(Entry.read, phases))
+        past = merge_entries(map(Entry.read, phases))
+        check_one_unit(past, self._plan.unit)
+        self._past = past
         self._charged = 0
         self._start()
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, same_mechanism
 from lightning_dp.clipping import ClippingStyle
-from lightning_dp.plan import NEIGHBOURING_RELATION, SAMPLING
+from lightning_dp.plan import SAMPLING
 from lightning_dp.version import __version__
 
 _ACCOUNTANTS = {
@@ -47,7 +47,7 @@ class Statement:
         neighbouring_relation: who is protected.
         sampling: how examples are drawn.
         sampling_probability: q.
-        dataset_size: N.
+        dataset_size: N, of examples or of whatever unit ``neighbouring_relation`` names, like B.
         expected_batch_size: B.
         noise_multiplier: σ.
         noise: its kind: in floating point, or discrete, with grid and sensitivity.
@@ -123,7 +123,7 @@ class Statement:
             delta=plan.delta,
             target_epsilon=plan.target_epsilon,
             accountant=bound.accountant,
-            neighbouring_relation=NEIGHBOURING_RELATION,
+            neighbouring_relation=plan.neighbouring_relation,
             sampling=SAMPLING if plan.max_batch_size is None else f"truncated {SAMPLING}",
             sampling_probability=plan.sampling_probability,
             dataset_size=plan.dataset_size,

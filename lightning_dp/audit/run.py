@@ -107,6 +107,11 @@ def audit(
         raise ValueError(
             "no DifferentialPrivacy among the Trainer's callbacks: expected one, whose claim is to be audited. Add it."
         )
+    if private.privacy_unit is not None:
+        raise ValueError(
+            "privacy_unit with an audit: expected None. A canary is one example, of nobody who has others; audit the run "
+            "without a privacy unit, whose step is otherwise the same."
+        )
     observer = Observer(private)
     canaries: list[Canaries] = []
     generator = np.random.default_rng(seed)

@@ -19,6 +19,7 @@ class Stream(Enum):
     NOISE = "noise"
     VIEWS = "views"
     DROPOUT = "dropout"
+    UNITS = "units"
 
 
 class RandomKey:

@@ -41,6 +41,10 @@ class Views:
     transform: ViewTransform
     images: str | int | None = None
 
+    def seeded(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
+        """:meth:`expand` with the numbers of :func:`view_uniforms`: a view depends on seed and dataset index alone."""
+        return self.expand(batch, len(indices), view_uniforms(seed, indices, self.k, self.transform.draws))
+
     def expand(self, batch: Any, examples: int, uniforms: Tensor) -> Any:
         """Give every tensor a second axis of K views: ``(B, ...)`` becomes ``(B, K, ...)``.
 

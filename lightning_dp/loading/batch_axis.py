@@ -90,6 +90,11 @@ def as_given(batch: Any, batch_axis: BatchAxis) -> Any:
     return _map(lambda fields, leaf: back(fields, leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
+def fields_of(nest: Any) -> dict[str, Any]:
+    """The leaves of ``nest`` by the names of their fields, as in ``"inputs"``, ``"inputs.mask"`` or ``"0"``."""
+    return {".".join(_fields(path)): leaf for path, leaf in pytree.tree_leaves_with_path(nest)}
+
+
 def _map(function: Callable[[tuple[str, ...], Any], Any], batch: Any) -> Any:
     paths, structure = pytree.tree_flatten_with_path(batch)
     return pytree.tree_unflatten([function(_fields(path), leaf) for path, leaf in paths], structure)

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dp.functional.keystream import Keystream
-from lightning_dp.functional.microbatch import split
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import cut, exact_poisson_sample, poisson_sample, rank_slice
+from lightning_dp.functional.units import Piece, Units, pieces
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.plan import PrivacyPlan
 
@@ -36,8 +36,9 @@ class LogicalBatch:
 
     Attributes:
         step: number of the step in the run's life, from 0.
-        indices: dataset indices drawn for this rank, ``(n,)``; ``n`` may be 0. **Private**.
-        global_size: how many examples all ranks together have in this step. **Private**.
+        indices: dataset indices drawn for this rank, ``(n,)``; ``n`` may be 0. Numbers of users where a user is the privacy
+            unit. **Private**.
+        global_size: how many examples (or users) all ranks together have in this step. **Private**.
         source: where the micro-batches come from.
     """
 
@@ -54,12 +55,17 @@ class LogicalBatch:
         )
 
     def micro_batches(self) -> Iterator[tuple[Any, int]]:
-        """Yield (collated micro-batch, number of examples in it), once.
+        """Yield (collated micro-batch, number of examples, or users, in it), once.
 
         Raises:
             LogicalBatchConsumedError: on a second pass. Every pass would be a further release of the same sample.
         """
         return self.source.take(self.step)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Whose examples each of the micro-batches holds, in their order. **Private**."""
+        return self.source.pieces(self.step)
 
 
 class PoissonLoader:
@@ -77,6 +83,7 @@ class PoissonLoader:
         world_size: the number of ranks.
         physical_batch_size: the most examples in a micro-batch. Changes memory and nothing else.
         next_step: says the number of the next step when an epoch begins (how many the ledger has charged).
+        units: whose each example is: users are drawn in the place of examples. ``None`` if each is a unit of its own.
 
     Attributes:
         waited: seconds for which the loop has waited for micro-batches so far. **Private**, as the sizes of draws are.
@@ -92,6 +99,7 @@ class PoissonLoader:
         world_size: int,
         physical_batch_size: int,
         next_step: Callable[[], int],
+        units: Units | None = None,
     ) -> None:
         self.dataset = loader.dataset
         self.collate_fn = loader.collate_fn
@@ -100,7 +108,8 @@ class PoissonLoader:
         self.waited = 0.0
         self._next_step = next_step
         self._source: _MicroBatchSource | None = None
-        self._draws = _Draws(loader.dataset, plan, key, rank, world_size)
+        self.units = units
+        self._draws = _Draws(loader.dataset, plan, key, rank, world_size, units)
         self._schedule = _Schedule(self._draws, physical_batch_size)
         self._micro_batch_loader = _rebuild(loader, self._schedule)
 
@@ -164,8 +173,11 @@ class PoissonLoader:
 class _Draws:
     """The global draw of each step, made once and shared by the schedule of workers and the loop."""
 
-    def __init__(self, dataset: Any, plan: PrivacyPlan, key: RandomKey, rank: int, world_size: int) -> None:
-        self.dataset_size, self._plan, self._key = len(dataset), plan, key
+    def __init__(
+        self, dataset: Any, plan: PrivacyPlan, key: RandomKey, rank: int, world_size: int, units: Units | None
+    ) -> None:
+        self.dataset_size, self._plan, self._key = len(dataset if units is None else units), plan, key
+        self._units = units
         self._mine: Callable[[Indices], Indices] = lambda drawn: rank_slice(drawn, rank, world_size)
         if isinstance(dataset, HeldRecords):
             self._mine = dataset.held
@@ -183,6 +195,10 @@ class _Draws:
                 drawn = cut(self._key.generator(Stream.SAMPLING, step, 1), drawn, self._plan.max_batch_size)
             self._made[step] = (self._mine(drawn), len(drawn))
         return self._made[step]
+
+    def pieces(self, step: int, physical_batch_size: int) -> list[Piece]:
+        """This rank's part of the step's draw, micro-batch by micro-batch."""
+        return pieces(self._units, self.at(step)[0], physical_batch_size, self._key, step)
 
     def forget(self, before: int | None = None) -> None:
         self._made = {} if before is None else {step: made for step, made in self._made.items() if step >= before}
@@ -202,8 +218,8 @@ class _Schedule:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            for piece in split(self._draws.at(step)[0], self.physical_batch_size):
-                yield piece.tolist()
+            for piece in self._draws.pieces(step, self.physical_batch_size):
+                yield piece.examples.tolist()
 
 
 class _MicroBatchSource:
@@ -241,12 +257,15 @@ class _MicroBatchSource:
         self._unread = self._of_step(step)
         return self._unread
 
+    def pieces(self, step: int) -> list[Piece]:
+        return self._draws.pieces(step, self._physical_batch_size)
+
     def _of_step(self, step: int) -> Iterator[tuple[Any, int]]:
-        for piece in split(self._draws.at(step)[0], self._physical_batch_size):
+        for piece in self.pieces(step):
             before = time.perf_counter()
             micro_batch = next(self._iterator)
             self._note_wait(time.perf_counter() - before)
-            yield micro_batch, len(piece)
+            yield micro_batch, len(piece.units)
         self._draws.forget(before=step + 1)
 
 

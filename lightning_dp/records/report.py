@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_dp import secure
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.select import Selection
+from lightning_dp.plan import EXAMPLE
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.records.whole_file import write_whole
 
@@ -57,6 +58,7 @@ class Report:
         style = "" if plan.clipping == "flat" else f" ({plan.clipping_rule})"
         bound = f"ε ≤ {plan.target_epsilon:g}" if plan.target_epsilon is not None else self._foreseen()
         title = "Differential privacy" if plan.simulation == 1 else SIMULATION.format(plan.simulation)
+        title += "" if plan.unit == EXAMPLE else f" ({plan.neighbouring_relation})"
         rank_zero_info(
             f"{title}: {bound} at δ = {plan.delta:g} over {steps}: noise multiplier "
             f"{plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}{style}, expected batch {plan.expected_batch_size:g} of "

@@ -46,14 +46,17 @@ def check_physical_batch_size(size: object) -> None:
         ) from None
 
 
-def default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, strategy: Strategy, views: int) -> int:
+def default_physical_batch_size(
+    module: nn.Module, plan: PrivacyPlan, strategy: Strategy, views: int, most: int = 1
+) -> int:
     """One micro-batch for nearly every step if its per-example gradients fit in 512 MiB (8 GiB on an accelerator).
 
-    At most 512 views, because their activations take memory too.
+    At most 512 views, because their activations take memory too. With a privacy unit, of at most ``most`` examples, the
+    size counts examples.
     """
     parameters = sum(parameter.numel() for parameter in trainable(module).values())
     room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
-    return max(1, min(room, 512 // views, largest_useful_size(plan, strategy)))
+    return max(1, min(room, 512 // views, largest_useful_size(plan, strategy) * most))
 
 
 def largest_useful_size(plan: PrivacyPlan, strategy: Strategy) -> int:
@@ -145,4 +148,5 @@ def _search(
 
         return measured(fresh, rows, strategy.root_device)
 
-    return search_size(measure, room, largest_useful_size(loader.plan, strategy))
+    most = 1 if loader.units is None else loader.units.most  # a user's examples need no more memory than as many users
+    return search_size(measure, room, largest_useful_size(loader.plan, strategy) * most)

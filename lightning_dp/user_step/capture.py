@@ -128,7 +128,7 @@ class StepCapture:
         log_calls: list[LogCall] = []
         extras: dict[str, Any] = {}
         if outputs and self._recording is not None:
-            columns = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
+            columns = [_joined(parts) for parts in zip(*outputs, strict=True)]
             arguments, values, extras, attributes = self._recording.put_back(columns)
             leave(self.module, attributes, self._recording.kinds)
         if outputs and self._recording is not None and log:
@@ -289,6 +289,13 @@ def _rows(nest: Any) -> Any:
     return pytree.tree_map(
         lambda leaf: leaf.flatten(0, 1) if isinstance(leaf, Tensor) and leaf.ndim > 1 else leaf, nest
     )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The micro-batches' tensors as one; where users bring different numbers of examples, by examples of their own."""
+    if len({part.shape[1:] for part in parts}) > 1 and all(part.ndim > 1 for part in parts):
+        parts = [part.flatten(0, 1).unsqueeze(1) for part in parts]
+    return torch.cat(list(parts))
 
 
 def _reduce(per_example: Tensor, reduce_fx: Any) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.units import ungroup
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.transfer import as_training_step_takes_it
 from lightning_dp.strategy_facts import module_of
@@ -29,7 +30,7 @@ def example_loss(
     fixed: Mapping[str, Tensor] | None = None,
     run: Callable[[Callable[[], Any]], Any] | None = None,
 ) -> LossFunction:
-    """The user's own training_step on a batch of one (on its K views), as a function of the parameters.
+    """The user's own training_step on a batch of one (on its K views, on a user's examples), as a function of the parameters.
 
     Args:
         strategy: whose module and precision are used.
@@ -44,6 +45,7 @@ def example_loss(
 
     def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
         named = {f"module.{name}": parameter for name, parameter in {**(fixed or {}), **parameters}.items()}
+        example = ungroup(example)
         example = as_training_step_takes_it(strategy, example if views is None else views.fold(example))
         with spectral_norms.resting(), strategy.precision_plugin.train_step_context():
             call = partial(functional_call, stepper, named, (example, *rest))

@@ -178,6 +178,7 @@ def test_state_is_plain_numbers() -> None:
                 "resolution": None,
                 "coordinates": None,
                 "clipping": "flat",
+                "unit": "example",
             }
         ],
     }

@@ -47,6 +47,7 @@ CASES: dict[str, Case] = {
     "batch size": lambda rank: (private(expected_batch_size=None), {}, {"data": loader(batch_size=8 + rank)}),
     "stream on one": lambda rank: (private(), {}, {"data": loader(Stream()) if rank else loader()}),
     "order": lambda rank: (private(), {}, {"data": loader(regression_data(seed=rank))}),
+    "users": lambda rank: (private(privacy_unit=[index % (20 + 12 * rank) % 20 for index in range(64)]), {}, {}),
     "BatchNorm on one": lambda rank: (private(), {}, {"layer": nn.BatchNorm1d(8) if rank else nn.Identity()}),
     "version": lambda rank: (private(), {}, {"version": f"9.{rank}"}),
     "checkpoint on one": lambda rank: (private(), {"max_steps": 6}, {"charged": 3 - 3 * rank}),

@@ -130,6 +130,13 @@ def run(folder: Path, case: str, ranks: int) -> None:
             static_shapes=True, physical_batch_size="auto",
         )  # fmt: skip
         fit = on_ranks(ranks, max_steps=6)
+    elif case == "users":  # twelve, with three to six examples, of which four take part
+        module = regressor()
+        private = DifferentialPrivacy(
+            noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=5, max_examples_per_unit=4,
+            privacy_unit=[index * index % 23 for index in range(64)],
+        )  # fmt: skip
+        fit = on_ranks(ranks, max_steps=6)
     elif case == "secret":
         module = regressor()
         private = DifferentialPrivacy(noise_multiplier=0.5)

@@ -50,6 +50,7 @@ SAME = {
     "length": r"len\(dataset\) differs between ranks: 64 on rank 0, 65 on rank 1: .* Load the whole dataset on each rank",
     "length, with N given": r"len\(dataset\) differs between ranks: 64 on rank 0, 65 on rank 1",
     "batch size": "expected_batch_size differs between ranks: 16 on rank 0, 18 on rank 1",
+    "users": r"whose each example is \(digest\) differs between ranks",
     "order": r"dataset\[\d+\] differs between rank 0 and rank 1: expected .* random_split",
     "version": "version of lightning_dp differs between ranks: '9.0' on rank 0, '9.1' on rank 1: .*same environment",
     "checkpoint on one": "steps already charged differs between ranks: 3 on rank 0, 0 on rank 1: .*same checkpoint",

@@ -23,7 +23,9 @@ RANKS = [1, 2, 3]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,secret,gan,disagree,frozen_on_one"
+    cases = (
+        "equal,by_name,different_start,noise,zero,storm,views,styled,measured,users,secret,gan,disagree,frozen_on_one"
+    )
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
@@ -40,7 +42,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
     "case",
-    ["equal", "by_name", "different_start", "noise", "zero", "storm", "views", "styled", "measured", "secret", "gan"],
+    [
+        "equal",
+        "by_name",
+        "different_start",
+        "noise",
+        "zero",
+        "storm",
+        "views",
+        "styled",
+        "measured",
+        "users",
+        "secret",
+        "gan",
+    ],
 )
 def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) -> None:
     first = results(case, ranks)["weights"]
@@ -50,7 +65,7 @@ def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) ->
 
 
 @pytest.mark.parametrize(
-    "case", ["equal", "by_name", "different_start", "zero", "storm", "views", "styled", "measured"]
+    "case", ["equal", "by_name", "different_start", "zero", "storm", "views", "styled", "measured", "users"]
 )
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str, ranks: int) -> None:
