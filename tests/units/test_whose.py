@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 import lightning_dp.privacy_unit as unit_module
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.audit import audit
+from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.privacy_unit import PrivacyUnit
 from tests.conftest import trainer
 from tests.units.data import OWNERS, WithUser, dict_regressor
@@ -174,3 +175,11 @@ def test_the_callback_pickles_with_its_unit() -> None:
     private = DifferentialPrivacy(noise_multiplier=1.0, privacy_unit=OWNERS)
     copied = pickle.loads(pickle.dumps(private))
     assert copied.privacy_unit.read(WithUser()).digest == digest("user_id")
+
+
+def test_records_held_on_one_rank_each_are_refused() -> None:
+    held = HeldRecords([[1, 2], [3]], lambda shard: shard)
+    with pytest.raises(
+        PreflightError, match="privacy_unit='user' with HeldRecords: expected a dataset that every rank"
+    ):
+        digest([0, 0, 1], held)
