@@ -106,15 +106,21 @@ def loader_with_canaries(loader: DataLoader[Any], canaries: Canaries) -> DataLoa
     )
 
 
-def let_in(module: pl.LightningModule, gradient: int) -> None:
+def let_in(module: pl.LightningModule, gradient: int, views: int = 1) -> None:
     """Teach ``module``, in place, to tell canaries from examples: its class becomes a subclass of itself.
 
     It gets one parameter with a coordinate for each gradient-space canary. A canary's loss is :data:`OVERSHOOT` times
     its own coordinate, so its gradient points along that coordinate alone and is clipped to norm C; an example's loss is
     the module's own, and its gradient is zero there. No optimizer holds the parameter, so it never moves.
+
+    Args:
+        module: to be changed.
+        gradient: how many gradient-space canaries there are.
+        views: K, how many rows training_step gets of one example. It raises ``ValueError`` for any other number of rows,
+            since a loss of several examples would not say whose it is.
     """
     module.add_module(PARAMETER, nn.Embedding(max(gradient, 1), 1, _weight=torch.zeros(max(gradient, 1), 1)))
-    module.__class__ = _audited(type(module))
+    module.__class__ = _audited(type(module), views)
 
 
 def coordinates(module: pl.LightningModule) -> nn.Parameter:
@@ -124,13 +130,17 @@ def coordinates(module: pl.LightningModule) -> nn.Parameter:
     return weight
 
 
-def _audited(user: type[pl.LightningModule]) -> type[pl.LightningModule]:
+def _audited(user: type[pl.LightningModule], views: int) -> type[pl.LightningModule]:
     class Audited(user):  # type: ignore[misc,valid-type]  # the class is known when the module is
         """A user's module that tells canaries from examples."""
 
         @functools.wraps(user.training_step)
         def training_step(self, batch: tuple[Any, Tensor], *rest: Any) -> Any:
             inner, canary = batch
+            if len(canary) != views:
+                raise ValueError(
+                    f"{len(canary)} rows in an audit: expected one example, of {views}. Train without the audit."
+                )
             loss, extras = split_output(super().training_step(inner, *rest))
             spike = OVERSHOOT * self.get_submodule(PARAMETER)(canary.clamp(min=0)).mean()
             loss = torch.where((canary < 0).all(), loss, spike.to(loss.dtype))

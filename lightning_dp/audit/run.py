@@ -15,6 +15,7 @@ from lightning_dp.audit.bound import Guesses, check_confidence, epsilon_lower_bo
 from lightning_dp.audit.canaries import Canaries, let_in, loader_with_canaries
 from lightning_dp.audit.expected import plan_p_value
 from lightning_dp.audit.observer import Observer
+from lightning_dp.augmentation import views_of
 from lightning_dp.callback import DifferentialPrivacy
 from lightning_dp.preflight import check_loader
 
@@ -135,7 +136,8 @@ def audit(
         owner = module if datamodule is None else datamodule
         original = owner.train_dataloader
         owner.train_dataloader = lambda: with_canaries(original())  # type: ignore[method-assign]  # the audit's own loader, on purpose
-    let_in(module, gradient_canaries)
+    views = views_of(trainer)
+    let_in(module, gradient_canaries, 1 if views is None else views.k)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Trainable parameters that no optimizer holds: dp_audit_canaries")
         trainer.fit(module, train_dataloaders=given, datamodule=datamodule)

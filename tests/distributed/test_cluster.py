@@ -187,11 +187,13 @@ def test_a_lost_rank_ends_the_others_with_its_name(results: Any, case: str) -> N
 
 
 def test_torchrun_restarts_from_the_last_checkpoint_with_the_right_budget(results: Any) -> None:
-    """Rank 1 is killed in the fourth step; the checkpoint of the second step is gone on from."""
-    same_as_alone(results, "restarts", 2)
-    for rank in range(2):
-        assert results("restarts", 2, rank)["steps_here"] == 4
-        assert results("restarts", 2, rank)["steps"] == 6
+    """Rank 1 is killed in the fourth step; the checkpoint of the second is gone on from, and the steps lost are charged."""
+    first, second = (results("restarts", 2, rank) for rank in range(2))
+    for here in (first, second):
+        assert here["steps_here"] == 4
+        assert here["steps"] in (7, 8)  # of the fourth step it depends on the moment whether rank 0 had charged it
+        assert "training was interrupted" in str(here["privacy"])
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", ["absent_worker", "absent_main"])
