@@ -44,14 +44,18 @@ def sorted_choice(generator: Any, examples: int, size: int) -> Any:
 @contextmanager
 def own_draw_on_every_rank() -> Iterator[None]:
     """Each rank samples its own part of the data, all with one seed: the local masks are identical."""
-    draw = loader_module.poisson_sample
+    draw, init = loader_module.poisson_sample, loader_module._Draws.__init__
+
+    def remember(self: Any, dataset: Any, plan: Any, key: Any, rank: int, world_size: int, units: Any) -> None:
+        init(self, dataset, plan, key, rank, world_size, units)
+        self._rank, self._world_size = rank, world_size
 
     def local(self: Any, step: int) -> Any:
         generator = self._key.generator(loader_module.Stream.SAMPLING, step)
-        mine = draw(generator, self._dataset_size // self._world_size, self._plan.sampling_probability)
+        mine = draw(generator, self.dataset_size // self._world_size, self._plan.sampling_probability)
         return mine * self._world_size + self._rank, len(mine) * self._world_size
 
-    with patched((loader_module._Draws, "at", local)):
+    with patched((loader_module._Draws, "__init__", remember), (loader_module._Draws, "at", local)):
         yield
 
 
@@ -215,7 +219,7 @@ def every_example_once_an_epoch() -> Iterator[None]:
 
     def dealt(self: Any, step: int) -> Any:
         epoch = self._plan.steps_per_epoch
-        order = self._key.generator(loader_module.Stream.SAMPLING, step // epoch).permutation(self._dataset_size)
+        order = self._key.generator(loader_module.Stream.SAMPLING, step // epoch).permutation(self.dataset_size)
         mine = order[step % epoch :: epoch]
         mine.sort()
         return mine, len(mine)
