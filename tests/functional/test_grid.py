@@ -210,7 +210,7 @@ def test_sums_that_are_not_integers_and_coordinates_nobody_accounts_for_are_refu
     [
         ({"noise_multiplier": 0.0}, "noise_multiplier=0 with secure=True: expected noise"),
         ({"coordinates": None}, "coordinates=None"),
-        ({"noise_multiplier": 1e-10}, "expected noise of at least one unit"),
+        ({"noise_multiplier": 1e-9, "resolution": 2**20}, "expected noise of at least one unit"),
         ({"dataset_size": 2**32}, "fit into 62 bits"),
         ({"noise_multiplier": 5e6}, "fit into 62 bits"),
         ({"max_batch_size": 0}, "max_batch_size=0"),
