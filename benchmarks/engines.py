@@ -8,7 +8,8 @@ machine slows all of them alike; the table gives the median of the rounds' ratio
 the peak of what torch allocates during a step, parameters and what an engine keeps for the next step included. The error is
 the largest difference from the engine ``loop`` in any coordinate, as a part of the norm of the whole sum (float32).
 
-``trainer`` is the whole private step of a Trainer with ``ghost``, and its ratio is to that engine alone.
+``trainer`` is the whole private step of a Trainer with ``ghost``, in several micro-batches, and its ratio is to that engine
+alone. ``jax-privacy`` and ``jax-plain`` need packages that the project does not use, see ``jax_step.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,10 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import CLOCKS, choose_clock, now
 from engine_models import TASKS, loss_of
+from jax_step import InJax
 from torch import Tensor, nn
 from torch.func import functional_call
-from trainer_step import trainer_over_engine
+from trainer_step import MICRO_BATCHES, trainer_over_engine
 
 from lightning_dp.engines.select import make_engine
 
@@ -146,21 +148,21 @@ ENGINES: dict[str, Callable[..., Step]] = {
     "opacus-hooks": lambda *given: opacus("hooks", *given),
     "opacus-functorch": lambda *given: opacus("functorch", *given),
     "opacus-ghost": lambda *given: opacus("ghost", *given),
+    "jax-plain": lambda *given: InJax(*given, CLIP_NORM).plain,
+    "jax-privacy": lambda *given: InJax(*given, CLIP_NORM).private,
 }
-
+OURS_AND_OPACUS = [name for name in ENGINES if not name.startswith("jax")]
+"""What the project's own environment can run; the rest needs packages of its own, see ``jax_step.py``."""
 
 NAMES = [*ENGINES, "trainer"]
+UNCLIPPED = "jax-plain"
 
 
 def seconds(step: Step, device: torch.device) -> float:
-    """Wall-clock time of one step."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    """Time of one step, by the clock that was chosen."""
+    started = now(device)
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return now(device) - started
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
@@ -203,7 +205,7 @@ def measure(
     failures: dict[str, str] = {}
     expected = step_of("loop")()
     size_of_sum = float(torch.cat([g.flatten() for g in expected.values()]).norm())
-    errors = {}
+    errors: dict[str, float | str] = {}
     for engine in (one for one in engines if one in ENGINES):
         try:
             step = step_of(engine)
@@ -211,10 +213,13 @@ def measure(
         except Exception as error:
             failures[engine] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
-        errors[engine] = max(float((found[n] - g).abs().max()) for n, g in expected.items()) / size_of_sum
+        error = max(float((found[n] - g).abs().max()) for n, g in expected.items()) / size_of_sum
+        errors[engine] = "its own plain step" if engine == UNCLIPPED else error
         steps[engine] = step
     peaks = {}
-    for engine in steps:  # each anew, so that what it keeps for its next step is counted
+    for engine in (
+        one for one in steps if not one.startswith("jax")
+    ):  # each anew, so that what it keeps for its next step is counted
         model.zero_grad(set_to_none=True)
         peaks[engine] = held + peak_memory(step_of(engine), device)
     seconds(steps["plain"], device)
@@ -230,7 +235,7 @@ def measure(
         elif engine in failures:
             rows.append(Row(*case, "plain", None, None, None, None, None, failures[engine]))
         else:
-            memory = peaks[engine] / peaks["plain"]
+            memory = peaks[engine] / peaks["plain"] if engine in peaks else None
             rows.append(Row(*case, "plain", *figures(times[engine], times["plain"], size), memory, errors[engine]))
     return rows
 
@@ -242,7 +247,7 @@ def of_trainer(name: str, size: int, views: int, rounds: int, device: torch.devi
         whole, alone = trainer_over_engine(name, size, views, "ghost", rounds, device)
     except NotImplementedError as error:
         return Row(*case, None, None, None, None, None, f"not measured with {error}")
-    return Row(*case, *figures(whole, alone, size), None, "its own draws")
+    return Row(*case, *figures(whole, alone, MICRO_BATCHES * size), None, "its own draws")
 
 
 def figures(times: list[float], base: list[float], size: int) -> tuple[float, float, float, float]:
@@ -293,17 +298,24 @@ def main() -> None:
         default=["wrn:16", "wrn:64", "wrn:4:8", "wrn-ws:16", "wrn-ws:64", "vit:64", "lm:32"],
         help="model:batch_size or model:batch_size:views",
     )
-    parser.add_argument("--engines", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--engines", nargs="+", default=[*OURS_AND_OPACUS, "trainer"], choices=NAMES)
     parser.add_argument("--rounds", type=int, default=5, help="how often each engine is timed (default 5)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast (not the row of the Trainer)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (default 1)")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="processor: seconds that the process computed, which other work on a busy CPU changes less (default wall)",
+    )
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--write", type=Path, help="a page with the two marks, between which the table goes")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(arguments.threads)
+    choose_clock(arguments.clock)
     device, loads = torch.device(arguments.device), [load()]
     print(HEAD, flush=True)
     rows: list[Row] = []
@@ -320,7 +332,7 @@ def main() -> None:
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
     where = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     about = (
-        f"{where}, {os.cpu_count()} cores, {arguments.threads} thread(s), {arguments.rounds} rounds, load average before "
+        f"{where}, {os.cpu_count()} cores, {arguments.threads} thread(s), {arguments.clock} clock, {arguments.rounds} rounds, load average before "
         f"each case {', '.join(loads)}; Python {platform.python_version()}, {versions}."
     )
     print(f"\n{about}", file=sys.stderr)

@@ -7,12 +7,12 @@ batch's hooks to the end of the next: loader, transfer, capture of training_step
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
+from clock import now
 from engine_models import TASKS, loss_of
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,6 +22,8 @@ from lightning_dp import DifferentialPrivacy
 from lightning_dp.engines.select import EngineName, make_engine
 
 CLIP_NORM = 1.0
+MICRO_BATCHES = 4
+"""Micro-batches in a step, on average. What is done once a step, the noise above all, is shared by them, as in training."""
 WARM_UP = 2
 """Steps that are not counted: first touches of memory, kernels that choose themselves."""
 
@@ -48,8 +50,8 @@ class _Module(L.LightningModule):
 class _Turns(L.Callback):
     """Times each step, and then the engine alone on the same micro-batches."""
 
-    def __init__(self, alone: Callable[[Any, int], Any]) -> None:
-        self._alone = alone
+    def __init__(self, alone: Callable[[Any, int], Any], device: torch.device) -> None:
+        self._alone, self._device = alone, device
         self._micro_batches: list[tuple[Any, int]] = []
         self._started = 0.0
         self.whole: list[float] = []
@@ -66,17 +68,17 @@ class _Turns(L.Callback):
             return usual(loss, parameters, batch, examples, *args, **options)
 
         engine.clipped_sum = noting
-        self._started = _now()
+        self._started = now(self._device)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """The step is over: it is the other's turn."""
-        self.whole.append(_now() - self._started)
-        started = _now()
+        self.whole.append(now(self._device) - self._started)
+        started = now(self._device)
         for batch, examples in self._micro_batches:
             self._alone(batch, examples)
-        self.engine.append(_now() - started)
+        self.engine.append(now(self._device) - started)
         self._micro_batches = []
-        self._started = _now()
+        self._started = now(self._device)
 
 
 def trainer_over_engine(
@@ -86,7 +88,7 @@ def trainer_over_engine(
 
     Args:
         name: name in ``engine_models.TASKS``.
-        size: expected batch size, and the physical one.
+        size: physical batch size; the expected one is ``MICRO_BATCHES`` times that.
         views: must be 1; views are made by a transform, which is the user's and not timed.
         engine: which engine.
         steps: how many are timed.
@@ -102,7 +104,7 @@ def trainer_over_engine(
         return loss_of(lambda x: functional_call(net, dict(given), (x,)), *batch), []
 
     own = make_engine(engine, net)
-    turns = _Turns(lambda batch, count: own.clipped_sum(loss_function, parameters, batch, count, CLIP_NORM))
+    turns = _Turns(lambda batch, count: own.clipped_sum(loss_function, parameters, batch, count, CLIP_NORM), device)
     privacy = DifferentialPrivacy(
         noise_multiplier=1.0, clip_norm=CLIP_NORM, engine=engine, physical_batch_size=size, seed=0
     )
@@ -110,11 +112,7 @@ def trainer_over_engine(
         accelerator=device.type, devices=1, max_steps=WARM_UP + steps, callbacks=[privacy, turns], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(_Module(net), DataLoader(TensorDataset(*TASKS[name].batch(8 * size, views)), batch_size=size))
+    batch_size = MICRO_BATCHES * size
+    loader = DataLoader(TensorDataset(*TASKS[name].batch(8 * batch_size, views)), batch_size=batch_size)
+    trainer.fit(_Module(net), loader)
     return turns.whole[WARM_UP:], turns.engine[WARM_UP:]
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
