@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lightning_dp.engines.ghost.buffers import Buffers
-from lightning_dp.engines.ghost.contribution import Contribution
+from lightning_dp.engines.ghost.contribution import Contribution, Written
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,21 @@ class Output:
 
 
 class Operation(Protocol):
-    """What a layer computes from its input, its weight and its bias, and how their gradients are found."""
+    """What a layer computes from its input, its weight and its bias, and how their gradients are found.
+
+    Attributes:
+        takes_copies: whether the weight and the bias given to :meth:`forward` are copies per example, ``(B, ...)``, whose
+            gradients autograd brings; if not, they are found by :meth:`of_weight` and :meth:`of_bias`.
+    """
+
+    takes_copies: ClassVar[bool]
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """The output of all examples at once.
 
         Args:
             x: inputs with a leading axis of B examples.
-            weight: the same for all examples.
+            weight: the same for all examples, or copies.
             bias: likewise.
         """
         ...
@@ -133,9 +140,12 @@ class _Call(torch.autograd.Function):
             raise NestedTransformError(_NESTED)
         axis = in_dims[1]
         x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-        computed = operation.forward(x, None if weight is None else weight.value, None if bias is None else bias.value)
+        operands = [None if one is None else _given(one, operation, info.batch_size, of) for one in (weight, bias)]
+        computed = operation.forward(x, *operands)
         output, shape, saved = computed.value, computed.shape, computed.saved
-        del computed
+        del computed, operands
+        if operation.takes_copies:
+            return output.reshape(shape), 0
         if not output.requires_grad:
             output = output + of.anchor
         if output._is_view():
@@ -151,3 +161,21 @@ class _Call(torch.autograd.Function):
 
         output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return output.reshape(shape), 0
+
+
+def _given(operand: Operand, operation: Operation, examples: int, of: Pass) -> Tensor:
+    """What the operation gets of an operand: its value, or copies whose gradients are delivered."""
+    value, deliver = operand.value, operand.deliver
+    if not operation.takes_copies:
+        return value
+    copies = value.expand(examples, *value.shape)
+    if deliver is None:
+        return copies
+    copies = copies + of.anchor
+
+    def receive(g: Tensor) -> None:
+        with torch.no_grad():
+            deliver(Written(g))
+
+    copies.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return copies

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class Convolution:
     groups: int
     own_axes: int = 1
     keeps_output: bool = False
+
+    takes_copies: ClassVar[bool] = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""

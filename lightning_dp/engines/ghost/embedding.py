@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Embedding:
     """
 
     padding_idx: int | None
+
+    takes_copies: ClassVar[bool] = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""

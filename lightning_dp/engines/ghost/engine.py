@@ -31,6 +31,7 @@ from lightning_dp.engines.ghost.layers import (
 )
 from lightning_dp.engines.ghost.multihead import has_multihead_rule, multihead_forward
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
+from lightning_dp.engines.ghost.standardisation import Recognised
 from lightning_dp.engines.groups import Groups
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.uncompiled import uncompiled
@@ -68,6 +69,7 @@ class GhostEngine:
         self._per_example: set[nn.Module] = set()
         self._handled: dict[str, str] = {}
         self._buffers = Buffers()
+        self._recognised = Recognised()
         self.randomness = "different"
 
     @property
@@ -190,7 +192,10 @@ class GhostEngine:
                 all_names = {name for found in inside.values() for name in found.values()}
                 how = kind if multihead else f"{kind}, from within"
                 leaves = Leaves(
-                    {name: parameters[name] for name in all_names}, partial(books.deliver, how=how), self._buffers
+                    {name: parameters[name] for name in all_names},
+                    partial(books.deliver, how=how),
+                    self._buffers,
+                    self._recognised,
                 )
                 books.leaves[layer] = leaves
                 if isinstance(layer, nn.MultiheadAttention):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Linear:
 
     Views of an example, its own batch axis of length one, and positions of a sequence are all positions here.
     """
+
+    takes_copies: ClassVar[bool] = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from lightning_dp.functional.clip import accumulation_dtype
 class GroupNorm:
     """Statistics per example and group of channels; ``nn.InstanceNorm`` is the case of one channel per group.
 
-    ∂w of a channel is Σ_t g_t x̂_t = rstd · (Σ_t g_t x_t − mean · Σ_t g_t): two sums, and x̂ is never formed.
+    To the kernel, all examples' channels are the channels of one example, with a weight and a bias for each: its backward
+    pass then gives every example's gradients of them, at no cost beside the plain one's.
 
     Args:
         groups: number of groups.
@@ -31,33 +32,41 @@ class GroupNorm:
     eps: float
     own_axes: int = 1
 
+    takes_copies: ClassVar[bool] = True
+
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        folded = self._folded(_full(x))
+        full = _full(x)
+        folded = full.flatten(0, 1) if self.own_axes else full
         samples, channels = folded.shape[:2]
-        output, mean, rstd = torch.native_group_norm(
-            folded, weight, bias, samples, channels, math.prod(folded.shape[2:]), self.groups, self.eps
+        positions = math.prod(folded.shape[2:])
+        output, _, _ = torch.native_group_norm(
+            folded.reshape(1, samples * channels, positions),
+            _for_samples(weight, samples),
+            _for_samples(bias, samples),
+            1,
+            samples * channels,
+            positions,
+            samples * self.groups,
+            self.eps,
         )
-        return Output(output, tuple(x.shape), (mean.detach(), rstd.detach()))
+        return Output(output, tuple(x.shape))
 
     def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
-        """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        folded = _positions(self._folded(x)).to(g.dtype)
-        g = _positions(g)
-        dtype = accumulation_dtype(g.dtype)
-        members = folded.shape[1] // self.groups
-        mean, rstd = (statistic.to(dtype).repeat_interleave(members, 1) for statistic in saved)
-        of_products = torch.linalg.vecdot(g.to(dtype), folded.to(dtype))
-        rows = rstd * (of_products - mean * g.sum(2, dtype=dtype))
-        return Written(rows.view(len(x), -1, rows.shape[1]).sum(1))
+        """Found by the kernel itself."""
+        raise AssertionError("the weight's copies have their gradients")
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
-        """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        sums = _positions(g).sum(2, dtype=accumulation_dtype(g.dtype))
-        return Written(sums.view(len(x), -1, sums.shape[1]).sum(1))
+        """Likewise."""
+        raise AssertionError("the bias's copies have their gradients")
 
-    def _folded(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1) if self.own_axes else x
+
+def _for_samples(copies: Tensor | None, samples: int) -> Tensor | None:
+    """``(B, C)`` of B examples as the channels of all their samples, ``(B · own · C,)``."""
+    if copies is None:
+        return None
+    examples, channels = copies.shape
+    return copies.unsqueeze(1).expand(examples, samples // max(examples, 1), channels).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,8 @@ class LayerNorm:
 
     shape: tuple[int, ...]
     eps: float
+
+    takes_copies: ClassVar[bool] = False
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
@@ -100,6 +111,8 @@ class RMSNorm:
     shape: tuple[int, ...]
     eps: float | None
 
+    takes_copies: ClassVar[bool] = False
+
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         return Output(torch.rms_norm(_full(x), self.shape, weight, self.eps), tuple(x.shape))
@@ -119,11 +132,6 @@ class RMSNorm:
 def _full(x: Tensor) -> Tensor:
     """``x`` as autocast would hand it to a normalisation: in float32."""
     return x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
-
-
-def _positions(t: Tensor) -> Tensor:
-    """``(N, C, *)`` as ``(N, C, T)``."""
-    return t.flatten(2) if t.ndim > 2 else t.unsqueeze(-1)
 
 
 def _over_positions(products: Tensor, axes: int) -> Contribution:

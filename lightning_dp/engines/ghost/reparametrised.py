@@ -22,7 +22,7 @@ from lightning_dp.engines.ghost.contribution import Contribution, Written
 from lightning_dp.engines.ghost.convolution import Convolution
 from lightning_dp.engines.ghost.linear import Linear, Product
 from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm
-from lightning_dp.engines.ghost.projection import find_projection
+from lightning_dp.engines.ghost.standardisation import Recognised
 
 
 class Leaves:
@@ -32,10 +32,13 @@ class Leaves:
         values: name in the module → the parameter.
         deliver: name in the module → where its contributions go.
         buffers: memory for what is written out.
+        recognised: standardised weights that earlier passes came upon.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], deliver: Callable[[str], Deliver], buffers: Buffers) -> None:
-        self._buffers = buffers
+    def __init__(
+        self, values: Mapping[str, Tensor], deliver: Callable[[str], Deliver], buffers: Buffers, recognised: Recognised
+    ) -> None:
+        self._buffers, self._recognised = buffers, recognised
         self.by_name = {name: value.detach().requires_grad_() for name, value in values.items()}
         self._deliver = deliver
 
@@ -57,13 +60,13 @@ class Leaves:
             return {name: g for name, g in zip(names, found, strict=True) if g is not None}
 
         def deliver(contribution: Contribution) -> None:
-            shapes = {name: leaf.shape for name, leaf in self.by_name.items()}
-            projection = find_projection(value.detach(), shapes, back, self._buffers)
+            parameters = {name: leaf.detach() for name, leaf in self.by_name.items()}
+            projection = self._recognised.projection(value.detach(), parameters, back, self._buffers)
             if projection is None:
                 found = back(contribution.rows(), True)
                 shares: dict[str, Contribution] = {name: Written(g) for name, g in found.items()}
             else:
-                shares = projection.contributions(contribution, shapes)
+                shares = projection.contributions(contribution, {name: p.shape for name, p in parameters.items()})
             for name, share in shares.items():
                 self._deliver(name)(share)
 
