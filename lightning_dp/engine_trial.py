@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -21,11 +22,13 @@ from lightning_dp.functional.units import of_two
 from lightning_dp.loading.batch_axis import to_front
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
-from lightning_dp.mixing.examples_apart import WithViews
 from lightning_dp.mixing.transforms import check_rows_stay_apart
 from lightning_dp.strategy_facts import module_of, trainable
 
 TRIAL_EXAMPLES = 2
+
+WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
+"""``(batch on the device, indices, seed)`` → the batch with its views."""
 
 
 def try_engines(
@@ -35,6 +38,7 @@ def try_engines(
     loss_function: LossFunction,
     with_views: WithViews | None,
     parameters: Mapping[str, nn.Parameter] | None = None,
+    most: int = TRIAL_EXAMPLES,
 ) -> Selection:
     """The first engine that runs this training_step, and agrees with the loop where that has to be checked.
 
@@ -45,6 +49,7 @@ def try_engines(
         loss_function: the user's training_step on one example.
         with_views: gives each example its K views, or ``None`` without any.
         parameters: what is differentiated, by name; ``None`` for everything trainable.
+        most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
 
     Raises:
         EngineError: the engine asked for cannot run this training_step.
@@ -54,7 +59,7 @@ def try_engines(
     buffers = preflight.buffer_versions(module)
     given = trainable(module) if parameters is None else parameters
     with isolate_rng(), torch.enable_grad():
-        raw_batch, examples = loader.first_examples(TRIAL_EXAMPLES)
+        raw_batch, examples = loader.first_examples(min(TRIAL_EXAMPLES, most))
         batch = to_front(open_containers(raw_batch), batch_axis_of(strategy), strict=False)
         check_rows_stay_apart(
             lambda raw: to_device(strategy, as_training_step_takes_it(strategy, raw)),

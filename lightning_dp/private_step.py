@@ -22,7 +22,7 @@ from lightning_dp.distributed.agreement import check_same_data_on_every_rank, ch
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.lost_ranks import naming_lost_ranks
 from lightning_dp.distributed.sharding import reshard, sum_over_ranks, whole
-from lightning_dp.engine_trial import try_engines
+from lightning_dp.engine_trial import TRIAL_EXAMPLES, WithViews, try_engines
 from lightning_dp.engines.on_grid import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.functional.gradient import LossFunction
@@ -35,7 +35,7 @@ from lightning_dp.loading.loader import LogicalBatch, PoissonLoader, check_sampl
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through, to_device
 from lightning_dp.manual.optimization import ManualOptimization
 from lightning_dp.manual.step_sample import StepSample
-from lightning_dp.mixing.examples_apart import WithViews, check_examples_stay_apart
+from lightning_dp.mixing.examples_apart import check_examples_stay_apart
 from lightning_dp.privacy_unit import PrivacyUnit, read_units
 from lightning_dp.sizing.physical_batch import (
     PhysicalBatchSize,
@@ -172,7 +172,6 @@ class PrivateStep:
             else:
                 loss_function = self._loss_function(strategy, (0,) if takes_batch_idx(module) else ())
                 self._selection = self.try_engines(strategy, loss_function, trainable(module))
-            check_examples_stay_apart(strategy, loader, None if self._manual else loss_function, self._with_views)
             rank_zero_info(self._selection.describe())
             self._physical_batch_size = settle_physical_batch_size(
                 strategy,
@@ -182,6 +181,7 @@ class PrivateStep:
                 loss_function,
                 self._with_views,
             )
+            check_examples_stay_apart(strategy, loader, None if self._manual else self._capture, self._views)
         self._tried = set(trainable(module))
         return self._selection
 
@@ -342,7 +342,8 @@ class PrivateStep:
         assert self._loader is not None
         resolution = self._loader.plan.resolution
         name = self._engine_name if resolution is None else "loop"
-        selection = try_engines(strategy, self._loader, name, loss_function, self._with_views, parameters)
+        most = TRIAL_EXAMPLES if self._physical_batch_size == "auto" else self._loader.physical_batch_size
+        selection = try_engines(strategy, self._loader, name, loss_function, self._with_views, parameters, most)
         return selection if resolution is None else replace(selection, engine=OnGrid(selection.engine, resolution))
 
     def teardown(self, strategy: Strategy) -> None:

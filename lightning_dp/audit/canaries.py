@@ -116,8 +116,9 @@ def let_in(module: pl.LightningModule, gradient: int, views: int = 1) -> None:
     Args:
         module: to be changed.
         gradient: how many gradient-space canaries there are.
-        views: K, how many rows training_step gets of one example. It raises ``ValueError`` for any other number of rows,
-            since a loss of several examples would not say whose it is.
+        views: K, how many rows training_step gets of one example. With any other number of rows it takes examples only,
+            as when a few are looked at together before the first step, and raises ``ValueError`` if a canary is among
+            them: a loss of several would not say whose it is.
     """
     module.add_module(PARAMETER, nn.Embedding(max(gradient, 1), 1, _weight=torch.zeros(max(gradient, 1), 1)))
     module.__class__ = _audited(type(module), views)
@@ -137,9 +138,11 @@ def _audited(user: type[pl.LightningModule], views: int) -> type[pl.LightningMod
         @functools.wraps(user.training_step)
         def training_step(self, batch: tuple[Any, Tensor], *rest: Any) -> Any:
             inner, canary = batch
+            if len(canary) != views and bool((canary < 0).all()):  # a look at whole batches, before the first step
+                return super().training_step(inner, *rest)
             if len(canary) != views:
                 raise ValueError(
-                    f"{len(canary)} rows in an audit: expected one example, of {views}. Train without the audit."
+                    f"{len(canary)} rows with a canary in an audit: expected one example, of {views}. Train without the audit."
                 )
             loss, extras = split_output(super().training_step(inner, *rest))
             spike = OVERSHOOT * self.get_submodule(PARAMETER)(canary.clamp(min=0)).mean()

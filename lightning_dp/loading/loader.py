@@ -153,8 +153,11 @@ class PoissonLoader:
         return self.collate_fn(examples), len(examples)
 
     def evenly_spaced(self, count: int) -> list[Any]:
-        """``count`` examples of the dataset (fewer if it is smaller), not collated."""
-        size = len(self._readable)
+        """``count`` of the examples that the plan counts (fewer if there are), not collated.
+
+        An audit's canaries come behind those: they are planted to be odd.
+        """
+        size = len(self._readable) if self.units else min(len(self._readable), self.plan.dataset_size)
         return [self.dataset[int(self._readable[int(place)])] for place in np.linspace(0, size - 1, min(count, size))]
 
     @property

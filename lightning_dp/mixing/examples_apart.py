@@ -2,47 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from lightning_dp import preflight
 from lightning_dp.engines.explain import explain
 from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.microbatch import take
+from lightning_dp.functional.views import Views
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.transfer import to_device
-from lightning_dp.mixing.losses import PROBES, Reduction, check_loss_keeps_examples_apart
-from lightning_dp.mixing.padding import check_collate_keeps_examples_apart, check_padding_is_masked
+from lightning_dp.mixing.losses import (
+    PROBES,
+    BatchOf,
+    Reduction,
+    check_loss_keeps_examples_apart,
+    pairs_of_blocks,
+)
+from lightning_dp.mixing.padding import (
+    check_collate_keeps_examples_apart,
+    check_padding_is_masked,
+    row_contents,
+)
+from lightning_dp.mixing.transforms import seeded
 from lightning_dp.strategy_facts import module_of, trainable
-
-WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
-"""``(batch on the device, indices, seed)`` → the batch with its views."""
+from lightning_dp.user_step.capture import StepCapture
+from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 
 
 def check_examples_stay_apart(
-    strategy: Strategy, loader: PoissonLoader, loss_function: LossFunction | None, with_views: WithViews | None
+    strategy: Strategy, loader: PoissonLoader, capture: StepCapture | None, views: Views | None
 ) -> None:
     """Try ``collate_fn``, padding and loss on a few examples, evenly spaced in the dataset. Nothing of it is kept.
 
+    No more examples are worked on at once than in a micro-batch of the run. In micro-batches of one, nothing that is
+    private can be mixed, and nothing is looked at.
+
     Args:
         strategy: whose module is tried, on its device.
-        loader: its dataset and ``collate_fn``.
-        loss_function: the user's training_step; ``None`` to look at ``collate_fn`` alone.
-        with_views: gives each example its K views, or ``None`` without any.
+        loader: its dataset, ``collate_fn`` and ``physical_batch_size``.
+        capture: keeps what training_step logs; ``None`` to look at ``collate_fn`` alone.
+        views: how views are made, of which one of each example is enough here; ``None`` without any.
 
     Raises:
         PreflightError: one example enters another's row or gradient.
     """
+    if loader.physical_batch_size == 1:
+        return
     module = module_of(strategy)
     buffers = preflight.buffer_versions(module)
     with isolate_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # a look is not worth a graph
-        reduction = _reduction(strategy, loader, loss_function, with_views)
+        reduction = _reduction(strategy, loader, capture, views and replace(views, k=1))
     preflight.check_buffers(module, buffers)
     if reduction is Reduction.SUM:
         rank_zero_info(
@@ -59,28 +78,52 @@ def check_examples_stay_apart(
 
 
 def _reduction(
-    strategy: Strategy, loader: PoissonLoader, loss_function: LossFunction | None, with_views: WithViews | None
+    strategy: Strategy, loader: PoissonLoader, capture: StepCapture | None, views: Views | None
 ) -> Reduction:
-    module, records = module_of(strategy), loader.evenly_spaced(PROBES)
+    module, at_once = module_of(strategy), loader.physical_batch_size
+    records = loader.evenly_spaced(PROBES if at_once >= PROBES else PROBES // 2)
 
     def collate(some: list[Any]) -> Any:
         return to_device(strategy, loader.collate_fn(some))
 
-    check_collate_keeps_examples_apart(collate, records)
-    if loss_function is None:
+    check_collate_keeps_examples_apart(collate, records, at_once)
+    if capture is None:
         return Reduction.UNKNOWN
-    if with_views is None:
-        check_padding_is_masked(collate, records, module, loss_function, trainable(module))
-    batch = collate(records)
-    if with_views is not None:
-        batch = with_views(batch, np.arange(len(records)), 0)
+    loss_function = example_loss(strategy, capture, views, (0,) if takes_batch_idx(module) else ())
+    if views is None:
+        check_padding_is_masked(collate, records, module, loss_function, trainable(module), at_once)
+    examples = PROBES if len(records) == PROBES else PROBES // 2
+    if len(records) < examples:
+        return Reduction.UNKNOWN  # a dataset of three
+
+    def batch_of(rows: list[int]) -> Any:
+        batch = seeded(collate, [records[row] for row in rows], 0)
+        return batch if views is None else views.seeded(batch, np.asarray(rows), 0)
+
     try:
-        return check_loss_keeps_examples_apart(module, loss_function, trainable(module), batch, len(records))
+        if examples <= at_once:
+            whole = batch_of(list(range(examples)))
+            return _look(module, loss_function, partial(take, whole), examples)
+        if _same_in_every_pair(batch_of, examples):
+            return _look(module, loss_function, batch_of, examples)
+        reason = "collate_fn makes other rows of an example in other company"
     except preflight.PreflightError:
         raise
     except Exception as error:  # a step that takes single examples only, or no room for several at once
-        rank_zero_info(
-            f"lightning_dp: whether the loss of a batch couples its examples could not be looked at: {explain(error, module)}. "
-            "In training every example is a batch of its own."
-        )
-        return Reduction.UNKNOWN
+        reason = explain(error, module)
+    rank_zero_info(
+        f"lightning_dp: whether the loss of a batch couples its examples could not be looked at: {reason}. In training every "
+        "example is a batch of its own."
+    )
+    return Reduction.UNKNOWN
+
+
+def _look(module: nn.Module, loss_function: LossFunction, batch_of: BatchOf, examples: int) -> Reduction:
+    return check_loss_keeps_examples_apart(module, loss_function, trainable(module), batch_of, examples)
+
+
+def _same_in_every_pair(batch_of: BatchOf, examples: int) -> bool:
+    """Whether each example has the same rows in both pairs that it is in, as with neither padding nor masking at random."""
+    contents = [row_contents(batch_of(pair)) or (Counter(), []) for pair in pairs_of_blocks(examples)]
+    rows, shapes = zip(*contents, strict=True)
+    return bool(rows[0] + rows[3] == rows[1] + rows[2]) and all(shape == shapes[0] for shape in shapes)

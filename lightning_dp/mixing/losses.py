@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -13,15 +13,15 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.ghost.verification import double, inert
 from lightning_dp.functional.gradient import LossFunction, scalar_loss
-from lightning_dp.functional.microbatch import take
 from lightning_dp.preflight import PreflightError
 from lightning_dp.user_step.attributes import attributes_put_back
 
 PROBES = 8
-"""So many examples are looked at: four blocks of two."""
+"""So many examples are looked at: four blocks of two, or of one where fewer than these may be worked on at once."""
 
-SEEDS = 3
-"""Random pairings (MixUp in training_step) are tried so often; one that keeps the blocks apart escapes once in 6³."""
+SEEDS = {8: 3, 4: 8}
+"""Random pairings (MixUp in training_step) are tried so often; what keeps blocks of two apart escapes once in 6³, and of
+one once in 2⁸."""
 
 KEPT = 4096
 """So many coordinates of each parameter's gradient are compared."""
@@ -39,8 +39,24 @@ class Reduction(Enum):
     UNKNOWN = "random, so that it cannot be compared"
 
 
+BatchOf = Callable[[list[int]], Any]
+"""The batch of some of the examples, by their places, on the device."""
+
+
+def pairs_of_blocks(examples: int) -> list[list[int]]:
+    """The places of the examples in (a,b), (a',b), (a,b') and (a',b'), all blocks being of one size; ``examples`` is 4 or 8.
+
+    Example:
+        >>> pairs_of_blocks(4)
+        [[0, 2], [1, 2], [0, 3], [1, 3]]
+    """
+    size = examples // 4
+    a, a_, b, b_ = (list(range(start, start + size)) for start in range(0, 4 * size, size))
+    return [a + b, a_ + b, a + b_, a_ + b_]
+
+
 def check_loss_keeps_examples_apart(
-    module: nn.Module, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch: Any, examples: int
+    module: nn.Module, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch_of: BatchOf, examples: int
 ) -> Reduction:
     """Refuse a training_step whose loss of a batch compares its examples with each other.
 
@@ -57,8 +73,8 @@ def check_loss_keeps_examples_apart(
         module: whose attributes are put back afterwards.
         loss_function: training_step on a batch of any number of examples.
         parameters: the trainable parameters.
-        batch: ``examples`` of them, on the device.
-        examples: how many; with fewer than 4 nothing can be said.
+        batch_of: gives half of the examples at once, or one, the same rows whenever it is asked for them.
+        examples: how many there are, 4 or 8.
 
     Returns:
         How the loss of a batch is made of the losses of its examples.
@@ -66,15 +82,11 @@ def check_loss_keeps_examples_apart(
     Raises:
         PreflightError: the loss couples examples.
     """
-    size = min(examples, PROBES) // 4
-    if size == 0:
-        return Reduction.UNKNOWN
-    blocks = [list(range(start, start + size)) for start in range(0, 4 * size, size)]
-    pairs = [blocks[0] + blocks[2], blocks[1] + blocks[2], blocks[0] + blocks[3], blocks[1] + blocks[3]]
-    whole = _Whole(module, loss_function, parameters, batch)
+    pairs, whole = pairs_of_blocks(examples), _Whole(module, loss_function, parameters, batch_of)
     with attributes_put_back(module), torch.enable_grad():
         losses = [whole.loss(pairs[0], seed) for seed in (0, 1)]
-        for seed in range(1 if losses[0] == losses[1] else SEEDS):
+        is_random = losses[0] != losses[1]
+        for seed in range(SEEDS[examples] if is_random else 1):
             gradients = torch.stack([whole.gradient(pair, seed) for pair in pairs])
             if not _apart(gradients.double(), TOLERANCE[whole.dtype]):
                 raise PreflightError(
@@ -84,17 +96,17 @@ def check_loss_keeps_examples_apart(
                     "one example at a time, so that part of the loss would silently be gone. Let every record of the "
                     "dataset bring its own pair or negatives, or leave that part out."
                 )
-        return whole.reduction(pairs[0])
+        return whole.reduction(pairs[0], None if is_random else losses[0])
 
 
 class _Whole:
     """training_step on some of the examples at once, in float64 where the module lets it."""
 
     def __init__(
-        self, module: nn.Module, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch: Any
+        self, module: nn.Module, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch_of: BatchOf
     ) -> None:
         self.dtype = torch.float64
-        self._module, self._loss_function, self._batch = module, loss_function, pytree.tree_map(double, batch)
+        self._module, self._loss_function, self._batch_of = module, loss_function, batch_of
         self._given = {name: double(p.detach()).requires_grad_() for name, p in parameters.items()}
         tensors = [*module.named_parameters(), *module.named_buffers()]
         self._fixed = {name: double(tensor.detach()) for name, tensor in tensors if name not in parameters}
@@ -102,7 +114,7 @@ class _Whole:
             self._call([0], 0)
         except Exception:  # a module that makes float32 tensors of its own
             self.dtype = torch.float32
-            self._batch, self._fixed = batch, {}
+            self._fixed = {}
             self._given = {name: p.detach().requires_grad_() for name, p in parameters.items()}
 
     def loss(self, rows: list[int], seed: int) -> float:
@@ -117,12 +129,13 @@ class _Whole:
         gradients = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
         return torch.cat([g.flatten()[:: max(1, g.numel() // KEPT)] for g in gradients])
 
-    def reduction(self, rows: list[int]) -> Reduction:
-        """Compare the loss of a batch with those of its rows, random layers being inert."""
+    def reduction(self, rows: list[int], together: float | None) -> Reduction:
+        """Compare the loss of a batch, if it is known not to be random, with those of its rows, random layers being inert."""
         with inert(self._module):
-            together, again = self.loss(rows, 0), self.loss(rows, 1)
-            if together != again:
-                return Reduction.UNKNOWN
+            if together is None:
+                together = self.loss(rows, 0)
+                if together != self.loss(rows, 1):
+                    return Reduction.UNKNOWN
             alone = torch.tensor([self.loss([row], 0) for row in rows], dtype=torch.float64)
         for value, reduction in ((alone.mean(), Reduction.MEAN), (alone.sum(), Reduction.SUM)):
             if abs(together - float(value)) <= TOLERANCE[self.dtype] * max(abs(together), 1e-6):
@@ -132,7 +145,10 @@ class _Whole:
     def _call(self, rows: list[int], seed: int) -> Tensor:
         with isolate_rng():
             torch.manual_seed(seed)
-            loss, _ = self._loss_function({**self._fixed, **self._given}, take(self._batch, rows))
+            batch = self._batch_of(rows)
+            if self.dtype == torch.float64:
+                batch = pytree.tree_map(double, batch)
+            loss, _ = self._loss_function({**self._fixed, **self._given}, batch)
         return scalar_loss(loss)
 
 

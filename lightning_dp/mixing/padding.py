@@ -25,27 +25,28 @@ Collate = Callable[[list[Any]], Any]
 """From records to a batch on the device, with the examples on the first axis."""
 
 
-def check_collate_keeps_examples_apart(collate: Collate, records: list[Any]) -> None:
+def check_collate_keeps_examples_apart(collate: Collate, records: list[Any], at_once: int) -> None:
     """Refuse a ``collate_fn`` in which one example's row depends on the records around it.
 
-    Half of the records are collated in different company, everything random with the same seed, and their rows must be
+    Up to half of the records are collated in different company, everything random with the same seed, and their rows must be
     found in both batches, in whatever order. Batches that are padded to different lengths are left to
     :func:`check_padding_is_masked`.
 
     Args:
         collate: the loader's, and the way to the device.
         records: a few of the dataset; with fewer than 3 nothing can be said.
+        at_once: so many are collated together at most, at least 2.
 
     Raises:
         PreflightError: an example's row depends on another example.
     """
-    kept = len(records) // 2
-    others = (len(records) - kept) // 2
+    others = (len(records) - len(records) // 2) // 2
+    kept = min(len(records) // 2, at_once - others)
     if others == 0:
         return
     companies = (records[: kept + others], records[:kept] + records[-others:])
     for seed in range(DRAWS):
-        rows = [_rows(seeded(collate, company, seed)) for company in companies]
+        rows = [row_contents(seeded(collate, company, seed)) for company in companies]
         if rows[0] is None or rows[1] is None or rows[0][1] != rows[1][1]:
             return
         if (rows[0][0] & rows[1][0]).total() < kept:
@@ -62,6 +63,7 @@ def check_padding_is_masked(
     module: nn.Module,
     loss_function: LossFunction,
     parameters: Mapping[str, Tensor],
+    at_once: int,
 ) -> None:
     """Refuse a ``collate_fn`` that pads examples to fit each other, where the padding enters the gradient.
 
@@ -74,21 +76,23 @@ def check_padding_is_masked(
         module: random layers are inert while gradients are compared, and attributes are put back.
         loss_function: training_step on a batch of one.
         parameters: the trainable parameters.
+        at_once: so many records are collated together at most, at least 2.
 
     Raises:
         PreflightError: an example's gradient depends on how much it is padded.
     """
     try:
-        alone = [seeded(collate, [record], 0) for record in records]
+        shapes = [_shapes(seeded(collate, [record], 0)) for record in records]
     except Exception:
         return  # it cannot do with one record, so nothing can be compared
-    together = seeded(collate, records, 0)
-    shapes, whole = [_shapes(one) for one in alone], _shapes(together)
-    padded = [index for index, one in enumerate(shapes) if one != whole]
-    if not padded:
+    by_length = sorted(range(len(records)), key=lambda index: sum(map(torch.Size.numel, shapes[index])))
+    shortest, longest = by_length[0], by_length[1:][1 - at_once :]
+    company = [records[index] for index in (shortest, *longest)]
+    together = seeded(collate, company, 0)
+    if shapes[shortest] == _shapes(together):
         return
-    index = min(padded, key=lambda index: sum(map(torch.Size.numel, shapes[index])))
-    if _rows(alone[index]) != _rows(seeded(collate, [records[index]], 1)):
+    alone = seeded(collate, company[:1], 0)
+    if row_contents(alone) != row_contents(seeded(collate, company[:1], 1)):
         return  # it draws random numbers, whose shape may change with the padding
 
     def gradient(one: Any, seed: int = 0) -> Tensor:
@@ -98,12 +102,12 @@ def check_padding_is_masked(
 
     with attributes_put_back(module), inert(module):
         try:
-            own = gradient(alone[index])
+            own = gradient(alone)
         except Exception:
             return  # it is too short by itself, as for a convolution, so nothing can be compared
-        if not torch.equal(own, gradient(alone[index], seed=1)):
+        if not torch.equal(own, gradient(alone, seed=1)):
             return  # likewise training_step
-        difference = min(float((gradient(batch_of_one(together, row)) - own).norm()) for row in range(len(records)))
+        difference = min(float((gradient(batch_of_one(together, row)) - own).norm()) for row in range(len(company)))
     size = float(own.norm())
     dtype = torch.float64 if all(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
     low = any(p.dtype not in TOLERANCE for p in parameters.values()) or torch.is_autocast_enabled("cpu")
@@ -120,7 +124,7 @@ def _shapes(batch: Any) -> list[torch.Size]:
     return [leaf.shape[1:] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
 
 
-def _rows(batch: Any) -> tuple[Counter[bytes], list[torch.Size]] | None:
+def row_contents(batch: Any) -> tuple[Counter[bytes], list[torch.Size]] | None:
     """The rows of a batch, of all its tensors together, and their shapes; ``None`` without any."""
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
     if not leaves:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_dp import DifferentialPrivacy
+from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.audit import AuditResult, audit
-from lightning_dp.audit.canaries import NOT_A_CANARY, Canaries, WithCanaries
+from lightning_dp.audit.canaries import NOT_A_CANARY, Canaries, WithCanaries, let_in
 from lightning_dp.audit.expected import plan_accuracy, plan_p_value
-from tests.conftest import loader, regression_data, regressor, trainer
+from tests.conftest import Regressor, loader, regression_data, regressor, trainer
 from tests.functional.laws import plan
 from tests.guarantees import mutations
 from tests.guarantees import mutations_outside as outside
@@ -113,6 +113,31 @@ def test_the_plan_is_that_of_the_data_without_canaries() -> None:
     audit(trainer(private, max_steps=2), regressor(), loader(), gradient_canaries=50, input_canaries=4)
     assert private.plan is not None
     assert (private.plan.dataset_size, private.plan.expected_batch_size) == (64, 16)
+
+
+def test_examples_are_looked_at_together_without_a_canary_among_them(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        audited(steps=1, gradient=100)
+    assert "could not be looked at" not in caplog.text
+
+    class Coupled(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) - 0.1 * self.net(batch[0]).var(correction=0)
+
+    fit = trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1)
+    with pytest.raises(PreflightError, match="training_step couples examples"):
+        audit(fit, Coupled(), loader(), gradient_canaries=100, input_canaries=20)
+
+
+def test_a_canary_in_company_is_refused() -> None:
+    """Else the loss of several rows would be the canary's alone, or an example's."""
+    module = regressor()
+    module.__dict__["log"] = lambda *_: None
+    let_in(module, 10)
+    rows = torch.zeros(2, 4), torch.zeros(2)
+    assert module.training_step((rows, torch.tensor([NOT_A_CANARY, NOT_A_CANARY])), 0).isfinite()
+    with pytest.raises(ValueError, match="2 rows with a canary in an audit: expected one example, of 1"):
+        module.training_step((rows, torch.tensor([NOT_A_CANARY, 3])), 0)
 
 
 def test_input_canaries_that_are_memorised_are_recognised() -> None:

@@ -76,6 +76,41 @@ def test_a_loss_that_couples_examples_is_refused_before_the_first_step(loss: Los
     assert torch.equal(weights(module), before)
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("loss", [mixed_up, balanced, variance], ids=lambda loss: loss.__name__)
+def test_it_is_refused_in_small_micro_batches_too(loss: Loss, size: int) -> None:
+    with pytest.raises(PreflightError, match="training_step couples examples"):
+        trainer(DifferentialPrivacy(noise_multiplier=1.0, physical_batch_size=size)).fit(Net(loss), loader(IMAGES, 8))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, "auto", None])
+def test_nothing_is_worked_on_in_larger_pieces_than_in_training(size: Any) -> None:
+    """Also before the first step, when engines are tried and losses are looked at."""
+    seen: dict[str, list[int]] = {"collated": [], "moved": [], "looked at": []}
+
+    class Watched(Net):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            seen["moved"].append(len(batch[0]))
+            return batch
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seen["looked at"].append(len(batch[0]))
+            return mean(self, *batch)
+
+    def collate(rows: list[Any]) -> Any:
+        seen["collated"].append(len(rows))
+        return torch.utils.data.default_collate(rows)
+
+    private = DifferentialPrivacy(noise_multiplier=1.0, physical_batch_size=size)
+    fit = trainer(private, max_steps=1)
+    fit.fit(Watched(mean), loader(IMAGES, 8, collate_fn=collate))
+    allowed = (
+        max(2, fit.train_dataloader.physical_batch_size) if size == "auto" else fit.train_dataloader.physical_batch_size
+    )
+    assert all(max(sizes) <= allowed for sizes in seen.values()), seen
+    assert (max(seen["looked at"]) > 1) == (allowed > 1), seen
+
+
 def mean(net: Net, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(net.logits(x), y)
 
@@ -196,21 +231,27 @@ def shuffled_together(rows: list[Tensor]) -> Any:
     return {"sequences": 0.5 * (whole + whole[torch.randperm(len(rows))]), "mask": torch.ones(len(rows), 2)}
 
 
-def fit_sequences(collate: Callable[[list[Tensor]], Any], masked: bool) -> None:
-    private = DifferentialPrivacy(noise_multiplier=1.0)
+def fit_sequences(collate: Callable[[list[Tensor]], Any], masked: bool, size: int | None = None) -> None:
+    private = DifferentialPrivacy(noise_multiplier=1.0, physical_batch_size=size)
     trainer(private, max_steps=1).fit(Sequences(masked), loader(LENGTHS, 8, collate_fn=collate))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, None])
 @pytest.mark.parametrize("collate", [padded, sorted_by_length, with_noise], ids=lambda f: f.__name__)
-def test_padding_that_is_masked_is_left_alone(collate: Any) -> None:
-    fit_sequences(collate, masked=True)
+def test_padding_that_is_masked_is_left_alone(collate: Any, size: int | None) -> None:
+    fit_sequences(collate, masked=True, size=size)
 
 
+@pytest.mark.parametrize("size", [2, 3, None])
 @pytest.mark.parametrize("collate", [padded, sorted_by_length], ids=lambda f: f.__name__)
-def test_padding_that_enters_the_loss_is_refused(collate: Any) -> None:
+def test_padding_that_enters_the_loss_is_refused(collate: Any, size: int | None) -> None:
     """Else removing the longest record would change every other record's gradient."""
     with pytest.raises(PreflightError, match=r"collate_fn pads examples.*changed by .*%.*Mask the padding"):
-        fit_sequences(collate, masked=False)
+        fit_sequences(collate, masked=False, size=size)
+
+
+def test_in_micro_batches_of_one_nothing_is_padded_to_fit_another() -> None:
+    fit_sequences(padded, masked=False, size=1)
 
 
 def test_records_too_short_by_themselves_are_no_cause_for_alarm() -> None:
@@ -224,7 +265,15 @@ def test_records_too_short_by_themselves_are_no_cause_for_alarm() -> None:
     )
 
 
+@pytest.mark.parametrize("size", [2, 3, None])
 @pytest.mark.parametrize("collate", [minus_their_mean, shuffled_together], ids=lambda f: f.__name__)
-def test_a_collate_fn_that_mixes_examples_is_refused(collate: Any) -> None:
+def test_a_collate_fn_that_mixes_examples_is_refused(collate: Any, size: int | None) -> None:
     with pytest.raises(PreflightError, match="collate_fn mixes examples"):
-        fit_sequences(collate, masked=True)
+        fit_sequences(collate, masked=True, size=size)
+
+
+def test_rows_that_change_with_their_company_are_told_where_pairs_are_collated_apart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fit_sequences(padded, masked=True, size=2)
+    assert "could not be looked at: collate_fn makes other rows of an example in other company" in caplog.text

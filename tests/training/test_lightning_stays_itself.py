@@ -200,13 +200,11 @@ def test_batch_transfer_hooks_see_micro_batches_and_never_the_logical_one() -> N
 
     class Hooked(Regressor):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            if self.trainer.global_step:  # not while examples are looked at together, before the first step
-                seen.append(("before", len(batch[0])))
+            seen.append(("before", len(batch[0])))
             return batch
 
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            if self.trainer.global_step:
-                seen.append(("after", len(batch[0])))
+            seen.append(("after", len(batch[0])))
             return batch[0] * 2, batch[1]
 
     trainer(DifferentialPrivacy(noise_multiplier=1.0, physical_batch_size=5, engine="vmap"), max_steps=3).fit(

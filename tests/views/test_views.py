@@ -159,8 +159,7 @@ def test_training_step_never_sees_more_than_one_examples_views_and_memory_follow
         draws = 0
 
         def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
-            if private.ledger is not None and private.ledger.steps > 0:  # not while the module is being looked at
-                sizes.append(len(images))
+            sizes.append(len(images))
             return images
 
     private = DifferentialPrivacy(noise_multiplier=1.0, physical_batch_size=3)
