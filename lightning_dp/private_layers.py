@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_dp.preflight import PreflightError, mixes_examples
+from lightning_dp.standardised_weights import is_standardised, standardise_weight_of
 
 Norm = Literal["group", "layer"]
 MOST_GROUPS, FEWEST_CHANNELS = 32, 4
@@ -17,7 +18,9 @@ MOST_GROUPS, FEWEST_CHANNELS = 32, 4
 M = TypeVar("M", bound=nn.Module)
 
 
-def make_trainable_privately(module: M, norm: Norm = "group", groups: int | None = None) -> M:
+def make_trainable_privately(
+    module: M, norm: Norm = "group", groups: int | None = None, *, weight_standardisation: bool = False
+) -> M:
     """Replace every layer whose output for one example depends on the others, in place, and give the module back.
 
     BatchNorm becomes GroupNorm (``"layer"``: with one group), made by Opacus's fixer. Scale and shift are kept, and where
@@ -30,30 +33,46 @@ def make_trainable_privately(module: M, norm: Norm = "group", groups: int | None
     parameters stay, buffers of running statistics go, so load checkpoints of the old module before. What the module has
     learnt so far must be public: the folded statistics are not protected.
 
+    With ``weight_standardisation`` convolutions use Ŵ = (w − mean(w)) · gain / ‖w − mean(w)‖, for each output channel, as
+    the networks of De et al. (2022) do together with GroupNorm. The gain is a parameter of its own (it counts in the clip
+    norm) and starts from ‖w − mean(w)‖: of pre-trained weights everything is kept but each channel's mean. They give
+    other outputs without it, so this is for training from scratch; after pre-training, expect to train longer. It is a
+    ``torch.nn.utils.parametrize``: the weight's parameter is called ``parametrizations.weight.original`` from then on, the
+    gain ``parametrizations.weight.0.gain``; ``parametrize.remove_parametrizations(layer, "weight")`` makes a plain
+    convolution of it again after training; and torch pickles no such module, it saves its ``state_dict``, so ``ddp_spawn``
+    is out. To leave a convolution as it is (the last one of a segmentation network), give the function the other parts
+    of the module. A layer that already standardises its weight gives what it gave.
+
     Args:
         module: any module, a LightningModule or a part of one.
         norm: ``"group"`` or ``"layer"``.
         groups: how many groups, dividing the channels of every layer; ``None`` for up to 32 with at least 4 channels each.
             BatchNorm1d always gets one group: on features without an axis of time, a group of one has no variance.
+        weight_standardisation: whether the weights of the module's trainable convolutions are standardised on every use.
+            Transposed ones stay as they are, and so do those with one weight per channel, of which nothing would be left.
 
     Returns:
         ``module``, or what replaces it if it is itself such a layer.
 
     Raises:
         ValueError: ``norm`` or ``groups`` is not possible.
-        PreflightError: a layer is of a class of its own, whose further duties nobody knows, or is not initialised yet.
+        PreflightError: a layer is of a class of its own, whose further duties nobody knows, or is not initialised yet; or
+            a convolution's weight, which is to be standardised, is already computed from other parameters.
 
     Example:
         >>> make_trainable_privately(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)))[1]
         GroupNorm(4, 16, eps=1e-05, affine=True)
 
-    Source: Yuxin Wu and Kaiming He 2018, *Group Normalization* (arXiv 1803.08494); Opacus's ModuleValidator.
+    Source: Yuxin Wu and Kaiming He 2018, *Group Normalization* (arXiv 1803.08494); Opacus's ModuleValidator; S. Qiao et
+    al. 2019 (arXiv 1903.10520), A. Brock, S. De and S. L. Smith 2021 (arXiv 2101.08692), equation 5, and S. De et al. 2022
+    (arXiv 2204.13650) for weight standardisation.
     """
     if norm not in get_args(Norm):
         raise ValueError(f"norm={norm!r}: expected one of {', '.join(get_args(Norm))}.")
     if groups is not None and groups < 1:
         raise ValueError(f"groups={groups}: expected at least 1, or None for a number that suits each layer.")
     replacements: dict[nn.Module, nn.Module] = {}
+    convolutions = _to_standardise(module) if weight_standardisation else []
     for name, layer in module.named_modules():
         if mixes_examples(layer):
             replacements[layer] = _replacement(name, layer, 1 if norm == "layer" else groups)
@@ -61,8 +80,29 @@ def make_trainable_privately(module: M, norm: Norm = "group", groups: int | None
         for name, child in list(parent._modules.items()):  # not named_children: a shared layer has several names
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
+    for convolution in convolutions:
+        standardise_weight_of(convolution)
     root: Any = replacements.get(module, module)
     return root  # type: ignore[no-any-return]  # a module of another class only where the root was itself replaced
+
+
+def _to_standardise(module: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for name, layer in module.named_modules():
+        if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            continue
+        if is_standardised(layer):
+            continue
+        weight = layer._parameters.get("weight")
+        if weight is None or isinstance(weight, nn.UninitializedParameter):
+            raise PreflightError(
+                f"weight_standardisation=True, yet {name or 'the module'} has no plain weight: expected one that is there and "
+                "not computed from other parameters (spectral or weight norm, a lazy layer). Take that off first, run a "
+                "lazy layer on a batch, or give make_trainable_privately the other parts of the module."
+            )
+        if weight.requires_grad and weight[0].numel() > 1:
+            found.append(layer)
+    return found
 
 
 def _replacement(name: str, layer: nn.Module, groups: int | None) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-EPSILON = 1e-4
+from lightning_dp.standardised_weights import standardise
 
 
 class WSConv2d(nn.Conv2d):
@@ -58,10 +58,7 @@ class WSConv2d(nn.Conv2d):
 
     def standardised_weight(self) -> Tensor:
         """The weight the convolution uses, of the shape of ``self.weight``."""
-        fan_in = self.weight[0].numel()
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        scale = torch.rsqrt(torch.clamp(variance * fan_in, min=EPSILON)) * self.gain.view(-1, 1, 1, 1)
-        return (self.weight - mean) * scale
+        return standardise(self.weight, self.gain)
 
     @override
     def forward(self, images: Tensor) -> Tensor:

@@ -8,11 +8,14 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DifferentialPrivacy, PreflightError, make_trainable_privately
+from lightning_dp.models.weight_standardisation import WSConv2d
 from lightning_dp.preflight import mixes_examples
 from tests.conftest import Regressor, trainer, weights
+from tests.engines.against_loop import agree
 
 
 def trained(layer: nn.Module, channels: int = 16) -> nn.Module:
@@ -133,3 +136,64 @@ def test_arguments_out_of_range(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match="expected") as caught:
         make_trainable_privately(nn.Sequential(nn.BatchNorm2d(8)), **options)
     assert words in str(caught.value)
+
+
+def resnet() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3)
+
+
+def test_a_resnets_standardised_weights_are_those_of_the_recipes_and_book_keeping_equals_the_loop() -> None:
+    module = make_trainable_privately(resnet(), weight_standardisation=True).double()
+    convolution = module.layer1[0].conv1
+    twin = WSConv2d(64, 64, 3, padding=1).double()
+    twin.weight.data, twin.gain.data = (
+        convolution.parametrizations.weight.original.data,
+        convolution.parametrizations.weight[0].gain.data,
+    )
+    assert torch.equal(convolution.weight, twin.standardised_weight())
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    engine = agree(module, images)
+    assert set(engine.handled.values()) == {"ParametrizedConv2d, from within", "GroupNorm", "Linear"}
+
+
+def test_standardised_weights_start_as_those_that_were_there_without_their_means() -> None:
+    zero = nn.init.zeros_(nn.Conv2d(3, 4, 3).weight)
+    for layer in (nn.Conv1d(4, 6, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Conv3d(2, 4, 2)):
+        module = nn.Sequential(layer)
+        before = layer.weight.detach().clone()
+        make_trainable_privately(module, weight_standardisation=True)
+        centred = before - before.flatten(1).mean(1).view(-1, *[1] * (before.ndim - 1))
+        torch.testing.assert_close(layer.weight, centred)
+        assert torch.equal(layer.parametrizations.weight.original, before)
+        parametrize.remove_parametrizations(layer, "weight")
+        torch.testing.assert_close(layer.weight, centred)
+        assert set(module.state_dict()) == {"0.weight", "0.bias"}
+    layer = nn.Conv2d(3, 4, 3)
+    layer.weight.data = zero.data
+    make_trainable_privately(layer, weight_standardisation=True)
+    layer(torch.randn(1, 3, 3, 3)).sum().backward()
+    assert layer.parametrizations.weight.original.grad.abs().max() > 0  # a layer that starts closed can open
+
+
+def test_which_convolutions_are_standardised() -> None:
+    frozen = nn.Conv2d(8, 8, 3).requires_grad_(False)
+    alone = nn.Conv2d(8, 8, 1, groups=8)  # a weight per channel: nothing would be left of it
+    shared = nn.Conv2d(8, 8, 3)
+    module = nn.Sequential(frozen, alone, shared, nn.ConvTranspose2d(8, 8, 3), shared, nn.Linear(3, 3))
+    for _ in range(2):  # once more changes nothing
+        make_trainable_privately(module, weight_standardisation=True)
+        names = [name for name, _ in module.named_parameters() if "parametrizations" in name]
+        assert names == ["2.parametrizations.weight.original", "2.parametrizations.weight.0.gain"]
+    assert len(shared.parametrizations.weight) == 1
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.LazyConv2d(4, 3)]
+)  # fmt: skip
+def test_weights_that_are_computed_or_not_there_are_not_standardised(layer: nn.Module) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), layer)
+    with pytest.raises(PreflightError, match=r"weight_standardisation=True, yet 1 has no plain weight: expected"):
+        make_trainable_privately(module, weight_standardisation=True)
+    assert not parametrize.is_parametrized(module[0])  # nothing is half done
