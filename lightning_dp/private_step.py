@@ -35,7 +35,7 @@ from lightning_dp.loading.loader import LogicalBatch, PoissonLoader, check_sampl
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through, to_device
 from lightning_dp.manual.optimization import ManualOptimization
 from lightning_dp.manual.step_sample import StepSample
-from lightning_dp.mixing.examples_apart import check_examples_stay_apart
+from lightning_dp.mixing.examples_apart import check_examples_stay_apart, of_training_step
 from lightning_dp.privacy_unit import PrivacyUnit, read_units
 from lightning_dp.sizing.physical_batch import (
     PhysicalBatchSize,
@@ -181,7 +181,8 @@ class PrivateStep:
                 loss_function,
                 self._with_views,
             )
-            check_examples_stay_apart(strategy, loader, None if self._manual else self._capture, self._views)
+            losses = of_training_step(strategy, self._capture) if self._manual is None else self._manual.losses
+            check_examples_stay_apart(strategy, loader, losses, self._views)
         self._tried = set(trainable(module))
         return self._selection
 

@@ -73,6 +73,7 @@ class ManualOptimization:
         self._public = frozenset(public)
         self._private = [place for place in range(len(strategy.optimizers)) if place not in self._public]
         self._selections: dict[tuple[int, frozenset[str]], Selection] = {}
+        self._private_steps: list[tuple[tuple[Any, ...], int, int, dict[str, nn.Parameter]]] = []
         self._scripts: list[list[int]] = []
         self._stand_in: Any = None
         self._live: _Live | None = None
@@ -129,7 +130,7 @@ class ManualOptimization:
                 rest = (index,) if takes_batch_idx(module) else ()
                 before = {name: p.detach().clone() for name, p in module.named_parameters()}
                 with parameters_put_back(module):
-                    loss_function = self._loss_function(rest, number, place, parameters)
+                    loss_function = self._loss_function(rest, number, place, parameters, self._views)
                     self._selections[key] = try_engines(loss_function, parameters)
                     changed = [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
                 if changed:
@@ -139,9 +140,14 @@ class ManualOptimization:
                         "runs for each example. Move such updates (weight clipping, target networks) to the end of "
                         "training_step or to on_train_batch_end."
                     )
+                self._private_steps.append((rest, number, place, parameters))
                 first = first or (self._selections[key], loss_function)
         assert first is not None, "rehearsal saw a private step"
         return first
+
+    def losses(self, views: Views | None) -> list[tuple[LossFunction, dict[str, nn.Parameter]]]:
+        """The loss of each private optimizer seen in rehearsal, and its parameters, once engines are chosen."""
+        return [(self._loss_function(*step, views), step[-1]) for step in self._private_steps]
 
     def training_step(
         self, sample: StepSample, rest: tuple[Any, ...], share: Callable[[Any], Any] | None, log: bool
@@ -219,7 +225,7 @@ class ManualOptimization:
     def _put_private_gradient(self, live: _Live, place: int) -> None:
         check_private_step(place, live.losses, live.stepped)
         parameters = live.parameters[place]
-        loss_function = self._loss_function(live.rest, live.step, place, parameters)
+        loss_function = self._loss_function(live.rest, live.step, place, parameters, self._views)
         with torch.enable_grad(), self._outside_the_precision_context():
             key = place, frozenset(parameters)
             if key not in self._selections:  # later than rehearsal looked, or parameters thawed since
@@ -268,7 +274,12 @@ class ManualOptimization:
         return [{name: p for name, p in named if id(p) in ids} for ids in held]
 
     def _loss_function(
-        self, rest: tuple[Any, ...], number: int, place: int, parameters: dict[str, nn.Parameter]
+        self,
+        rest: tuple[Any, ...],
+        number: int,
+        place: int,
+        parameters: dict[str, nn.Parameter],
+        views: Views | None,
     ) -> LossFunction:
         """An example's loss at the ``number``-th step of training_step, which must be that of optimizer ``place``."""
         module = module_of(self._strategy)
@@ -289,7 +300,7 @@ class ManualOptimization:
                     return {"loss": sum(losses[1:], losses[0]), "losses": losses}
             raise _other_way(number, place)
 
-        return example_loss(self._strategy, self._capture, self._views, rest, fixed=fixed, run=up_to_the_step)
+        return example_loss(self._strategy, self._capture, views, rest, fixed=fixed, run=up_to_the_step)
 
 
 def _other_way(number: int, place: int) -> PreflightError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor
 
 from lightning_dp import preflight
 from lightning_dp.engines.explain import explain
@@ -38,11 +39,19 @@ from lightning_dp.strategy_facts import module_of, trainable
 from lightning_dp.user_step.capture import StepCapture
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 
+Losses = Callable[[Views | None], Sequence[tuple[LossFunction, Mapping[str, Tensor]]]]
+"""By how views are made, each loss whose gradients are clipped, and the parameters of which they are taken."""
 
-def check_examples_stay_apart(
-    strategy: Strategy, loader: PoissonLoader, capture: StepCapture | None, views: Views | None
-) -> None:
-    """Try ``collate_fn``, padding and loss on a few examples, evenly spaced in the dataset. Nothing of it is kept.
+
+def of_training_step(strategy: Strategy, capture: StepCapture | None) -> Losses:
+    """The one loss of automatic optimization: that of the user's training_step, whose logs ``capture`` keeps."""
+    assert capture is not None, "the training loader is known"
+    rest = (0,) if takes_batch_idx(module_of(strategy)) else ()
+    return lambda views: [(example_loss(strategy, capture, views, rest), trainable(module_of(strategy)))]
+
+
+def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses: Losses, views: Views | None) -> None:
+    """Try ``collate_fn``, padding and losses on a few examples, evenly spaced in the dataset. Nothing of it is kept.
 
     No more examples are worked on at once than in a micro-batch of the run. In micro-batches of one, nothing that is
     private can be mixed, and nothing is looked at.
@@ -50,7 +59,7 @@ def check_examples_stay_apart(
     Args:
         strategy: whose module is tried, on its device.
         loader: its dataset, ``collate_fn`` and ``physical_batch_size``.
-        capture: keeps what training_step logs; ``None`` to look at ``collate_fn`` alone.
+        losses: of training_step; under manual optimization one for each private optimizer.
         views: how views are made, of which one of each example is enough here; ``None`` without any.
 
     Raises:
@@ -61,14 +70,15 @@ def check_examples_stay_apart(
     module = module_of(strategy)
     buffers = preflight.buffer_versions(module)
     with isolate_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # a look is not worth a graph
-        reduction = _reduction(strategy, loader, capture, views and replace(views, k=1))
+        one_view = views and replace(views, k=1)
+        reductions = [_reduction(strategy, loader, *pair, one_view) for pair in losses(one_view)]
     preflight.check_buffers(module, buffers)
-    if reduction is Reduction.SUM:
+    if Reduction.SUM in reductions:
         rank_zero_info(
             "lightning_dp: training_step adds up the losses of its examples. The private gradient is the sum divided by the "
             "expected batch size, so a learning rate tuned without privacy has to be multiplied by the batch size."
         )
-    if reduction is Reduction.WEIGHTED:
+    if Reduction.WEIGHTED in reductions:
         rank_zero_warn(
             "The loss of a batch is neither the mean nor the sum of the losses of its examples, as with a mean over tokens "
             "or with class weights: under differential privacy every example's loss is that of a batch of one (the mean "
@@ -78,7 +88,11 @@ def check_examples_stay_apart(
 
 
 def _reduction(
-    strategy: Strategy, loader: PoissonLoader, capture: StepCapture | None, views: Views | None
+    strategy: Strategy,
+    loader: PoissonLoader,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    views: Views | None,
 ) -> Reduction:
     module, at_once = module_of(strategy), loader.physical_batch_size
     records = loader.evenly_spaced(PROBES if at_once >= PROBES else PROBES // 2)
@@ -87,11 +101,8 @@ def _reduction(
         return to_device(strategy, loader.collate_fn(some))
 
     check_collate_keeps_examples_apart(collate, records, at_once)
-    if capture is None:
-        return Reduction.UNKNOWN
-    loss_function = example_loss(strategy, capture, views, (0,) if takes_batch_idx(module) else ())
     if views is None:
-        check_padding_is_masked(collate, records, module, loss_function, trainable(module), at_once)
+        check_padding_is_masked(collate, records, module, loss_function, parameters, at_once)
     examples = PROBES if len(records) == PROBES else PROBES // 2
     if len(records) < examples:
         return Reduction.UNKNOWN  # a dataset of three
@@ -103,9 +114,9 @@ def _reduction(
     try:
         if examples <= at_once:
             whole = batch_of(list(range(examples)))
-            return _look(module, loss_function, partial(take, whole), examples)
+            return check_loss_keeps_examples_apart(module, loss_function, parameters, partial(take, whole), examples)
         if _same_in_every_pair(batch_of, examples):
-            return _look(module, loss_function, batch_of, examples)
+            return check_loss_keeps_examples_apart(module, loss_function, parameters, batch_of, examples)
         reason = "collate_fn makes other rows of an example in other company"
     except preflight.PreflightError:
         raise
@@ -116,10 +127,6 @@ def _reduction(
         "example is a batch of its own."
     )
     return Reduction.UNKNOWN
-
-
-def _look(module: nn.Module, loss_function: LossFunction, batch_of: BatchOf, examples: int) -> Reduction:
-    return check_loss_keeps_examples_apart(module, loss_function, trainable(module), batch_of, examples)
 
 
 def _same_in_every_pair(batch_of: BatchOf, examples: int) -> bool:

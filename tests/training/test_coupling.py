@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, PreflightError
 from tests.conftest import Regressor, loader, trainer, weights
+from tests.training.manual_modules import Gan, ManualRegressor
 
 Loss = Callable[["Net", Tensor, Tensor], Tensor]
 IMAGES = TensorDataset(torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3)
@@ -23,8 +25,10 @@ class Net(Regressor):
 
     def __init__(self, loss: Loss) -> None:
         super().__init__(hidden=6)
-        self.body, self.head, self.drop = nn.Linear(4, 8), nn.Linear(8, 3), nn.Dropout(0.3)
-        self.experts = nn.Linear(4, 4)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # so that not all examples happen to have one expert
+            self.body, self.head, self.drop = nn.Linear(4, 8), nn.Linear(8, 3), nn.Dropout(0.3)
+            self.experts = nn.Linear(4, 4)
         self.loss = loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -277,3 +281,78 @@ def test_rows_that_change_with_their_company_are_told_where_pairs_are_collated_a
 ) -> None:
     fit_sequences(padded, masked=True, size=2)
     assert "could not be looked at: collate_fn makes other rows of an example in other company" in caplog.text
+
+
+class Discriminating(Gan):
+    """A GAN whose discriminator may compare the images of a batch (minibatch discrimination, Salimans et al. 2016)."""
+
+    def __init__(self, compares: bool) -> None:
+        super().__init__()
+        self.compares, self.features = compares, nn.Linear(4, 3)
+        self.discriminator = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def adversarial_loss(self, images: Tensor, real: float) -> Tensor:
+        features = self.features(images)
+        others = features if self.compares else features.new_zeros(1, 3)
+        closeness = torch.exp(-(features[:, None] - others).abs().sum(2)).sum(1, keepdim=True)
+        return super().adversarial_loss(torch.cat([images, closeness], 1), real)
+
+    def configure_optimizers(self) -> Any:
+        own = [*self.discriminator.parameters(), *self.features.parameters()]
+        return [torch.optim.SGD(self.generator.parameters(), lr=0.1), torch.optim.SGD(own, lr=0.1)]
+
+
+def fit_by_hand(module: Any, data: Any = None, public: Any = (), **options: Any) -> DifferentialPrivacy:
+    private = DifferentialPrivacy(noise_multiplier=1.0, public_optimizers=public)
+    trainer(private, max_steps=2).fit(module, loader(data, 8, **options))
+    return private
+
+
+def test_a_discriminator_that_compares_the_images_of_a_batch_is_refused() -> None:
+    module = Discriminating(compares=True)
+    before = weights(module).clone()
+    with pytest.raises(PreflightError, match="training_step couples examples"):
+        fit_by_hand(module, public=[0])
+    assert torch.equal(weights(module), before)
+    assert fit_by_hand(Discriminating(compares=False), public=[0]).ledger.steps == 1
+
+
+class TwoByHand(ManualRegressor):
+    """Two private optimizers, the second of which has a loss of its own."""
+
+    def __init__(self, second: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.second = second
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        one, two = self.optimizers()
+        self.manual_backward(self.net[0](batch[0]).square().mean())
+        one.step()
+        self.manual_backward(self.second(self.net[2](torch.tanh(self.net[0](batch[0]).detach()))))
+        two.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[place].parameters(), lr=0.1) for place in (0, 2)]
+
+
+def test_every_private_steps_own_loss_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(PreflightError, match="training_step couples examples"):
+        fit_by_hand(TwoByHand(lambda output: output.var(0, correction=0).sum()))
+    fit_by_hand(TwoByHand(lambda output: output.square().mean()))
+    assert "adds up" not in caplog.text
+    fit_by_hand(TwoByHand(lambda output: output.square().sum()))
+    assert "adds up the losses of its examples" in caplog.text
+
+
+class SequencesByHand(Sequences):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+def test_padding_is_looked_at_under_manual_optimization_too() -> None:
+    for masked in (True, False):
+        module = SequencesByHand(masked)
+        module.automatic_optimization = False
+        with nullcontext() if masked else pytest.raises(PreflightError, match="collate_fn pads examples"):
+            fit_by_hand(module, LENGTHS, collate_fn=padded)
