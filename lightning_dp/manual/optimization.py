@@ -23,7 +23,13 @@ from lightning_dp.functional.views import Views
 from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
 from lightning_dp.manual.commands import Commands, intercepted
 from lightning_dp.manual.late_logs import KnownLoss, in_place_of, log_late
-from lightning_dp.manual.rehearsal import check_private_step, check_public_steps, parameters_put_back, rehearse
+from lightning_dp.manual.rehearsal import (
+    check_no_pieces,
+    check_private_step,
+    check_public_steps,
+    parameters_put_back,
+    rehearse,
+)
 from lightning_dp.manual.stand_in import without_content
 from lightning_dp.manual.step_sample import StepSample, TryEngines
 from lightning_dp.preflight import PreflightError
@@ -31,6 +37,9 @@ from lightning_dp.strategy_facts import module_of, world_size_of
 from lightning_dp.user_step.attributes import attributes_put_back
 from lightning_dp.user_step.capture import Recording, StepCapture
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
+
+MOST_TOGETHER = 64
+"""At most so many rows tell whether training_step takes a batch in pieces."""
 
 
 @dataclass
@@ -97,19 +106,27 @@ class ManualOptimization:
         most = physical_batch_size if isinstance(physical_batch_size, int) else batch_size
         rows = min(batch_size, most) if self._public else 1
         collate: Any = loader.collate_fn
-        parts = to_device(self._strategy, collate([loader.dataset[0]] * rows))
-        example, self._stand_in = (
-            as_training_step_takes_it(self._strategy, batch) for batch in (parts, without_content(parts))
-        )
+        record = loader.dataset[0]
+
+        def batch_of(rows: int, emptied: Callable[[Any], Any] = without_content) -> Any:
+            return as_training_step_takes_it(
+                self._strategy, emptied(to_device(self._strategy, collate([record] * rows)))
+            )
+
+        self._stand_in = batch_of(rows)
         self._scripts = rehearse(module, self._capture, self._stand_in, self._private)
         if not any(place in script for script in self._scripts for place in self._private):
             raise PreflightError(
                 f"no private optimizer steps in the first {len(self._scripts)} batches: expected training_step to call "
                 "opt.step() of one of self.optimizers(). With automatic_optimization=False Lightning steps none by itself."
             )
+        if batch_size > 1:
+            one, many = batch_of(1), batch_of(min(batch_size, max(most, 2), MOST_TOGETHER))
+            index = self._scripts.index(max(self._scripts, key=len))
+            check_no_pieces(module, self._capture, one, many, index, self._private)
         for place in self._public:
             at = [index for index, script in enumerate(self._scripts) if place in script][:1]
-            check_public_steps(module, self._capture, [place], self._stand_in, example, at)
+            check_public_steps(module, self._capture, [place], self._stand_in, batch_of(rows, lambda batch: batch), at)
         return max(1, min(len(script) for script in self._scripts if script))
 
     def choose_engines(self, try_engines: TryEngines) -> tuple[Selection, LossFunction]:

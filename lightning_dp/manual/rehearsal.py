@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,7 +59,10 @@ def check_private_step(place: int, losses: Sequence[Tensor], before: Sequence[in
     if place in before:
         raise PreflightError(
             f"optimizer {place} steps twice in one training_step: expected at most one step of each private optimizer for "
-            "a batch. Every step is a release. To train it more often, step the others at every n-th batch."
+            "a batch. Every step is a release, and releases of one drawn sample are not amplified by sampling as if each had "
+            "drawn its own: charged so, ε would be understated. For n steps of it to each step of another optimizer, take "
+            "one in every training_step and step the other at every n-th batch (if batch_idx % n == 0): then every step "
+            "draws a sample of its own and is charged for it."
         )
 
 
@@ -75,7 +80,40 @@ def rehearse(
     Raises:
         PreflightError: training_step steers training in a way that cannot be private, see the messages.
     """
-    return [_steps_at(module, capture, stand_in, index, private)[0] for index in range(REHEARSED)]
+    return [_steps_at(module, capture, stand_in, index, private).script for index in range(REHEARSED)]
+
+
+def check_no_pieces(
+    module: pl.LightningModule, capture: StepCapture, one: Any, many: Any, index: int, private: Sequence[int]
+) -> None:
+    """Refuse a training_step that gives the loss of a batch to ``manual_backward`` in pieces of the batch.
+
+    Args:
+        module: under manual optimization, its optimizers set up.
+        capture: keeps logs and metrics out.
+        one: a batch of one example without anybody's data.
+        many: the same with several.
+        index: of the batch at which to look.
+        private: places of the private optimizers.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    try:
+        alone, together = (_steps_at(module, capture, batch, index, ()) for batch in (one, many))
+    except Exception:
+        return  # it takes examples in one number only, and so not in pieces; what is wrong besides, training will tell
+    for place, a, b in zip(alone.script, alone.losses, together.losses, strict=False):
+        lost = any(not math.isfinite(x) for x in a) and all(math.isfinite(x) for x in b)
+        if place in private and (len(a) != len(b) or lost):
+            found = f"{len(b)} times for a batch and {len(a)} for one example"
+            raise PreflightError(
+                f"training_step calls manual_backward {'with nan for one example' if len(a) == len(b) else found} before "
+                f"the step of optimizer {place}: expected the loss of the whole batch, whatever its size. Gradients cannot be "
+                "accumulated by hand over pieces of a batch: every example is a batch of its own, which has no pieces, and "
+                "its gradient would be divided by their number. Call manual_backward once, with the mean over the batch, and "
+                "limit memory with DifferentialPrivacy(physical_batch_size=...)."
+            )
 
 
 def check_public_steps(
@@ -103,7 +141,7 @@ def check_public_steps(
         PreflightError: see the message.
     """
     for index in batches:
-        found = [_steps_at(module, capture, batch, index, (), public)[1] for batch in (stand_in, example)]
+        found = [_steps_at(module, capture, batch, index, (), public).gradients for batch in (stand_in, example)]
         for (place, without), (_, given) in zip(*found, strict=False):
             if any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(without, given, strict=True)):
                 raise PreflightError(
@@ -114,6 +152,15 @@ def check_public_steps(
                 )
 
 
+@dataclass
+class _Steps:
+    """The steps taken at one batch, the losses before each, and the gradients of the optimizers asked for."""
+
+    script: list[int]
+    losses: list[list[float]] = field(default_factory=list)
+    gradients: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+
+
 def _steps_at(
     module: pl.LightningModule,
     capture: StepCapture,
@@ -121,19 +168,18 @@ def _steps_at(
     index: int,
     private: Sequence[int],
     gradients_of: Sequence[int] = (),
-) -> tuple[list[int], list[tuple[int, list[Tensor]]]]:
-    """The steps taken at one batch, and the gradients of the optimizers asked for."""
-    optimizers = module.trainer.optimizers
-    gradients: list[tuple[int, list[Tensor]]] = []
+) -> _Steps:
+    optimizers, taken = module.trainer.optimizers, _Steps([])
 
     def on_step(notes: Commands, place: int) -> None:
         if place in private:
             check_private_step(place, notes.losses, notes.steps)
+        taken.losses.append([float(loss.detach()) for loss in notes.losses])
         if place in gradients_of and notes.losses:
             held = [p for group in optimizers[place].param_groups for p in group["params"] if p.requires_grad]
             total = torch.stack([loss.reshape(()) for loss in notes.losses]).sum()
             given = torch.autograd.grad(total, held, retain_graph=True, allow_unused=True, materialize_grads=True)
-            gradients.append((place, list(given)))
+            taken.gradients.append((place, list(given)))
 
     rest = (index,) if takes_batch_idx(module) else ()
     with (
@@ -154,4 +200,5 @@ def _steps_at(
             "whatever its size. Raise the loader's batch_size, and limit memory with "
             "DifferentialPrivacy(physical_batch_size=...)."
         )
-    return notes.steps, gradients
+    taken.script = notes.steps
+    return taken

@@ -80,7 +80,11 @@ def _nothing(module: Any, optimizer: Any, loss: Tensor) -> None:
         (_clipping, 1, ["self.clip_gradients", "clip_norm"]),
         (_bare, 1, ["use_pl_optimizer=False", "self.optimizers()"]),
         (_shared, 2, ["optimizer 1 steps without a manual_backward", "parameter groups"]),
-        (_twice, 1, ["optimizer 0 steps twice"]),
+        (
+            _twice,
+            1,
+            ["optimizer 0 steps twice", "releases of one drawn sample are not amplified", "batch_idx % n == 0"],
+        ),
         (_writing, 2, ["training_step writes into net.0.weight", "target networks"]),
         (_nothing, 1, ["no private optimizer steps", "opt.step()"]),
     ],
@@ -121,3 +125,44 @@ def test_public_optimizers_under_automatic_optimization_or_over_shared_parameter
     module.configure_optimizers = lambda: [torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2)]
     with pytest.raises(PreflightError, match="belong to a public and to a private optimizer: expected"):
         fit_gan(module=module)
+
+
+def in_pieces(cut: Any) -> L.LightningModule:
+    class InPieces(ManualRegressor):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer, pieces = self.optimizers(), list(zip(*map(cut, batch), strict=True))
+            optimizer.zero_grad()
+            for inputs, targets in pieces:
+                self.manual_backward(nn.functional.mse_loss(self.net(inputs).squeeze(-1), targets) / len(pieces))
+            optimizer.step()
+
+    return InPieces()
+
+
+@pytest.mark.parametrize(
+    ("cut", "words"),
+    [
+        (lambda rows: rows.chunk(4), "calls manual_backward 4 times for a batch and 1 for one example"),
+        (lambda rows: rows.split(8), "calls manual_backward 2 times for a batch and 1 for one example"),
+        (lambda rows: [rows[4 * i : 4 * i + 4] for i in range(4)], "calls manual_backward with nan for one example"),
+    ],
+    ids=["chunk", "split", "slices"],
+)
+def test_gradients_accumulated_over_pieces_of_a_batch_are_refused(cut: Any, words: str) -> None:
+    """An example has no pieces, and its gradient would be divided by their number, or be nothing at all."""
+    with pytest.raises(PreflightError, match="expected the loss of the whole batch") as caught_error:
+        trainer(DifferentialPrivacy(noise_multiplier=1.0)).fit(in_pieces(cut), loader())
+    assert words in str(caught_error.value)
+    assert "physical_batch_size" in str(caught_error.value)
+
+
+def test_several_losses_of_one_step_are_no_pieces() -> None:
+    class Two(ManualRegressor):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.net(batch[0]).square().mean())
+            self.manual_backward(self.net[0](batch[0]).abs().mean())
+            self.optimizers().step()
+
+    private = DifferentialPrivacy(noise_multiplier=1.0)
+    trainer(private, max_steps=2).fit(Two(), loader())
+    assert private.ledger.steps == 2
