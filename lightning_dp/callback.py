@@ -21,6 +21,7 @@ from lightning_dp.distributed.agreement import check_same_on_every_rank, facts
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.homecoming import register, send_home
 from lightning_dp.engines.select import EngineName, check_engine_name
+from lightning_dp.functional.real_parts import coordinates
 from lightning_dp.loading.batch_axis import check_batch_axis_argument
 from lightning_dp.manual.public_optimizers import check_public_optimizers
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
@@ -327,7 +328,7 @@ class DifferentialPrivacy(pl.Callback):
             dataset_size=self.dataset_size,
             max_batch_size=self.max_batch_size,
             resolution=resolution(self.secure),
-            coordinates=sum(p.numel() for p in trainer.lightning_module.parameters()) if self.secure else None,
+            coordinates=coordinates(trainer.lightning_module.parameters()) if self.secure else None,
             spent=as_if_real(spent, self.simulate),
             remaining_steps=lambda per_epoch: self._planned_steps(trainer, per_epoch),
         )

@@ -18,6 +18,7 @@ from lightning_dp.engines.ghost.verification import check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.opened import open_containers
+from lightning_dp.functional.real_parts import in_real_parts
 from lightning_dp.functional.units import of_two
 from lightning_dp.loading.batch_axis import to_front
 from lightning_dp.loading.loader import PoissonLoader
@@ -57,7 +58,7 @@ def try_engines(
     """
     module = module_of(strategy)
     buffers = preflight.buffer_versions(module)
-    given = trainable(module) if parameters is None else parameters
+    given = in_real_parts(trainable(module) if parameters is None else parameters)
     with isolate_rng(), torch.enable_grad():
         raw_batch, examples = loader.first_examples(min(TRIAL_EXAMPLES, most))
         batch = to_front(open_containers(raw_batch), batch_axis_of(strategy), strict=False)

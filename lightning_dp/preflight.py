@@ -121,14 +121,6 @@ def check_module(module: pl.LightningModule, *, complete: bool = True) -> None:
         raise PreflightError(
             "no trainable parameter: expected at least one with requires_grad=True. Unfreeze what should be trained."
         )
-    complex_ones = [
-        name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.is_complex()
-    ]
-    if complex_ones:
-        raise PreflightError(
-            f"complex parameters {', '.join(complex_ones[:5])}: expected real ones. Store real and imaginary parts as "
-            "real parameters (torch.view_as_real)."
-        )
 
 
 def check_optimizers(module: pl.LightningModule, optimizers: list[torch.optim.Optimizer]) -> None:

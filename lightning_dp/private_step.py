@@ -27,6 +27,7 @@ from lightning_dp.engines.on_grid import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
+from lightning_dp.functional.real_parts import as_given, in_real_parts
 from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.functional.units import Units, group
 from lightning_dp.functional.views import Views
@@ -258,7 +259,7 @@ class PrivateStep:
             total = accumulate(
                 selection.engine,
                 loss_function,
-                parameters,
+                in_real_parts(parameters),
                 micro_batches,
                 ledger.plan.clipping_rule,
                 pad_to=self.physical_batch_size if self._static_shapes else None,
@@ -327,7 +328,7 @@ class PrivateStep:
         reshard(module)  # a hook that called the module has left a part of it whole
         gradient = self.released(strategy, ledger.steps, total.gradient)
         for name, parameter in trainable(module).items():
-            parameter.grad = gradient[name].to(parameter.dtype)
+            parameter.grad = as_given(gradient[name], parameter)
         closure_loss = strategy.precision_plugin.post_backward(closure_loss, module)
         strategy.post_backward(closure_loss)
         return closure_loss

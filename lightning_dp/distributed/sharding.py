@@ -46,6 +46,11 @@ def check_sharding(strategy: ModelParallelStrategy) -> None:
             "training_step, for whose length the parameters are whole. Use strategy='ddp'."
         )
     for name, parameter in module_of(strategy).named_parameters():
+        if parameter.is_complex() and parameter.requires_grad:
+            raise PreflightError(
+                f"{name} is complex and sharded: expected real parameters under 'private_fsdp'. Keep real and imaginary parts "
+                "as real parameters (torch.view_as_complex where they are used), or use strategy='ddp'."
+            )
         if not isinstance(parameter, DTensor):
             if parameter.requires_grad:
                 raise PreflightError(

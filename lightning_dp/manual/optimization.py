@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.engines.select import Selection
 from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.real_parts import as_given
 from lightning_dp.functional.step import Accumulated
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
@@ -254,7 +255,7 @@ class ManualOptimization:
             for parameter in group["params"]:
                 parameter.grad = None
         for name, parameter in parameters.items():
-            parameter.grad = gradient[name].to(parameter.dtype)
+            parameter.grad = as_given(gradient[name], parameter)
         live.stepped.append(place)
         live.total = total
         live.logged = 0 if live.recording is None else len(live.recording.log_calls)

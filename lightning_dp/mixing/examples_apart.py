@@ -19,6 +19,7 @@ from lightning_dp import preflight
 from lightning_dp.engines.explain import explain
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.microbatch import take
+from lightning_dp.functional.real_parts import in_real_parts
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.transfer import to_device
@@ -71,7 +72,10 @@ def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses:
     buffers = preflight.buffer_versions(module)
     with isolate_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # a look is not worth a graph
         one_view = views and replace(views, k=1)
-        reductions = [_reduction(strategy, loader, *pair, one_view) for pair in losses(one_view)]
+        reductions = [
+            _reduction(strategy, loader, loss_function, in_real_parts(parameters), one_view)
+            for loss_function, parameters in losses(one_view)
+        ]
     preflight.check_buffers(module, buffers)
     if Reduction.SUM in reductions:
         rank_zero_info(

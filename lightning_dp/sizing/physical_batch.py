@@ -20,6 +20,7 @@ from lightning_dp.distributed.gathering import gathered
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.select import make_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.functional.real_parts import coordinates, in_real_parts
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.transfer import to_device
 from lightning_dp.plan import PrivacyPlan
@@ -54,7 +55,7 @@ def default_physical_batch_size(
     At most 512 views, because their activations take memory too. With a privacy unit, of at most ``most`` examples, the
     size counts examples.
     """
-    parameters = sum(parameter.numel() for parameter in trainable(module).values())
+    parameters = coordinates(trainable(module).values())
     room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
     return max(1, min(room, 512 // views, largest_useful_size(plan, strategy) * most))
 
@@ -144,7 +145,8 @@ def _search(
 
         def fresh() -> Callable[[], object]:
             mine = make_engine(engine.name, module)
-            return lambda: mine.clipped_sum(loss_function, trainable(module), drawn, rows, loader.plan.clipping_rule)
+            given = in_real_parts(trainable(module))
+            return lambda: mine.clipped_sum(loss_function, given, drawn, rows, loader.plan.clipping_rule)
 
         return measured(fresh, rows, strategy.root_device)
 

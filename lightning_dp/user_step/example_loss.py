@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.real_parts import put_together
 from lightning_dp.functional.units import ungroup
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.transfer import as_training_step_takes_it
@@ -32,6 +33,8 @@ def example_loss(
 ) -> LossFunction:
     """The user's own training_step on a batch of one (on its K views, on a user's examples), as a function of the parameters.
 
+    Complex parameters may be given in real parts, see :mod:`lightning_dp.functional.real_parts`.
+
     Args:
         strategy: whose module and precision are used.
         capture: takes what the step logs and returns.
@@ -41,10 +44,13 @@ def example_loss(
         run: calls training_step and gives what it "returned"; manual optimization, where it need not return the loss,
             says what that is.
     """
-    stepper, spectral_norms = _TrainingStep(module_of(strategy)), SpectralNorms(module_of(strategy))
+    module = module_of(strategy)
+    stepper, spectral_norms = _TrainingStep(module), SpectralNorms(module)
+    complex_names = frozenset(name for name, parameter in module.named_parameters() if parameter.is_complex())
 
     def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
-        named = {f"module.{name}": parameter for name, parameter in {**(fixed or {}), **parameters}.items()}
+        whole = put_together({**(fixed or {}), **parameters}, complex_names)
+        named = {f"module.{name}": parameter for name, parameter in whole.items()}
         example = ungroup(example)
         example = as_training_step_takes_it(strategy, example if views is None else views.fold(example))
         with spectral_norms.resting(), strategy.precision_plugin.train_step_context():

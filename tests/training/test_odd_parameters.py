@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
@@ -41,6 +42,19 @@ class ComplexBuffer(Regressor):
         return super().training_step(((batch[0] * self.phase).real, batch[1]), batch_idx)
 
 
+class Complex(Regressor):
+    """A layer of complex weights, and a complex parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Linear(4, 4, dtype=torch.complex64)
+        self.phase = nn.Parameter(torch.exp(1j * torch.arange(4.0)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        return super().training_step((self.turn(inputs * self.phase).abs(), targets), batch_idx)
+
+
 class ConfiguredLate(Regressor):
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +91,9 @@ def private(engine: Any = "auto", **options: Any) -> DifferentialPrivacy:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, about orthogonal under vmap
-@pytest.mark.parametrize("make", [TiedAndReused, ComplexBuffer, ConfiguredLate, Parametrized, SpectrallyNormalised])
+@pytest.mark.parametrize(
+    "make", [TiedAndReused, Complex, ComplexBuffer, ConfiguredLate, Parametrized, SpectrallyNormalised]
+)
 def test_every_engine_trains_them_as_the_loop_does(make: Any) -> None:
     found = []
     for engine in ("auto", "vmap", "loop"):
@@ -87,6 +103,57 @@ def test_every_engine_trains_them_as_the_loop_does(make: Any) -> None:
         found.append(weights(module))
     for other in found[:2]:
         torch.testing.assert_close(other, found[2], rtol=1e-5, atol=1e-6)
+
+
+def test_without_noise_and_clipping_complex_parameters_take_lightnings_own_step() -> None:
+    found = []
+    for callbacks in ([], [private(noise_multiplier=0.0, clip_norm=math.inf, expected_batch_size=64)]):
+        torch.manual_seed(0)
+        module = Complex()
+        trainer(*callbacks, max_steps=2).fit(module, loader(batch_size=64))
+        found.append(weights(module))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ghost", "vmap", "loop"])
+def test_noise_falls_on_real_and_imaginary_parts_and_the_clip_norm_bounds_both_together(engine: Any) -> None:
+    class Field(Regressor):
+        def __init__(self) -> None:
+            super().__init__(lr=1.0)
+            self.field = nn.Parameter(torch.zeros(4000, dtype=torch.complex64))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return 100 * ((3 + 4j) * self.field.conj()).real.sum() / 4000 + 0 * batch[0].sum()
+
+    noisy, quiet = Field(), Field()
+    trainer(private(engine, noise_multiplier=2.0, expected_batch_size=16), max_steps=1).fit(noisy, loader())
+    for parts in (noisy.field.detach().real, noisy.field.detach().imag):
+        assert float(parts.std()) * 16 / (2.0 * 0.5) == pytest.approx(1.0, rel=0.06)
+    real, imaginary = noisy.field.detach().real, noisy.field.detach().imag
+    assert abs(float((real * imaginary).mean() / (real.std() * imaginary.std()))) < 0.06
+    data = torch.utils.data.TensorDataset(torch.ones(1, 4), torch.ones(1))
+    trainer(private(engine, noise_multiplier=0.0, expected_batch_size=1), max_steps=1).fit(quiet, loader(data))
+    assert float(quiet.field.detach().norm()) == pytest.approx(0.5, rel=1e-4)  # one example, clipped to 0.5
+    first = complex(quiet.field.detach()[0])
+    assert first.imag / first.real == pytest.approx(4 / 3)
+
+
+def test_complex_parameters_by_hand_and_in_exact_sums() -> None:
+    class ByHand(Complex):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+    found = []
+    for make, options in ((Complex, {}), (ByHand, {}), (Complex, {"secure": True, "seed": None})):
+        torch.manual_seed(0)
+        module = make()
+        module.automatic_optimization = make is Complex
+        before = weights(module)
+        trainer(private(**options), max_steps=2).fit(module, loader())
+        found.append(weights(module))
+        assert not torch.equal(torch.view_as_real(before), torch.view_as_real(found[-1]))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_rates_of_parameter_groups_are_kept() -> None:

@@ -217,15 +217,6 @@ def test_nothing_to_train() -> None:
     refused(PreflightError, "no trainable parameter", module=NeverStepped().requires_grad_(False))
 
 
-def test_complex_parameters() -> None:
-    module = NeverStepped()
-    module.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    before = [p.clone() for p in module.parameters()]
-    with pytest.raises(PreflightError, match=r"complex parameters phase: expected"):
-        trainer(DifferentialPrivacy(noise_multiplier=1.0)).fit(module, loader())
-    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
-
-
 def test_an_override_of_backward_that_would_never_run() -> None:
     class Own(NeverStepped):
         def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

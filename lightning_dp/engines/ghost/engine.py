@@ -173,7 +173,8 @@ class GhostEngine:
     @contextmanager
     def _keeping(self, books: _Books, parameters: Mapping[str, Tensor], of: Pass) -> Iterator[None]:
         """Every layer that can be kept books of, keeping them."""
-        trainable = {name: p for name, p in self.module.named_parameters() if name in parameters}
+        named = self.module.named_parameters()
+        trainable = {name: p for name, p in named if name in parameters and not p.is_complex()}  # rules are real
         names = {id(p): name for name, p in trainable.items()}
         forwards: dict[nn.Module, Forward] = {}
         covered: set[nn.Module] = set()
