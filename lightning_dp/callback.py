@@ -22,7 +22,7 @@ from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.homecoming import register, send_home
 from lightning_dp.engines.select import EngineName, check_engine_name
 from lightning_dp.functional.real_parts import coordinates
-from lightning_dp.loading.batch_axis import check_batch_axis_argument
+from lightning_dp.loading.batch_axis import Axis, check_batch_axis_argument
 from lightning_dp.manual.public_optimizers import check_public_optimizers
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, check_batch_after_resume, on_rank_zero, planned_steps
@@ -81,7 +81,8 @@ class DifferentialPrivacy(pl.Callback):
             shapes do not vary with the draw. Changes speed, never the result.
         batch_axis: the axis of the batch's tensors on which the examples are, 0 for the first; or by field, as in
             ``{"inputs": 1, "positions": None}``, where ``None`` marks a tensor that all examples share. Such a tensor
-            enters every example's gradient and must be public: the same whatever the examples are.
+            enters every example's gradient and must be public: the same whatever the examples are. ``"list"`` is for lists
+            with one element for each example, as of images that differ in size.
         privacy_unit: who is protected, if one person has several examples: the field with the user (``"user_id"``), a file,
             or the users themselves. Users are then drawn, and counted in ``expected_batch_size`` and ``dataset_size``.
         max_examples_per_unit: the most examples of a user in a step, chosen at random; ``None`` for 32.
@@ -117,7 +118,7 @@ class DifferentialPrivacy(pl.Callback):
         log_train_metrics: bool = True,
         public_optimizers: list[int] | None = None,
         static_shapes: bool = False,
-        batch_axis: int | dict[str, int | None] = 0,
+        batch_axis: Axis | dict[str, Axis | None] = 0,
         privacy_unit: str | list[Any] | dict[int, Any] | None = None,
         max_examples_per_unit: int | None = None,
     ) -> None:

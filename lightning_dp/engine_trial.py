@@ -17,10 +17,11 @@ from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.verification import check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
+from lightning_dp.functional.microbatch import check_batch_axis
 from lightning_dp.functional.opened import open_containers
 from lightning_dp.functional.real_parts import in_real_parts
 from lightning_dp.functional.units import of_two
-from lightning_dp.loading.batch_axis import to_front
+from lightning_dp.loading.batch_axis import has_lists, to_front
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
 from lightning_dp.mixing.transforms import check_rows_stay_apart
@@ -61,7 +62,11 @@ def try_engines(
     given = in_real_parts(trainable(module) if parameters is None else parameters)
     with isolate_rng(), torch.enable_grad():
         raw_batch, examples = loader.first_examples(min(TRIAL_EXAMPLES, most))
-        batch = to_front(open_containers(raw_batch), batch_axis_of(strategy), strict=False)
+        axis = batch_axis_of(strategy)
+        batch = to_front(open_containers(raw_batch), axis, strict=False)
+        if has_lists(axis):  # two tensors are no list of two examples: of one example there must be a list of one
+            one = loader.first_examples(1)[0]
+            check_batch_axis(to_front(open_containers(one), axis, strict=False), 1)
         check_rows_stay_apart(
             lambda raw: to_device(strategy, as_training_step_takes_it(strategy, raw)),
             batch,

@@ -23,9 +23,13 @@ def mappable(batch: Any, examples: int) -> tuple[list[Tensor], Callable[[list[Te
 
     Raises:
         BatchAxisError: see :func:`~lightning_dp.functional.microbatch.check_batch_axis`.
+        ValueError: there is no tensor to map over.
     """
     check_batch_axis(batch, examples)
     leaves, structure = pytree.tree_flatten_with_path(batch, is_leaf=is_list_of_values)
+
+    if not any(isinstance(leaf, Tensor) for _, leaf in leaves):
+        raise ValueError("it takes lists with one element for each example, which may differ in shape")
 
     def example(rows: list[Tensor]) -> Any:
         remaining = iter(rows)

@@ -11,7 +11,8 @@ from types import FrameType
 
 from torch import nn
 
-_HERE = str(Path(__file__).parent)
+_PACKAGE = Path(__file__).parents[1]
+_ORDINARY = tuple(f"{_PACKAGE / part}/" for part in ("models", "data"))
 _OURS_AND_THEIRS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
 _PACKAGES = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 _STANDARD = sysconfig.get_path("stdlib")
@@ -80,10 +81,15 @@ def _line(innermost_first: list[tuple[FrameType, int]]) -> Line | None:
 
 
 def _is_nobodys_package(file: str) -> bool:
-    library = file.startswith((_HERE, *_PACKAGES, _STANDARD, "<frozen")) or "site-packages" in file
+    library = _is_machinery(file) or file.startswith((*_PACKAGES, _STANDARD, "<frozen")) or "site-packages" in file
     return not library and file != "<string>"
 
 
 def _is_another_package(file: str) -> bool:
     known = tuple(f"{root}/{name}/" for root in _PACKAGES for name in _OURS_AND_THEIRS)
-    return file.startswith(_PACKAGES) and not file.startswith((_HERE, *known))
+    return file.startswith(_PACKAGES) and not (_is_machinery(file) or file.startswith(known))
+
+
+def _is_machinery(file: str) -> bool:
+    """Whether ``file`` is of this package, its ordinary models and data left out."""
+    return file.startswith(f"{_PACKAGE}/") and not file.startswith(_ORDINARY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Element:
+    """One example's element of a list that has one for each example: an image of its own size, a dict of boxes and labels.
+
+    Nothing looks into it, so a list of these is a list of values, see :func:`check_batch_axis`.
+    """
+
+    content: Any
 
 
 class BatchAxisError(ValueError):
@@ -36,7 +47,8 @@ def check_batch_axis(batch: Any, examples: int) -> None:
     gradient too, and no clip norm bounds that. So what is unclear is refused rather than guessed at. Clear are
 
     - tensors with ``examples`` rows,
-    - lists and tuples of ``examples`` strings, numbers or objects (what PyTorch's default collate makes of strings),
+    - lists and tuples of ``examples`` strings, numbers or objects (what PyTorch's default collate makes of strings), and of
+      :class:`Element`,
     - ``None`` and single strings and numbers, which all examples share and which must not depend on the data,
 
     in any nest of dicts, lists, tuples and named tuples, and of what :mod:`lightning_dp.functional.opened` takes apart.
@@ -53,7 +65,8 @@ def check_batch_axis(batch: Any, examples: int) -> None:
                 raise BatchAxisError(
                     f"{where} has shape {tuple(leaf.shape)}: expected {examples} rows, one for each of the {examples} "
                     "examples drawn. Let collate_fn put the examples on the first axis, one row each, or say "
-                    "where they are with DifferentialPrivacy(batch_axis=...)."
+                    "where they are with DifferentialPrivacy(batch_axis=...): 1 for the second axis, 'list' for a list with one "
+                    "element for each example."
                 )
         elif is_list_of_values(leaf):
             if len(leaf) != examples:
@@ -68,7 +81,7 @@ def check_batch_axis(batch: Any, examples: int) -> None:
                 "tuples. Nobody can tell which example a part of it belongs to; let collate_fn turn it into tensors, or "
                 "leave it out."
             )
-    if not any(isinstance(leaf, Tensor) for _, leaf in leaves):
+    if not any(isinstance(leaf, Tensor) or is_list_of_elements(leaf) for _, leaf in leaves):
         raise BatchAxisError(
             f"batch={type(batch).__name__} holds no tensor: expected at least one tensor with {examples} rows. "
             "Let the dataset or collate_fn return tensors."
@@ -134,6 +147,11 @@ _VALUES = (str, bytes, int, float)
 def is_list_of_values(node: Any) -> bool:
     """Whether ``node`` is a list or tuple of strings, numbers or objects that hold no tensor, one for each example."""
     return type(node) in (list, tuple) and len(node) > 0 and all(map(_is_value, node))
+
+
+def is_list_of_elements(node: Any) -> bool:
+    """Whether ``node`` is a list or tuple of :class:`Element`, one for each example."""
+    return is_list_of_values(node) and isinstance(node[0], Element)
 
 
 def _is_value(item: Any) -> bool:

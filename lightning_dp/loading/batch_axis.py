@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.functional.microbatch import BatchAxisError
+from lightning_dp.functional.microbatch import BatchAxisError, Element
 
-BatchAxis = int | Mapping[str, int | None]
+Axis = int | Literal["list"]
+"""The axis of the examples, or ``"list"``: a list or tuple whose i-th element is all that belongs to the i-th example."""
+
+BatchAxis = Axis | Mapping[str, Axis | None]
 """The axis of the examples: of all tensors, or by field (``"inputs"``, ``"inputs.mask"``, ``"0"``); ``None`` if shared."""
 
 
@@ -25,8 +29,9 @@ def check_batch_axis_argument(batch_axis: object) -> None:
     allowed = all(_is_axis(value) or (value is None and names) for value in values)
     if not allowed or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"batch_axis={batch_axis!r}: expected the axis of the examples, such as 1, or a mapping from fields to axes, "
-            "such as {'inputs': 1, 'positions': None}; None marks a tensor that all examples share."
+            f"batch_axis={batch_axis!r}: expected the axis of the examples, such as 1, 'list' for a list with one element for "
+            "each example, or a mapping from fields to these, such as {'inputs': 1, 'positions': None}; None marks a tensor "
+            "that all examples share."
         )
 
 
@@ -47,6 +52,9 @@ def to_front(batch: Any, batch_axis: BatchAxis, *, strict: bool = True) -> Any:
     """
     if batch_axis == 0:
         return batch
+    lists = [""] if batch_axis == "list" else _lists(batch_axis)
+    for name in lists:
+        batch = _at(batch, tuple(name.split(".")) if name else (), partial(_elements, name=name))
     paths, structure = pytree.tree_flatten_with_path(batch)
     places = [(pytree.keystr(path), _fields(path)) for path, _ in paths]
     if strict and isinstance(batch_axis, Mapping):
@@ -60,6 +68,8 @@ def to_front(batch: Any, batch_axis: BatchAxis, *, strict: bool = True) -> Any:
     moved, shared = [], []
     for position, ((where, fields), (_, leaf)) in enumerate(zip(places, paths, strict=True)):
         axis = _axis(batch_axis, fields, leaf)
+        if isinstance(axis, str):
+            axis = 0  # its elements are in their list already
         if isinstance(leaf, Tensor) and axis is not None and not -leaf.ndim <= axis < leaf.ndim:
             raise BatchAxisError(
                 f"batch{where} has shape {tuple(leaf.shape)}: expected an axis {axis}, on which batch_axis says that its "
@@ -85,9 +95,19 @@ def as_given(batch: Any, batch_axis: BatchAxis) -> Any:
 
     def back(fields: tuple[str, ...], leaf: Any) -> Any:
         axis = _axis(batch_axis, fields, leaf)
-        return leaf[0] if axis is None else leaf.movedim(0, axis)
+        return leaf[0] if axis is None else leaf.movedim(0, 0 if isinstance(axis, str) else axis)
 
-    return _map(lambda fields, leaf: back(fields, leaf) if isinstance(leaf, Tensor) else leaf, batch)
+    def whole(fields: tuple[str, ...], leaf: Any) -> Any:
+        if isinstance(leaf, Element):
+            return leaf.content
+        return back(fields, leaf) if isinstance(leaf, Tensor) else leaf
+
+    return _map(whole, batch)
+
+
+def has_lists(batch_axis: BatchAxis) -> bool:
+    """Whether some part of a batch is a list with one element for each example."""
+    return batch_axis == "list" or bool(_lists(batch_axis))
 
 
 def fields_of(nest: Any) -> dict[str, Any]:
@@ -112,12 +132,36 @@ def _names(name: str, fields: tuple[str, ...]) -> bool:
     return fields[: len(wanted)] == wanted
 
 
-def _axis(batch_axis: BatchAxis, fields: tuple[str, ...], leaf: Any) -> int | None:
+def _lists(batch_axis: BatchAxis) -> list[str]:
+    return [name for name, axis in batch_axis.items() if axis == "list"] if isinstance(batch_axis, Mapping) else []
+
+
+def _at(node: Any, names: tuple[str, ...], change: Callable[[Any], Any]) -> Any:
+    """``node`` with the part that ``names`` lead to changed; a name that is not there is left to the caller."""
+    if not names:
+        return change(node)
+    children, structure = pytree.tree_flatten_with_path(node, is_leaf=lambda one: one is not node)
+    changed = [_at(one, names[1:], change) if path and _fields(path) == names[:1] else one for path, one in children]
+    return pytree.tree_unflatten(changed, structure)
+
+
+def _elements(node: Any, name: str) -> Any:
+    if type(node) not in (list, tuple):
+        raise BatchAxisError(
+            f"batch_axis says that {name or 'the batch'} is a list, but it is of type {type(node).__name__}: expected a list or "
+            "tuple with one element for each example. Correct batch_axis or collate_fn."
+        )
+    return type(node)(Element(one) for one in node)
+
+
+def _axis(batch_axis: BatchAxis, fields: tuple[str, ...], leaf: Any) -> Axis | None:
     if not isinstance(batch_axis, Mapping):
+        if isinstance(batch_axis, str):
+            return 0
         return batch_axis if isinstance(leaf, Tensor) and -leaf.ndim <= batch_axis < leaf.ndim else 0
     named = [name for name in batch_axis if _names(name, fields)]
     return batch_axis[max(named, key=len)] if named else 0
 
 
 def _is_axis(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return value == "list" or (isinstance(value, int) and not isinstance(value, bool))

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from lightning_dp.engines.ghost.verification import inert
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.functional.gradient import LossFunction
-from lightning_dp.functional.microbatch import batch_of_one
+from lightning_dp.functional.microbatch import Element, batch_of_one, is_list_of_elements
 from lightning_dp.mixing.transforms import DRAWS, seeded
 from lightning_dp.preflight import PreflightError
 from lightning_dp.user_step.attributes import attributes_put_back
@@ -125,15 +125,17 @@ def _shapes(batch: Any) -> list[torch.Size]:
 
 
 def row_contents(batch: Any) -> tuple[Counter[bytes], list[torch.Size]] | None:
-    """The rows of a batch, of all its tensors together, and their shapes; ``None`` without any."""
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not leaves:
+    """The rows of a batch, of all its tensors and lists of elements together, and their shapes; ``None`` without any."""
+    leaves = pytree.tree_leaves(batch, is_leaf=is_list_of_elements)
+    columns = [leaf for leaf in leaves if (isinstance(leaf, Tensor) and leaf.ndim) or is_list_of_elements(leaf)]
+    if not columns:
         return None
-    columns = [leaf.detach().cpu().contiguous() for leaf in leaves]
     count = min(map(len, columns))
     rows = [b"".join(_content(column[index]) for column in columns) for index in range(count)]
     return Counter(rows), _shapes(batch)
 
 
-def _content(row: Tensor) -> bytes:
-    return bytes(row.reshape(-1).view(torch.uint8).numpy().tobytes())
+def _content(row: Tensor | Element) -> bytes:
+    if isinstance(row, Element):
+        return b"".join(_content(leaf) for leaf in pytree.tree_leaves(row.content) if isinstance(leaf, Tensor))
+    return bytes(row.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.functional.microbatch import Element, is_list_of_elements
 from lightning_dp.preflight import PreflightError
 
 DRAWS = 12
@@ -35,19 +36,42 @@ def check_rows_stay_apart(transform: Callable[[Any], Any], batch: Any, examples:
     kept = examples // 2
     if kept == 0:
         return
-    other = pytree.tree_map(lambda leaf: _replace_rows(leaf, kept) if isinstance(leaf, Tensor) else leaf, batch)
+    other = pytree.tree_map(lambda leaf: _with_other_rows(leaf, kept), batch, is_leaf=is_list_of_elements)
     for seed in range(DRAWS):
         first, second = (seeded(transform, each, seed) for each in (batch, other))
-        for path, leaf in pytree.tree_leaves_with_path(first):
-            twin = dict(pytree.tree_leaves_with_path(second)).get(path)
+        before, after = (_kept_apart(each, kept) for each in (first, second))
+        for path, leaf in pytree.tree_leaves_with_path(before):
+            twin = dict(pytree.tree_leaves_with_path(after)).get(path)
             if not isinstance(leaf, Tensor) or not isinstance(twin, Tensor) or leaf.ndim == 0:
                 continue
-            if leaf.shape != twin.shape or not torch.equal(leaf[:kept].nan_to_num(), twin[:kept].nan_to_num()):
+            if leaf.shape != twin.shape or not torch.equal(leaf.nan_to_num(), twin.nan_to_num()):
                 raise PreflightError(
                     f"{name} mixes examples: batch{pytree.keystr(path)} of one example changed when another example was "
                     "replaced: expected each row to depend on its own example only. Clipping could not bound what one "
                     "record contributes. Remove MixUp, CutMix and batch statistics, or mix with public data only."
                 )
+
+
+def _with_other_rows(leaf: Any, kept: int) -> Any:
+    if is_list_of_elements(leaf):
+        other = pytree.tree_map(lambda part: part * 0.5 + 1.0 if _is_float(part) else part, leaf[0].content)
+        return type(leaf)([*leaf[:kept], *[Element(other)] * (len(leaf) - kept)])
+    return _replace_rows(leaf, kept) if isinstance(leaf, Tensor) else leaf
+
+
+def _is_float(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.is_floating_point()
+
+
+def _kept_apart(batch: Any, kept: int) -> Any:
+    """The rows of the examples that were kept."""
+
+    def rows(leaf: Any) -> Any:
+        if is_list_of_elements(leaf):
+            return [element.content for element in leaf[:kept]]
+        return leaf[:kept] if isinstance(leaf, Tensor) and leaf.ndim else leaf
+
+    return pytree.tree_map(rows, batch, is_leaf=is_list_of_elements)
 
 
 def _replace_rows(leaf: Tensor, kept: int) -> Tensor:

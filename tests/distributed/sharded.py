@@ -184,6 +184,7 @@ def run(folder: Path, ranks: int) -> None:
     fit("odd", folder, ranks, private(), module=Odd())
     fit("validated", folder, ranks, private(), val=loader(), val_check_interval=2, check_val_every_n_epoch=None)
     fit("secure", folder, ranks, private(seed=None, secure=True), max_steps=2)
+    fit("users", folder, ranks, private(expected_batch_size=8, privacy_unit=[i // 3 for i in range(64)]))
     if ranks == RANKS:
         fit("looked_at", folder, ranks, private(), module=Looking())
         fit("by_name", folder, ranks, private(), strategy="private_fsdp")

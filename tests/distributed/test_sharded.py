@@ -47,6 +47,11 @@ def test_tied_layers_groups_and_a_sharded_lightning_module_reach_them_too(result
     torch.testing.assert_close(results("odd")["after"], results("odd", 1)["after"], rtol=1e-5, atol=1e-6)
 
 
+def test_users_are_drawn_and_clipped_alike_by_sharded_ranks(results: Any) -> None:
+    torch.testing.assert_close(results("users")["after"], results("users", 1)["after"], rtol=1e-5, atol=1e-6)
+    assert float((results("users")["after"] - results("vmap")["after"]).abs().max()) > 1e-3
+
+
 def test_integers_and_discrete_noise_are_sharded_like_floats(results: Any) -> None:
     """Secret keys, so other examples in each run: both move, and by no more than two steps of the clip norm and noise."""
     for ranks in (1, 2):
