@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from typing_extensions import override
 
+from lightning_dp.engines.ghost.verification import inert
 from lightning_dp.preflight import PreflightError, mixes_examples
 from lightning_dp.standardised_weights import is_standardised, standardise_weight_of
 
@@ -26,7 +29,8 @@ def make_trainable_privately(
     BatchNorm becomes GroupNorm (``"layer"``: with one group), made by Opacus's fixer. Scale and shift are kept, and where
     the layer has seen data its running statistics are folded into them: for an example whose own statistics are those of
     the data, the new layer gives what the old one gave in eval mode. Pre-trained weights therefore remain a good start,
-    though not as good as with BatchNorm. InstanceNorm stops tracking statistics. Frozen layers in eval mode do no harm and
+    though not as good as with BatchNorm. Dropout and activation that a layer has
+    inside, as timm's have, stay inside the new one. InstanceNorm stops tracking statistics. Frozen layers in eval mode do no harm and
     stay.
 
     Call it before the optimizer is made (in ``__init__`` of the LightningModule, or on it before ``fit``). Names of
@@ -108,18 +112,25 @@ def _to_standardise(module: nn.Module) -> list[nn.Module]:
 def _replacement(name: str, layer: nn.Module, groups: int | None) -> nn.Module:
     from opacus.validators import ModuleValidator  # takes a second, and only those who ask for it need it
 
-    if type(layer) not in ModuleValidator.FIXERS or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+    stock = next((one for one in _STOCK if isinstance(layer, one)), type(layer))
+    lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+    if (
+        stock not in ModuleValidator.FIXERS
+        or lazy
+        or (type(layer) is not stock and not _is_followed_by_its_parts(layer))
+    ):
         raise PreflightError(
             f"{name or 'the module'} is a {type(layer).__module__}.{type(layer).__name__}: expected one of torch's own "
-            "BatchNorm or InstanceNorm layers, initialised. What else such a layer does would be lost with it. Build the "
+            "BatchNorm or InstanceNorm layers, initialised, or a BatchNorm and then its own parts (dropout, activation) in "
+            "turn. What else such a layer does would be lost with it. Build the "
             "model with GroupNorm (many take norm_layer=...), run a lazy one on a batch first, or freeze it: .eval() and "
             ".requires_grad_(False)."
         )
     if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        fixed: nn.Module = ModuleValidator.FIXERS[type(layer)](layer)
+        fixed: nn.Module = ModuleValidator.FIXERS[stock](layer)
         return fixed
     channels = layer.num_features
-    if isinstance(layer, nn.BatchNorm1d):
+    if stock is nn.BatchNorm1d:
         groups = 1
     if groups is None:
         groups = math.gcd(MOST_GROUPS, channels)
@@ -129,11 +140,50 @@ def _replacement(name: str, layer: nn.Module, groups: int | None) -> nn.Module:
         raise ValueError(
             f"groups={groups} for the {channels} channels of {name}: expected a divisor. Give groups=None."
         )
-    new: nn.GroupNorm = ModuleValidator.FIXERS[type(layer)](layer, num_groups=groups)
+    new: nn.GroupNorm = ModuleValidator.FIXERS[stock](layer, num_groups=groups)
     new.eps = layer.eps
     if layer.affine:
         _fold(layer, new)
-    return new.to(layer.weight.device if layer.affine else None).train(layer.training)
+    new.to(layer.weight.device if layer.affine else None).train(layer.training)
+    if layer._modules:
+        new.__class__ = GroupNormThenParts
+        new._modules.update(layer._modules)
+    return new
+
+
+_STOCK: dict[type[nn.Module], int] = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+
+
+class GroupNormThenParts(nn.GroupNorm):
+    """A GroupNorm in the place of a BatchNorm that had parts, such as an activation, which are applied after it."""
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise, then each part in turn."""
+        output = super().forward(input)
+        for part in self.children():
+            output = part(output)
+        return output
+
+
+@torch.no_grad()
+def _is_followed_by_its_parts(layer: Any) -> bool:
+    """Whether a BatchNorm of another class normalises and then applies its parts in turn, as far as numbers tell."""
+    stock = next((one for one in _STOCK if isinstance(layer, one)), None)
+    if stock is None or layer.num_features == 0:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    inputs = 3 * torch.randn(4, layer.num_features, *[5] * _STOCK[stock], generator=generator)
+    inputs = inputs.to(next(itertools.chain(layer.parameters(), layer.buffers()), inputs))
+    with inert(layer):
+        try:
+            given = layer(inputs.clone())
+            expected = stock.forward(layer, inputs.clone())
+            for part in layer.children():
+                expected = part(expected)
+        except Exception:  # it wants something else
+            return False
+    return isinstance(given, Tensor) and given.shape == expected.shape and torch.allclose(given, expected)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_dp.engines.draws import drawn_for_all
 from lightning_dp.engines.user_code import Line, line_of_the_caller
 
 
@@ -127,7 +128,7 @@ def answered_for_all(witness: Tensor) -> Iterator[None]:
     answering = _Answering(witness)
     token = _answering.set(answering)
     try:
-        with answering:
+        with answering, drawn_for_all():
             yield
     finally:
         _answering.reset(token)

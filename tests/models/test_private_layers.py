@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -197,3 +198,45 @@ def test_weights_that_are_computed_or_not_there_are_not_standardised(layer: nn.M
     with pytest.raises(PreflightError, match=r"weight_standardisation=True, yet 1 has no plain weight: expected"):
         make_trainable_privately(module, weight_standardisation=True)
     assert not parametrize.is_parametrized(module[0])  # nothing is half done
+
+
+class _ThenParts(nn.BatchNorm2d):
+    """As timm has them: one layer that normalises, drops and activates."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout(0.5), nn.SiLU(inplace=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(images)))
+
+
+def test_a_layer_with_an_activation_inside_keeps_it() -> None:
+    plain, old = trained(nn.BatchNorm2d(16)), _ThenParts(16)
+    old.load_state_dict(plain.state_dict())
+    names = [name for name, _ in old.named_modules()]
+    new = make_trainable_privately(nn.Sequential(old))[0].eval()
+    assert isinstance(new, nn.GroupNorm)
+    assert [name for name, _ in new.named_modules()] == names
+    images = torch.randn(3, 16, 5, 5, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.silu(make_trainable_privately(nn.Sequential(plain))(images))
+    torch.testing.assert_close(new(images), expected)
+    assert new.train().drop.training
+
+
+def test_an_efficientnet_of_timm_trains_afterwards_as_the_loop_trains_it() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = make_trainable_privately(timm.create_model("test_efficientnet", num_classes=3)).double().eval()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    agree(network, images)
+
+
+class _InAnotherOrder(_ThenParts):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.drop(nn.BatchNorm2d.forward(self, self.act(images)))
+
+
+def test_parts_that_come_before_are_not_put_after() -> None:
+    with pytest.raises(PreflightError, match="a BatchNorm and then its own parts"):
+        make_trainable_privately(nn.Sequential(_InAnotherOrder(8)))

@@ -1,0 +1,36 @@
+"""Random numbers of torch.distributions, drawn in a way that works for many examples at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import lowrank_multivariate_normal, multivariate_normal, normal, studentT
+
+_NAME = "_standard_normal"
+_USERS: tuple[Any, ...] = (normal, multivariate_normal, lowrank_multivariate_normal, studentT)
+
+
+def _standard_normal(shape: Sequence[int], dtype: Any, device: Any) -> Tensor:
+    return torch.randn(tuple(shape), dtype=dtype, device=device)
+
+
+@contextmanager
+def drawn_for_all() -> Iterator[None]:
+    """While it lasts, ``Normal(...).rsample()`` and its relatives draw numbers for each example under vmap.
+
+    They fill an empty tensor in place, and an empty tensor is the same for all examples, which torch.func refuses to fill
+    with different numbers. ``torch.randn`` draws the same law, for each example anew. (In PyTorch 2.13; where the function is
+    gone, nothing is put in its place.)
+    """
+    before = [(module, getattr(module, _NAME)) for module in _USERS if hasattr(module, _NAME)]
+    try:
+        for module, _ in before:
+            setattr(module, _NAME, _standard_normal)
+        yield
+    finally:
+        for module, original in before:
+            setattr(module, _NAME, original)
