@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.draws import drawn_for_all
+from lightning_dp.engines.recurrent import can_be_unrolled, unrolled
 from lightning_dp.engines.user_code import Line, line_of_the_caller
 
 
@@ -55,6 +56,8 @@ class _Answering(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _VALUES:
             return self._value(func, args, kwargs)
+        if can_be_unrolled(func, args, kwargs):
+            return unrolled(func, *args)
         settled = _SHAPES.get(func)
         if settled is not None:
             args, kwargs = settled(self._settled, *args, **kwargs)

@@ -23,8 +23,8 @@ def drawn_for_all() -> Iterator[None]:
     """While it lasts, ``Normal(...).rsample()`` and its relatives draw numbers for each example under vmap.
 
     They fill an empty tensor in place, and an empty tensor is the same for all examples, which torch.func refuses to fill
-    with different numbers. ``torch.randn`` draws the same law, for each example anew. (In PyTorch 2.13; where the function is
-    gone, nothing is put in its place.)
+    with different numbers. ``torch.randn`` draws the same law, for each example anew. (Where a
+    version of PyTorch has no such function, nothing is put in its place.)
     """
     before = [(module, getattr(module, _NAME)) for module in _USERS if hasattr(module, _NAME)]
     try:

@@ -95,9 +95,11 @@ class Attention(nn.Module):
 
 
 class Recurrent(nn.Module):
+    """With projected states, which no engine but the loop can run."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.cell, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+        self.cell, self.head = nn.LSTM(4, 4, batch_first=True, proj_size=3), nn.Linear(3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.cell(x)[0][:, -1])

@@ -86,7 +86,7 @@ def test_the_layer_that_cannot_run_is_named_with_the_users_line(name: Any) -> No
         told = str(refusal.value)
         assert told.startswith("engine='vmap' cannot run this training_step: it writes an example's values in place")
         assert "Use engine='auto' or engine='loop', or change that line." in told
-    assert re.search(r"family.py:\d+ in forward, layer 'cell' of type GRU\)", told)
+    assert re.search(r"family.py:\d+ in forward, layer 'cell' of type LSTM\)", told)
 
 
 FAILURES: dict[str, tuple[Any, str]] = {
