@@ -59,24 +59,8 @@ def try_engines(
     buffers = preflight.buffer_versions(module)
     given = trainable(module) if parameters is None else parameters
     with isolate_rng(), torch.enable_grad():
-        raw_batch, examples = loader.first_examples(min(TRIAL_EXAMPLES, most))
-        batch = to_front(open_containers(raw_batch), batch_axis_of(strategy), strict=False)
-        check_rows_stay_apart(
-            lambda raw: to_device(strategy, as_training_step_takes_it(strategy, raw)),
-            batch,
-            examples,
-            "on_before_ or on_after_batch_transfer",
-        )
-
-        def prepared(raw: Any) -> Any:
-            on_device = to_device(strategy, as_training_step_takes_it(strategy, raw))
-            if with_views is None:
-                return on_device
-            return with_views(on_device, np.arange(examples), torch.initial_seed())
-
-        if with_views is not None:
-            check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
-        on_device, clipping = of_two(prepared(batch), examples, loader.units), loader.plan.clipping_rule
+        on_device, examples = trial_batch(strategy, loader, with_views, most)
+        clipping = loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:
             engine.clipped_sum(loss_function, given, on_device, examples, clipping)
@@ -86,3 +70,35 @@ def try_engines(
         selection = select_engine(engine_name, trial, module)
     preflight.check_buffers(module, buffers)
     return selection
+
+
+def trial_batch(strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None, most: int) -> tuple[Any, int]:
+    """The first examples as engines get them, with their views and on the device, and how many they are.
+
+    Args:
+        strategy: whose device.
+        loader: whose first examples are used.
+        with_views: gives each example its K views, or ``None`` without any.
+        most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
+
+    Raises:
+        PreflightError: a hook or transform mixes the examples.
+    """
+    raw_batch, examples = loader.first_examples(min(TRIAL_EXAMPLES, most))
+    batch = to_front(open_containers(raw_batch), batch_axis_of(strategy), strict=False)
+    check_rows_stay_apart(
+        lambda raw: to_device(strategy, as_training_step_takes_it(strategy, raw)),
+        batch,
+        examples,
+        "on_before_ or on_after_batch_transfer",
+    )
+
+    def prepared(raw: Any) -> Any:
+        on_device = to_device(strategy, as_training_step_takes_it(strategy, raw))
+        if with_views is None:
+            return on_device
+        return with_views(on_device, np.arange(examples), torch.initial_seed())
+
+    if with_views is not None:
+        check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
+    return of_two(prepared(batch), examples, loader.units), examples
