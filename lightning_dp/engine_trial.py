@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_dp import preflight
 from lightning_dp.engines.ghost import GhostEngine
-from lightning_dp.engines.ghost.verification import check_agreement
+from lightning_dp.engines.ghost.verification import TOLERANCE_FLOAT32, check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.opened import open_containers
@@ -26,6 +26,8 @@ from lightning_dp.mixing.transforms import check_rows_stay_apart
 from lightning_dp.strategy_facts import module_of, trainable
 
 TRIAL_EXAMPLES = 2
+TOLERANCE_BFLOAT16 = 5e-2
+"""Where gradients are compared in bfloat16: the order of additions alone makes 1e-2."""
 
 WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
 """``(batch on the device, indices, seed)`` → the batch with its views."""
@@ -70,6 +72,12 @@ def try_engines(
         selection = select_engine(engine_name, trial, module)
     preflight.check_buffers(module, buffers)
     return selection
+
+
+def tolerance(strategy: Strategy) -> float:
+    """How far two gradients that should be the same may differ, as a part of the longest, in the precision of training."""
+    low = str(strategy.precision_plugin.precision).startswith("bf16")
+    return TOLERANCE_BFLOAT16 if low else TOLERANCE_FLOAT32
 
 
 def trial_batch(strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None, most: int) -> tuple[Any, int]:

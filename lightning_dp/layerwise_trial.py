@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.layerwise import Layerwise
 from lightning_dp.distributed.sharding import in_shards, whole
-from lightning_dp.engine_trial import WithViews, trial_batch
+from lightning_dp.engine_trial import WithViews, tolerance, trial_batch
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.coverage import used_by_rules_alone
@@ -25,9 +25,6 @@ from lightning_dp.preflight import PreflightError
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.user_step.spectral import SpectralNorms
 
-TOLERANCE = 5e-2
-"""Of the longest of two gradients. In bfloat16 the order of additions alone makes 1e-2, and a wrong layer far more."""
-
 MakeLoss = Callable[[Mapping[str, Tensor]], LossFunction]
 """From the parameters that are not differentiated and not brought, by name, to the loss function."""
 
@@ -37,7 +34,8 @@ def start_layerwise(
 ) -> Layerwise | None:
     """What keeps the parameters during the steps, tried on two examples; ``None`` unless the strategy has ``gather="layer"``.
 
-    The two gradients are taken with whole parameters and layer by layer, and compared. A collective call.
+    The two gradients are taken with whole parameters and layer by layer, and compared, unless the engine was tried in shards.
+    A collective call.
 
     Args:
         strategy: whose module is sharded.
@@ -61,10 +59,12 @@ def start_layerwise(
                 torch.manual_seed(0)
                 return engine.clipped_sum(make_loss(fixed), parameters, batch, examples, torch.inf)
 
-        engine.keeper = None
-        with whole(module):
-            expected = summed(trainable(module), {})
-            names = used_by_rules_alone(module, engine.handled)
+        before, engine.keeper, expected = engine.keeper, None, None
+        names = set() if before is None else set(before.names)
+        if before is None:
+            with whole(module):
+                expected = summed(trainable(module), {})
+                names = used_by_rules_alone(module, engine.handled)
         own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
         kept = Layerwise(strategy, own, names & own.keys())
         engine.keeper = kept
@@ -77,7 +77,8 @@ def start_layerwise(
                 "its layers by calling these layers alone. Use gather='step'."
             ) from error
         kept.check_order()
-        on_every_rank(strategy, lambda: _compare(strategy, expected, found, kept.taken()), PreflightError)
+        if expected is not None:
+            on_every_rank(strategy, lambda: _compare(strategy, expected, found, kept.taken()), PreflightError)
     part = sum(own[name].numel() for name in kept.names) / sum(p.numel() for p in own.values())
     rank_zero_info(
         f"lightning_dp: {len(kept.names)} parameters, {part:.1%} of all numbers, are brought layer by layer."
@@ -112,7 +113,7 @@ def _compare(strategy: Strategy, expected: ClippedSum, found: ClippedSum, shards
         else:
             off = whole_gradient - found.gradient[name]
         most = float(off.abs().max()) if off.numel() else 0.0
-        if not most <= TOLERANCE * max(size, torch.finfo(whole_gradient.dtype).tiny):
+        if not most <= tolerance(strategy) * max(size, torch.finfo(whole_gradient.dtype).tiny):
             raise PreflightError(
                 f"gather='layer': the gradient of {name} differs by {most:.2g} from that with whole parameters, where the "
                 f"longest gradient has norm {size:.2g}: expected the same. Use gather='step'."

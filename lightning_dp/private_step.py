@@ -46,6 +46,7 @@ from lightning_dp.sizing.physical_batch import (
     settle_physical_batch_size,
 )
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
+from lightning_dp.trial_in_shards import select_in_shards
 from lightning_dp.user_step.capture import StepCapture
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 from lightning_dp.user_step.seeded import forked_rng
@@ -94,8 +95,7 @@ class PrivateStep:
         self.units: Units | None = None
         self._public_optimizers = public_optimizers
         self._manual: ManualOptimization | None = None
-        self.unused_samples = 0
-        self.optimizer_steps_per_batch = 1
+        self.unused_samples, self.optimizer_steps_per_batch = 0, 1
         self._planner = planner
         self._views = views
         self._with_views: WithViews | None = None if views is None else views.seeded
@@ -112,8 +112,7 @@ class PrivateStep:
         self._capture: StepCapture | None = None
         self._pending: Accumulated | None = None
         self._tried: set[str] = set()
-        self._told = False
-        self.not_finite = 0
+        self._told, self.not_finite = False, 0
 
     def process_dataloader(self, strategy: Strategy, dataloader: object) -> PoissonLoader:
         """Replace the user's training loader by one of Poisson-sampled logical batches.
@@ -162,20 +161,21 @@ class PrivateStep:
         assert loader is not None
         let_logical_batches_through(module)
         given: Any = module.trainer.train_dataloader
-        if given is not self._loader:
+        if given is not loader:
             raise preflight.PreflightError(
-                f"train_dataloader nested in a {type(given).__name__}: expected the DataLoader "
-                "itself. Pass the loader without a list, dict or CombinedLoader around it."
+                f"train_dataloader nested in a {type(given).__name__}: expected the DataLoader itself. Pass the loader "
+                "without a list, dict or CombinedLoader around it."
             )
         check_same_data_on_every_rank(strategy, loader.dataset)
         check_same_parameters_on_every_rank(strategy, module)
         make_loss = partial(self._loss_function, strategy, (0,) if takes_batch_idx(module) else ())
+        self._selection = select_in_shards(strategy, loader, self._engine_name, make_loss, self._with_views)
         with whole(module):
             if self._manual is not None:
                 self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
             else:
                 loss_function = make_loss({})
-                self._selection = self.try_engines(strategy, loss_function, trainable(module))
+                self._selection = self._selection or self.try_engines(strategy, loss_function, trainable(module))
             rank_zero_info(self._selection.describe())
             self._physical_batch_size = settle_physical_batch_size(
                 strategy,

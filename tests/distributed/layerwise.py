@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_dp import DifferentialPrivacy, PrivateModelParallelStrategy
+from lightning_dp import DifferentialPrivacy, PrivateModelParallelStrategy, private_step
 from lightning_dp.distributed import lost_ranks
+from lightning_dp.trial_in_shards import select_in_shards
 from tests.conftest import Regressor
 from tests.guarantees import mutations_layerwise as bugs
+from tests.guarantees.mutations import patched
 
 Fit = Callable[..., Any]
 
@@ -121,6 +124,20 @@ class Reads(Block):
 SAME = {"block": Block, "mixed": Mixed, "thaws": Thaws}
 
 
+@contextmanager
+def noted() -> Iterator[list[bool]]:
+    """Whether the engine was found without whole parameters."""
+    tried: list[bool] = []
+
+    def select(*arguments: Any) -> Any:
+        found = select_in_shards(*arguments)
+        tried.append(found is not None)
+        return found
+
+    with patched((private_step, "select_in_shards", select)):
+        yield tried
+
+
 def by_layer(ranks: int) -> dict[str, Any]:
     strategy = PrivateModelParallelStrategy(ranks, gather="layer")
     return {"devices": ranks, "strategy": strategy} if ranks > 1 else {"devices": 1}
@@ -133,7 +150,9 @@ def run(fit: Fit, private: Callable[..., DifferentialPrivacy], mute: Any, folder
         return fit(name, folder, ranks, dp or private(), module=module, **{**by_layer(ranks), **options})
 
     for name, module in SAME.items():
-        case(f"layer_{name}", module())
+        with noted() as tried:
+            case(f"layer_{name}", module())
+        torch.save(tried, folder / f"tried-{name}-{ranks}.pt")
     uneven = 1 + int(os.environ["RANK"]) if ranks > 1 else None
     case("layer_few", Block(), private(**FEW, physical_batch_size=uneven), max_steps=12)
     if ranks == 1:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_dp import trial_in_shards
 from lightning_dp.functional.noise import BLOCK
 from tests.distributed import layerwise
 from tests.distributed.sharded import BUGS, ENGINES
@@ -116,6 +117,22 @@ def test_parameters_brought_layer_by_layer_reach_the_weights_of_one_process(resu
         here = results(case, 2, rank)
         torch.testing.assert_close(here["after"], alone["after"], rtol=1e-5, atol=1e-6)
         assert (here["steps"], here["epsilon"]) == (alone["steps"], alone["epsilon"])
+
+
+@pytest.mark.parametrize(("case", "in_shards"), [("block", True), ("mixed", False)])
+def test_the_engine_is_tried_in_shards_where_that_is_possible(results: Any, case: str, in_shards: bool) -> None:
+    """Not where the loss uses a weight without its layer. One process alone never has shards."""
+    assert torch.load(results.folder / f"tried-{case}-2.pt") == [in_shards]
+    assert torch.load(results.folder / f"tried-{case}-1.pt") == [False]
+
+
+@pytest.mark.parametrize("wrong", ["norms", "a.weight", "b.weight"])
+def test_a_trial_in_shards_that_gives_other_gradients_fails(wrong: str) -> None:
+    right = {"norms": torch.tensor([2.0, 1.0]), "a.weight": torch.ones(2, 2)}
+    found = {**right, "b.weight": torch.zeros(3)}  # without a gradient in FSDP2
+    trial_in_shards._compare(right, found, 0.1)
+    with pytest.raises(trial_in_shards.DisagreementError, match=f"most in {wrong}, by 0.2"):
+        trial_in_shards._compare(right, {**found, wrong: found[wrong] + 0.2}, 0.1)
 
 
 def test_layers_that_are_thawed_on_the_way_are_trained_with_whole_parameters_too(results: Any) -> None:
