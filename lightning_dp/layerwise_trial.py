@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_dp.distributed.gathering import on_every_rank
+from lightning_dp.distributed.gathering import gathered, on_every_rank
 from lightning_dp.distributed.layerwise import Layerwise
 from lightning_dp.distributed.sharding import in_shards, whole
 from lightning_dp.engine_trial import WithViews, tolerance, trial_batch
@@ -52,7 +52,8 @@ def start_layerwise(
     module = module_of(strategy)
     engine = on_every_rank(strategy, lambda: _usable(strategy, loader, selection), PreflightError)
     with isolate_rng():
-        batch, examples = trial_batch(strategy, loader, with_views, loader.physical_batch_size)
+        most = min(gathered(strategy, loader.physical_batch_size))  # the ranks run the same examples
+        batch, examples = trial_batch(strategy, loader, with_views, most)
 
         def summed(parameters: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> ClippedSum:
             with isolate_rng(), torch.enable_grad():

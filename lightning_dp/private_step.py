@@ -178,12 +178,7 @@ class PrivateStep:
                 self._selection = self._selection or self.try_engines(strategy, loss_function, trainable(module))
             rank_zero_info(self._selection.describe())
             self._physical_batch_size = settle_physical_batch_size(
-                strategy,
-                loader,
-                self._physical_batch_size,
-                self._selection.engine,
-                loss_function,
-                self._with_views,
+                strategy, loader, self._physical_batch_size, self._selection.engine, loss_function, self._with_views
             )
             check_examples_stay_apart(strategy, loader, None if self._manual else self._capture, self._views)
         self._tried = set(trainable(module))

@@ -66,7 +66,8 @@ def select_in_shards(
     engine, buffers = GhostEngine(module), preflight.buffer_versions(module)
     kept = engine.keeper = Layerwise(strategy, own, used_by_rules_alone(module, {}) & own.keys())
     with isolate_rng(), torch.enable_grad(), uncompiled(), inert(module):
-        batch, examples = trial_batch(strategy, loader, with_views, loader.physical_batch_size)
+        most = min(gathered(strategy, loader.physical_batch_size))  # the ranks run the same examples
+        batch, examples = trial_batch(strategy, loader, with_views, most)
         failure = None
         try:
             torch.manual_seed(0)
