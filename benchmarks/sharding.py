@@ -2,8 +2,8 @@
 
 MALLOC_MMAP_THRESHOLD_=1000000 uv run python benchmarks/sharding.py [--width 2000] [--layers 4] [--ranks 2]
 
-Trains a stack of linear layers with Adam for four steps on random data, under ``ddp`` and ``private_fsdp``, with gloo on
-the CPU. Memory is the operating system's (resident set), of rank 0, above what the process had before the module existed,
+Trains a stack of linear layers with Adam for four steps on random data, under ``ddp`` and both kinds of ``private_fsdp``,
+with gloo on the CPU. Memory is the operating system's (resident set), of rank 0, above what the process had before the module existed,
 in the steps after the first; in units of one copy of the parameters. The variable makes the C library give freed tensors
 back at once.
 """
@@ -16,6 +16,7 @@ import re
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp import DifferentialPrivacy
+from lightning_dp import DifferentialPrivacy, PrivateModelParallelStrategy
 
-STRATEGIES = ("ddp", "private_fsdp")
+STRATEGIES: dict[str, Callable[[int], Any]] = {
+    "ddp": lambda ranks: "ddp",
+    "private_fsdp": lambda ranks: "private_fsdp",
+    'private_fsdp, gather="layer"': lambda ranks: PrivateModelParallelStrategy(ranks, gather="layer"),
+}
 
 
 class Stack(L.LightningModule):
@@ -38,6 +43,7 @@ class Stack(L.LightningModule):
         super().__init__()
         self.width, self.layers, self.net = width, layers, None
         self.between: list[float] = []
+        self.start = 0.0
 
     def configure_model(self) -> None:
         """One layer after the other, so that no rank ever holds all of them at rest."""
@@ -59,6 +65,7 @@ class Stack(L.LightningModule):
         """Note what is there between two steps, and forget the trial of the engine and the first step."""
         self.between.append(resident("VmRSS"))
         if len(self.between) == 1:
+            self.start = resident("VmHWM")
             forget_peak()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -86,7 +93,7 @@ def rank(number: int, ranks: int, port: int, strategy: str, width: int, layers: 
     torch.set_num_threads(1)
     data = DataLoader(TensorDataset(torch.randn(64, width)), batch_size=2)
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=4, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_steps=4, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[DifferentialPrivacy(noise_multiplier=1.0, physical_batch_size=1, engine="ghost")],
     )  # fmt: skip
@@ -96,7 +103,9 @@ def rank(number: int, ranks: int, port: int, strategy: str, width: int, layers: 
     if number == 0:
         copy = 4.0 * layers * (width**2 + width)
         between, peak = min(module.between[1:]) - before, resident("VmHWM") - before
-        print(f"| {strategy} | {between / copy:.1f} | {peak / copy:.1f} |", file=sys.stderr, flush=True)
+        start = module.start - before
+        row = f"| {strategy} | {between / copy:.1f} | {peak / copy:.1f} | {start / copy:.1f} |"
+        print(row, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
@@ -106,7 +115,7 @@ if __name__ == "__main__":
     parser.add_argument("--ranks", type=int, default=2)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    print("| strategy | between steps | at most |", file=sys.stderr)
+    print("| strategy | between steps | at most, in a step | at most, before and in the first |", file=sys.stderr)
     for name in STRATEGIES:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

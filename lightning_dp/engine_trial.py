@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_dp import preflight
 from lightning_dp.engines.ghost import GhostEngine
-from lightning_dp.engines.ghost.verification import check_agreement
+from lightning_dp.engines.ghost.verification import TOLERANCE_FLOAT32, check_agreement
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.microbatch import check_batch_axis
@@ -28,6 +28,8 @@ from lightning_dp.mixing.transforms import check_rows_stay_apart
 from lightning_dp.strategy_facts import module_of, trainable
 
 TRIAL_EXAMPLES = 2
+TOLERANCE_BFLOAT16 = 5e-2
+"""Where gradients are compared in bfloat16: the order of additions alone makes 1e-2."""
 
 WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
 """``(batch on the device, indices, seed)`` → the batch with its views."""
@@ -61,28 +63,8 @@ def try_engines(
     buffers = preflight.buffer_versions(module)
     given = in_real_parts(trainable(module) if parameters is None else parameters)
     with isolate_rng(), torch.enable_grad():
-        raw_batch, examples = loader.first_examples(min(TRIAL_EXAMPLES, most))
-        axis = batch_axis_of(strategy)
-        batch = to_front(open_containers(raw_batch), axis, strict=False)
-        if has_lists(axis):  # two tensors are no list of two examples: of one example there must be a list of one
-            one = loader.first_examples(1)[0]
-            check_batch_axis(to_front(open_containers(one), axis, strict=False), 1)
-        check_rows_stay_apart(
-            lambda raw: to_device(strategy, as_training_step_takes_it(strategy, raw)),
-            batch,
-            examples,
-            "on_before_ or on_after_batch_transfer",
-        )
-
-        def prepared(raw: Any) -> Any:
-            on_device = to_device(strategy, as_training_step_takes_it(strategy, raw))
-            if with_views is None:
-                return on_device
-            return with_views(on_device, np.arange(examples), torch.initial_seed())
-
-        if with_views is not None:
-            check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
-        on_device, clipping = of_two(prepared(batch), examples, loader.units), loader.plan.clipping_rule
+        on_device, examples = trial_batch(strategy, loader, with_views, most)
+        clipping = loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:
             engine.clipped_sum(loss_function, given, on_device, examples, clipping)
@@ -92,3 +74,45 @@ def try_engines(
         selection = select_engine(engine_name, trial, module)
     preflight.check_buffers(module, buffers)
     return selection
+
+
+def tolerance(strategy: Strategy) -> float:
+    """How far two gradients that should be the same may differ, as a part of the longest, in the precision of training."""
+    low = str(strategy.precision_plugin.precision).startswith("bf16")
+    return TOLERANCE_BFLOAT16 if low else TOLERANCE_FLOAT32
+
+
+def trial_batch(strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None, most: int) -> tuple[Any, int]:
+    """The first examples as engines get them, with their views and on the device, and how many they are.
+
+    Args:
+        strategy: whose device.
+        loader: whose first examples are used.
+        with_views: gives each example its K views, or ``None`` without any.
+        most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
+
+    Raises:
+        PreflightError: a hook or transform mixes the examples.
+    """
+    raw_batch, examples = loader.first_examples(min(TRIAL_EXAMPLES, most))
+    axis = batch_axis_of(strategy)
+    batch = to_front(open_containers(raw_batch), axis, strict=False)
+    if has_lists(axis):  # two tensors are no list of two examples: of one example there must be a list of one
+        one = loader.first_examples(1)[0]
+        check_batch_axis(to_front(open_containers(one), axis, strict=False), 1)
+    check_rows_stay_apart(
+        lambda raw: to_device(strategy, as_training_step_takes_it(strategy, raw)),
+        batch,
+        examples,
+        "on_before_ or on_after_batch_transfer",
+    )
+
+    def prepared(raw: Any) -> Any:
+        on_device = to_device(strategy, as_training_step_takes_it(strategy, raw))
+        if with_views is None:
+            return on_device
+        return with_views(on_device, np.arange(examples), torch.initial_seed())
+
+    if with_views is not None:
+        check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
+    return of_two(prepared(batch), examples, loader.units), examples

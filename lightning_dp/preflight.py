@@ -252,6 +252,20 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
 
+def check_batch_norms_rest(module: nn.Module) -> None:
+    """Refuse BatchNorm layers that were switched to train mode since training began.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    mode = [layer for layer in batch_norms(module) if layer.training]
+    if mode:
+        raise PreflightError(
+            f"{len(mode)} BatchNorm layers were switched to train mode during training: expected eval mode. Do not "
+            "call .train() on a frozen part; batch statistics mix the examples."
+        )
+
+
 def buffer_versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
     """The buffers of ``module`` and how often each has been written to, for :func:`check_buffers`."""
     return {name: (buffer, buffer._version) for name, buffer in module.named_buffers()}

@@ -20,8 +20,10 @@ from lightning_dp import preflight
 from lightning_dp.accounting import Ledger
 from lightning_dp.distributed.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
 from lightning_dp.distributed.gathering import on_every_rank
+from lightning_dp.distributed.layerwise import Layerwise
 from lightning_dp.distributed.lost_ranks import naming_lost_ranks
 from lightning_dp.distributed.sharding import reshard, sum_over_ranks, whole
+from lightning_dp.distributed.shared_key import shared_key
 from lightning_dp.engine_trial import TRIAL_EXAMPLES, WithViews, try_engines
 from lightning_dp.engines.on_grid import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
@@ -31,6 +33,7 @@ from lightning_dp.functional.real_parts import as_given, in_real_parts
 from lightning_dp.functional.step import Accumulated, accumulate, release
 from lightning_dp.functional.units import Units, group
 from lightning_dp.functional.views import Views
+from lightning_dp.layerwise_trial import start_layerwise
 from lightning_dp.loading.batch_axis import BatchAxis
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader, check_sample
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through, to_device
@@ -44,6 +47,7 @@ from lightning_dp.sizing.physical_batch import (
     settle_physical_batch_size,
 )
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
+from lightning_dp.trial_in_shards import select_in_shards
 from lightning_dp.user_step.capture import StepCapture
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 from lightning_dp.user_step.seeded import forked_rng
@@ -92,8 +96,7 @@ class PrivateStep:
         self.units: Units | None = None
         self._public_optimizers = public_optimizers
         self._manual: ManualOptimization | None = None
-        self.unused_samples = 0
-        self.optimizer_steps_per_batch = 1
+        self.unused_samples, self.optimizer_steps_per_batch = 0, 1
         self._planner = planner
         self._views = views
         self._with_views: WithViews | None = None if views is None else views.seeded
@@ -104,13 +107,13 @@ class PrivateStep:
         self._static_shapes = static_shapes
         self._loader: PoissonLoader | None = None
         self._selection: Selection | None = None
+        self._layers: Layerwise | None = None
         self._ledger: Ledger | None = None
         self._key: RandomKey | None = None
         self._capture: StepCapture | None = None
         self._pending: Accumulated | None = None
         self._tried: set[str] = set()
-        self._told = False
-        self.not_finite = 0
+        self._told, self.not_finite = False, 0
 
     def process_dataloader(self, strategy: Strategy, dataloader: object) -> PoissonLoader:
         """Replace the user's training loader by one of Poisson-sampled logical batches.
@@ -131,12 +134,11 @@ class PrivateStep:
             self.optimizer_steps_per_batch = self._manual.rehearse(loader, self._physical_batch_size)
         self.units = read_units(strategy, self._unit, loader.dataset)
         ledger = self._ledger = self._planner(loader)
-        key = self._key = self._key or _shared_key(strategy, self._seed, ledger)
-        given, views = self._physical_batch_size, self._views.k if self._views else 1
-        most = 1 if self.units is None else self.units.most
-        size = (
-            given if isinstance(given, int) else default_physical_batch_size(module, ledger.plan, strategy, views, most)
-        )
+        key = self._key = self._key or shared_key(strategy, self._seed, ledger.changed)
+        views, most = self._views.k if self._views else 1, 1 if self.units is None else self.units.most
+        size = self._physical_batch_size
+        if not isinstance(size, int):
+            size = default_physical_batch_size(module, ledger.plan, strategy, views, most)
         self._loader = PoissonLoader(
             loader,
             ledger.plan,
@@ -160,31 +162,29 @@ class PrivateStep:
         assert loader is not None
         let_logical_batches_through(module)
         given: Any = module.trainer.train_dataloader
-        if given is not self._loader:
+        if given is not loader:
             raise preflight.PreflightError(
-                f"train_dataloader nested in a {type(given).__name__}: expected the DataLoader "
-                "itself. Pass the loader without a list, dict or CombinedLoader around it."
+                f"train_dataloader nested in a {type(given).__name__}: expected the DataLoader itself. Pass the loader "
+                "without a list, dict or CombinedLoader around it."
             )
         check_same_data_on_every_rank(strategy, loader.dataset)
         check_same_parameters_on_every_rank(strategy, module)
+        make_loss = partial(self._loss_function, strategy, (0,) if takes_batch_idx(module) else ())
+        self._selection = select_in_shards(strategy, loader, self._engine_name, make_loss, self._with_views)
         with whole(module):
             if self._manual is not None:
                 self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
             else:
-                loss_function = self._loss_function(strategy, (0,) if takes_batch_idx(module) else ())
-                self._selection = self.try_engines(strategy, loss_function, trainable(module))
+                loss_function = make_loss({})
+                self._selection = self._selection or self.try_engines(strategy, loss_function, trainable(module))
             rank_zero_info(self._selection.describe())
             self._physical_batch_size = settle_physical_batch_size(
-                strategy,
-                loader,
-                self._physical_batch_size,
-                self._selection.engine,
-                loss_function,
-                self._with_views,
+                strategy, loader, self._physical_batch_size, self._selection.engine, loss_function, self._with_views
             )
             losses = of_training_step(strategy, self._capture) if self._manual is None else self._manual.losses
             check_examples_stay_apart(strategy, loader, losses, self._views)
         self._tried = set(trainable(module))
+        self._layers = start_layerwise(strategy, loader, self._selection, make_loss, self._with_views)
         return self._selection
 
     def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
@@ -194,10 +194,11 @@ class PrivateStep:
             What the user's training_step would return for the whole batch: the mean loss, detached, or a dict with it.
             With no example on this rank the loss is 0.
         """
-        module, ledger, key, capture = module_of(strategy), self._ledger, self._key, self._capture
+        module, ledger, key, capture, loader = module_of(strategy), self._ledger, self._key, self._capture, self._loader
         assert ledger is not None
         assert key is not None
         assert capture is not None
+        assert loader is not None
         assert self._selection is not None
         check_sample(batch, ledger.steps, self.unused_samples)
         some_rank_is_empty = 0 < batch.global_size < world_size_of(strategy)
@@ -213,8 +214,7 @@ class PrivateStep:
             )
             output: STEP_OUTPUT = self._manual.training_step(sample, rest, share, self._log_train_metrics)
             self.unused_samples += not sample.charged
-            if self._log_train_metrics:
-                self._say_once_that_metrics_are_private(capture.logged_names)
+            self._say_once_that_metrics_are_private(capture.logged_names)
             return output
         SpectralNorms(module).advance()
         parameters, loss_function = trainable(module), self._loss_function(strategy, rest)
@@ -223,15 +223,20 @@ class PrivateStep:
             with whole(module):
                 self._selection = self.try_engines(strategy, loss_function, trainable(module))
             self._tried = set(parameters)
+            make_loss = partial(self._loss_function, strategy, rest)
+            self._layers = start_layerwise(strategy, loader, self._selection, make_loss, self._with_views)
             rank_zero_info(
                 f"{self._selection.describe()}\n  (tried again: {len(parameters)} parameters are trained now)"
             )
+        given: Mapping[str, Tensor] = trainable(module)
+        if self._layers is not None:
+            given, fixed = self._layers.begin(batch.step)
+            loss_function = self._loss_function(strategy, rest, fixed)
         micro_batches = self._micro_batches(strategy, batch, key)
-        total = self.clipped_sum(strategy, batch.step, self._selection, loss_function, trainable(module), micro_batches)
+        total = self.clipped_sum(strategy, batch.step, self._selection, loss_function, given, micro_batches)
         self._pending = total
         extras = capture.replay(total.outputs, total.examples, share, log=self._log_train_metrics)
-        if self._log_train_metrics:
-            self._say_once_that_metrics_are_private(capture.logged_names)
+        self._say_once_that_metrics_are_private(capture.logged_names)
         loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
         return {"loss": loss, **extras} if extras else loss
 
@@ -241,19 +246,14 @@ class PrivateStep:
         step: int,
         selection: Selection,
         loss_function: LossFunction,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Tensor],
         micro_batches: Iterable[tuple[Any, int]],
     ) -> Accumulated:
         """The sum of the clipped gradients of this rank's part of a step's sample. Nothing of it may be released."""
         module, ledger, key = module_of(strategy), self._ledger, self._key
         assert ledger is not None
         assert key is not None
-        mode = [layer for layer in preflight.batch_norms(module) if layer.training]
-        if mode:
-            raise preflight.PreflightError(
-                f"{len(mode)} BatchNorm layers were switched to train mode during training: expected eval mode. Do not "
-                "call .train() on a frozen part; batch statistics mix the examples."
-            )
+        preflight.check_batch_norms_rest(module)
         buffers = preflight.buffer_versions(module)
         with forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
             total = accumulate(
@@ -264,7 +264,10 @@ class PrivateStep:
                 ledger.plan.clipping_rule,
                 pad_to=self.physical_batch_size if self._static_shapes else None,
                 dtype=torch.int64 if ledger.plan.resolution else None,
+                apart=() if self._layers is None else self._layers.names,
             )
+            if self._layers is not None:
+                self._layers.finish()
         preflight.check_buffers(module, buffers)
         self.not_finite += total.not_finite
         return total
@@ -292,6 +295,8 @@ class PrivateStep:
             ledger.charge()
         else:  # noise of its own
             key = RandomKey(key.derive(Stream.NOISE, step, part), key.mode)
+        if self._layers is not None:
+            return self._layers.released(gradient, ledger.plan, key, step)
         add_up, unflatten = sum_over_ranks(strategy, gradient)
         with naming_lost_ranks(strategy, step):
             return release(
@@ -380,7 +385,7 @@ class PrivateStep:
             yield group(rows, size, len(examples) // size), size
 
     def _say_once_that_metrics_are_private(self, names: list[str]) -> None:
-        if names and not self._told:
+        if names and self._log_train_metrics and not self._told:
             self._told = True
             rank_zero_info(
                 f"lightning_dp: training_step logs {', '.join(names[:5])}: computed from private examples without noise, so "
@@ -388,13 +393,6 @@ class PrivateStep:
                 "DifferentialPrivacy(log_train_metrics=False)."
             )
 
-    def _loss_function(self, strategy: Strategy, rest: tuple[Any, ...]) -> LossFunction:
+    def _loss_function(self, strategy: Strategy, rest: Any, fixed: Mapping[str, Tensor] | None = None) -> LossFunction:
         assert self._capture is not None
-        return example_loss(strategy, self._capture, self._views, rest)
-
-
-def _shared_key(strategy: Strategy, seed: int | None, ledger: Ledger) -> RandomKey:
-    """The run's key, the same on every rank: from the seed, or rank 0's operating-system entropy, written nowhere."""
-    if seed is not None:
-        return RandomKey.from_seed(seed, ledger.changed)
-    return RandomKey(strategy.broadcast(RandomKey.fresh().reveal()), "secret")
+        return example_loss(strategy, self._capture, self._views, rest, fixed=fixed)

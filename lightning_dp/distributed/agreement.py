@@ -65,6 +65,7 @@ def facts(callback: pl.Callback, trainer: pl.Trainer) -> dict[str, object]:
         **{f"version of {name}": text for name, text in {**own, **{name: version(name) for name in PACKAGES}}.items()},
         "number of ranks": trainer.world_size,
         **{name: getattr(trainer, name) for name in ("max_steps", "max_epochs", "limit_train_batches", "precision")},
+        "gather": getattr(trainer.strategy, "gather", "step"),
         **{name: getattr(callback, name, None) for name in arguments},
     }
 

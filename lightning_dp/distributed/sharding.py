@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakSet
 
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -18,10 +19,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from lightning_dp.checked import shown
 from lightning_dp.functional.reduce import AllReduceSum, Unflatten, unflatten
 from lightning_dp.functional.shards import by_rank, of_rank
 from lightning_dp.preflight import PreflightError
 from lightning_dp.strategy_facts import module_of, world_size_of
+
+Gather = Literal["step", "layer"]
+"""How long parameters are whole: for a step, or each only while its layer runs."""
+
+
+def check_gather(gather: str) -> Gather:
+    """``gather`` if it is one of :data:`Gather`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if gather == "step" or gather == "layer":
+        return gather  # type: ignore[return-value]  # narrowed by ==, which mypy follows for enums alone
+    raise ValueError(f"gather={shown(gather)}: expected 'step' or 'layer'.")
 
 
 def check_sharding(strategy: ModelParallelStrategy) -> None:
@@ -67,11 +83,16 @@ def check_sharding(strategy: ModelParallelStrategy) -> None:
             )
 
 
+_WHOLE: WeakSet[nn.Module] = WeakSet()
+"""The modules inside :func:`whole`."""
+
+
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """The module with all its parameters whole, and without the hooks that would take them apart again.
 
-    A collective call: every rank brings its shards. A module without shards is left as it is.
+    A collective call: every rank brings its shards. A module without shards is left as it is, and so is one that is whole
+    already.
 
     Args:
         module: any module; its parts that ``fully_shard`` was called on are found.
@@ -80,22 +101,41 @@ def whole(module: nn.Module) -> Iterator[None]:
         PreflightError: a ``mp_policy`` changed the parameters' type.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    if not parts:
+    if not parts or module in _WHOLE:
         yield
         return
     reshard(module)  # an evaluation leaves some parts whole, with the parameters of then
     stored = {name: parameter.dtype for name, parameter in module.named_parameters()}
-    hooks = _fsdp_hooks(module)
+    _WHOLE.add(module)
     try:
         for part in parts:
             part.unshard()
         _check_dtypes(module, stored)
+        with without_hooks(module):
+            yield
+    finally:
+        _WHOLE.discard(module)
+        reshard(module)
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """The module without FSDP2's hooks: nothing brings its parameters together, or takes them apart, by itself."""
+    hooks = _fsdp_hooks(module)
+    try:
         for owner, key, _ in hooks:
             del owner[key]
         yield
     finally:
         _put_back(hooks)
-        reshard(module)
+
+
+@contextmanager
+def in_shards(module: nn.Module) -> Iterator[None]:
+    """The module with its parameters in shards and without hooks, for somebody who brings them layer by layer."""
+    reshard(module)
+    with without_hooks(module):
+        yield
 
 
 def reshard(module: nn.Module) -> None:

@@ -96,6 +96,11 @@ def check_one_structure(structures: list[Any]) -> None:
         )
 
 
+def joined(sums: list[ClippedSum]) -> ClippedSum:
+    """The sums of examples that were run one by one, in their order, as one."""
+    return _together([([position], one) for position, one in enumerate(sums)])
+
+
 def _together(done: list[tuple[list[int], ClippedSum]]) -> ClippedSum:
     order = torch.tensor([position for positions, _ in done for position in positions]).argsort()
     sums = [one for _, one in done]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,61 @@ def add_gaussian_noise(
         part = total[block * size : (block + 1) * size]
         part.add_(_standard_normal(part, key, step, block), alpha=noise_std)
     return total
+
+
+def add_gaussian_noise_to_shards(
+    shards: Iterable[tuple[int, Tensor]], coordinates: int, *, noise_std: float, key: RandomKey, step: int
+) -> None:
+    """What :func:`add_gaussian_noise` adds to a whole sum, added in place to those parts of it that a rank keeps.
+
+    For sums that no rank has whole. The noise of a coordinate is the same as there, so if every coordinate is kept by
+    exactly one rank it has its noise exactly once, and the same noise at any number of ranks. Blocks at the edge of a
+    part are drawn by several ranks, each of which uses its own coordinates of them.
+
+    Args:
+        shards: (place of a part's first coordinate in the flat sum, the part), contiguous, float32 or float64, already
+            added up over the ranks; in the order of their places.
+        coordinates: P, of the flat sum.
+        noise_std: σ·C. 0 leaves the parts as they are.
+        key: as for :func:`add_gaussian_noise`.
+        step: likewise.
+
+    Raises:
+        TypeError: a part is of another type.
+        ValueError: parts overlap, or one reaches beyond P: it would have no noise, or another's too.
+
+    Guarantee:
+        As for :func:`add_gaussian_noise`, if the ranks' parts together are the sum.
+
+    Example:
+        >>> key, total = RandomKey.from_seed(0), torch.zeros(100_000)
+        >>> add_gaussian_noise_to_shards([(7, total[7:])], 100_000, noise_std=1.0, key=key, step=0)
+        >>> torch.equal(total[7:], add_gaussian_noise(torch.zeros(100_000), noise_std=1.0, key=key, step=0)[7:])
+        True
+    """
+    kept = [(start, start + shard.numel(), shard.view(-1)) for start, shard in shards if shard.numel()]
+    reached = 0
+    for start, end, shard in kept:
+        if shard.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"a part of dtype={shard.dtype}: expected torch.float32 or torch.float64, as sums have.")
+        if start < reached or end > coordinates:
+            raise ValueError(
+                f"a part from {start} to {end} after one to {reached}, of {coordinates} coordinates: expected parts in order "
+                "that do not overlap. Give the place of each part's first coordinate in the flat sum."
+            )
+        reached = end
+    if noise_std == 0 or not kept:
+        return
+    like = kept[0][2]
+    size = CUDA_BLOCK if like.device.type == "cuda" else BLOCK
+    for block in range(-(-coordinates // size)):
+        first, last = block * size, min((block + 1) * size, coordinates)
+        here = [(max(start, first), min(end, last), start, shard) for start, end, shard in kept]
+        here = [(begin, end, start, shard) for begin, end, start, shard in here if begin < end]
+        if here:
+            normal = _standard_normal(like.new_empty(last - first), key, step, block)
+        for begin, end, start, shard in here:
+            shard[begin - start : end - start].add_(normal[begin - first : end - first], alpha=noise_std)
 
 
 def share_of(rank: int, world_size: int, blocks: int) -> range:

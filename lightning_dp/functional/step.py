@@ -5,7 +5,7 @@ sample → micro-batches → per-example gradients → clip & sum → + share of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,7 @@ def accumulate(
     *,
     pad_to: int | None = None,
     dtype: torch.dtype | None = None,
+    apart: Collection[str] = (),
 ) -> Accumulated:
     """Sum of the clipped per-example gradients of a step's micro-batches. No noise yet, nothing may be released.
 
@@ -71,9 +72,14 @@ def accumulate(
         pad_to: give every micro-batch this many rows, at least as many as any has, by copies that count in nothing. The
             result is the same; shapes no longer vary with the draw.
         dtype: of the sums; ``None`` for the accumulation type of each parameter, int64 for integers on a grid.
+        apart: parameters whose sums the engine hands to somebody else.
     """
     total = Accumulated(
-        {name: torch.zeros_like(p, dtype=dtype or accumulation_dtype(p.dtype)) for name, p in parameters.items()}
+        {
+            name: torch.zeros_like(p, dtype=dtype or accumulation_dtype(p.dtype))
+            for name, p in parameters.items()
+            if name not in apart
+        }
     )
     for batch, examples in micro_batches:
         rows, counted = examples, None

@@ -22,30 +22,33 @@ class SpectralNorms:
     Args:
         module: the user's, complete.
 
+    Attributes:
+        found: the layers, the names of their weights, and the spectral norms.
+
     Source: Miyato, Kataoka, Koyama and Yoshida 2018 (arXiv 1802.05957), algorithm 1.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._found: list[tuple[nn.Module, str, nn.Module]] = []
+        self.found: list[tuple[nn.Module, str, nn.Module]] = []
         for layer in module.modules():
             if not parametrize.is_parametrized(layer):
                 continue
             assert isinstance(layer.parametrizations, nn.ModuleDict)
             for name, chain in layer.parametrizations.items():
                 assert isinstance(chain, nn.ModuleList)
-                self._found += [(layer, name, one) for one in chain if isinstance(one, _SpectralNorm)]
+                self.found += [(layer, name, one) for one in chain if isinstance(one, _SpectralNorm)]
 
     def advance(self) -> None:
         """One power iteration of each, on the weights as they are."""
         with torch.no_grad():
-            for layer, name, one in self._found:
+            for layer, name, one in self.found:
                 if one.training:
                     getattr(layer, name)
 
     @contextmanager
     def resting(self) -> Iterator[None]:
         """While open, no forward pass moves them."""
-        modes = [(one, one.training) for _, _, one in self._found]
+        modes = [(one, one.training) for _, _, one in self.found]
         try:
             for one, _ in modes:
                 one.training = False

@@ -30,6 +30,8 @@ from tests.distributed.two_hosts import ADDRESSES, move_to, two_hosts, why_not
 
 ENOUGH = 60
 """Seconds after which a process that has not ended is ended, and its test fails."""
+CHARGED = training_runs.KILLED_AT + 1 + training_runs.STEPS - training_runs.SAVED_AT
+"""Steps of the restarted run: those up to the one in which a rank was lost, and those after the checkpoint."""
 TIMEOUT = timedelta(seconds=20)
 """Of a collective: a rank that waits for nobody ends with gloo's error, not with the sentence a test expects."""
 
@@ -173,6 +175,7 @@ def main(folder: Path) -> None:
     for ranks in (1, 2, 3):
         launch(folder, "uneven", run("uneven"), ranks)
     launch(folder, "plain", run("plain"), 1)
+    launch(folder, "as_many_charged", run("plain", max_steps=CHARGED), 1)
     launch(folder, "slurm", run("plain", num_nodes=2), 2, nodes=2, told=slurm)
     launch(folder, "absent_worker", absent(PrivateDDPStrategy), 2, nodes=2, only=0)
     launch(folder, "absent_main", absent(PrivateDDPStrategy), 2, nodes=2, only=1)

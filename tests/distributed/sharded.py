@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dp import DifferentialPrivacy, ExponentialMovingAverage
 from tests.conftest import Regressor, loader, trainer
+from tests.distributed import layerwise
 from tests.guarantees import mutations
 from tests.guarantees import mutations_sharded as sharded_mutations
 
@@ -169,11 +170,13 @@ def whole_weights(module: nn.Module) -> Tensor:
     return torch.cat([part.detach().clone().flatten() for part in parts])
 
 
-def refusal(case: str, folder: Path, module: Any, *, callbacks: Any = (), **options: Any) -> None:
+def refusal(case: str, folder: Path, module: Any, *, callbacks: Any = (), dp: Any = None, **options: Any) -> None:
     try:
-        trainer(*callbacks, private(), **{"max_steps": 2, **strategy_of(RANKS), **options}).fit(module, loader())
+        trainer(*callbacks, private(**dp or {}), **{"max_steps": 2, **strategy_of(RANKS), **options}).fit(
+            module, loader()
+        )
     except Exception as error:
-        if int(os.environ["RANK"]) == 0:
+        if int(os.environ["RANK"]) == (case == "layer_reorders"):
             (folder / f"refusal-{case}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
@@ -194,6 +197,7 @@ def run(folder: Path, ranks: int) -> None:
         half.save_checkpoint(folder / f"{kind}-{ranks}.ckpt")
         options = strategy_of(ranks, full=kind == "full")
         fit(f"{kind}_resumed", folder, ranks, private(), ckpt=folder / f"{kind}-{ranks}.ckpt", **options)
+    layerwise.run(fit, private, Mute, folder, ranks)
     if ranks == RANKS:
         for name in BUGS:
             with BUGS[name]():
@@ -214,6 +218,8 @@ def refusals(folder: Path) -> None:
     refusal("average", folder, Sharded(), callbacks=[ExponentialMovingAverage()])
     refusal("manual", folder, Manual())
     refusal("clip", folder, Sharded(), gradient_clip_val=1.0)
+    for name, case in layerwise.refused().items():
+        refusal(name, folder, **case)
 
 
 def rank(number: int, folder: Path, port: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import pytest
 import torch
 
 from lightning_dp.distributed.agreement import PROBES
+from tests.conftest import regression_data, regressor
+from tests.distributed.by_hand import sgd
+from tests.distributed.cluster import CHARGED
 from tests.distributed.disagreements import CASES
+from tests.distributed.training_runs import KILLED_AT, SAVED_AT, SETTINGS, STEPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,6 +157,10 @@ def test_another_number_of_ranks_does_not_change_the_batch_behind_ones_back(resu
     assert results("other_batch", 1)["steps"] == 1
 
 
+def by_hand(steps: Iterable[int]) -> torch.Tensor:
+    return sgd(regressor(), regression_data(), steps, **SETTINGS)
+
+
 def same_as_alone(results: Any, case: str, ranks: int) -> None:
     alone = results("plain", 1)
     for rank in range(ranks):
@@ -186,14 +195,33 @@ def test_a_lost_rank_ends_the_others_with_its_name(results: Any, case: str) -> N
         assert here["steps"] == 3  # charged before the noise was drawn, though nothing came of it
 
 
-def test_torchrun_restarts_from_the_last_checkpoint_with_the_right_budget(results: Any) -> None:
-    """Rank 1 is killed in the fourth step; the checkpoint of the second is gone on from, and the steps lost are charged."""
-    first, second = (results("restarts", 2, rank) for rank in range(2))
-    for here in (first, second):
-        assert here["steps_here"] == 4
-        assert here["steps"] in (7, 8)  # of the fourth step it depends on the moment whether rank 0 had charged it
-        assert "training was interrupted" in str(here["privacy"])
-    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+def test_a_run_by_hand_is_what_one_process_trains(results: Any) -> None:
+    torch.testing.assert_close(results("plain", 1)["weights"], by_hand(range(STEPS)), rtol=1e-5, atol=1e-6)
+
+
+def test_torchrun_restarts_from_the_last_checkpoint_with_other_noise(results: Any) -> None:
+    """Steps 0 and 1 are in the checkpoint, 2 and 3 are lost: neither their samples nor their noise come again."""
+    expected = by_hand([*range(SAVED_AT), *range(KILLED_AT + 1, CHARGED)])
+    for rank in range(2):
+        here = results("restarts", 2, rank)
+        assert here["steps_here"] == STEPS - SAVED_AT
+        torch.testing.assert_close(here["weights"], expected, rtol=1e-5, atol=1e-6)
+    for wrong in (range(STEPS), [0, 1, *range(KILLED_AT, CHARGED - 1)]):  # noise used again, or one lost step forgotten
+        assert float((expected - by_hand(wrong)).abs().max()) > 1e-2
+
+
+def test_torchrun_restarts_with_the_budget_of_every_step_that_was_charged(results: Any) -> None:
+    lost = KILLED_AT + 1 - SAVED_AT
+    uninterrupted = results("as_many_charged", 1)
+    for rank in range(2):
+        here = results("restarts", 2, rank)
+        assert here["steps"] == CHARGED == STEPS + lost
+        assert here["statement"] == uninterrupted["statement"]
+        said = [caveat for caveat in here["privacy"]["caveats"] if caveat not in uninterrupted["privacy"]["caveats"]]
+        assert len(said) == 1
+        assert said[0].startswith(f"training was interrupted: {lost} of the steps")
+        others = [{**one["privacy"], "caveats": None} for one in (here, uninterrupted)]
+        assert others[0] == others[1]
 
 
 @pytest.mark.parametrize("case", ["absent_worker", "absent_main"])

@@ -17,6 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from lightning_dp import DifferentialPrivacy, PrivateDDPStrategy
 from lightning_dp.recipe_cli import RecipeCLI
+from tests.distributed.cluster import free_port
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "recipes" / "launch"
@@ -62,30 +63,66 @@ def test_a_recipe_with_the_cluster_file_is_the_recipe_with_ddp_and_checkpoints(m
     assert private.epsilon == 8.0
 
 
+def trained(file: str, folder: Path, steps: int, **told: str) -> str:
+    """Start the file with a recipe, two processes in all, and give what it has said."""
+    (folder / "recipes").unlink(missing_ok=True)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    words = ["--config", RECIPE, "--data.batch_size", "256", "--trainer.accelerator", "cpu"]
+    words += ["--trainer.max_steps", str(steps), "--trainer.logger.init_args.save_dir", str(folder)]
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", LAUNCH / file, *words],
+        cwd=folder, env={**os.environ, "PATH": path, **told}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_torchrun_trains_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """The file itself, with two processes. Started again, it finds its checkpoint, and that the budget is spent."""
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for steps in ("3", "6"):
+    for steps in (3, 6):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             main = f"127.0.0.1:{probe.getsockname()[1]}"
-        words = [
-            "--config",
-            RECIPE,
-            "--data.batch_size",
-            "256",
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.max_steps",
-            steps,
-        ]
-        environment = {**os.environ, "PATH": path, "MAIN": main, "DEVICES": "2"}
-        launched = [LAUNCH / "torchrun.sh", *words, "--trainer.logger.init_args.save_dir", str(tmp_path)]
-        done = subprocess.run(launched, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert "3 steps, PRV accountant" in done.stdout + done.stderr
-    assert "Restored all states from the checkpoint" in done.stdout + done.stderr
-    assert "The privacy budget is spent" in done.stdout + done.stderr
+        said = trained("torchrun.sh", tmp_path, steps, MAIN=main, DEVICES="2")
+        assert "3 steps, PRV accountant" in said
+    assert "Restored all states from the checkpoint" in said
+    assert "The privacy budget is spent" in said
+
+
+SRUN = """#!{python}
+# Stands in for srun: starts each task of the job with what SLURM would tell it, and ends all if one fails.
+import os, subprocess, sys
+options = [word for word in sys.argv[1:] if word.startswith("--")]
+command = sys.argv[1 + options.index("--kill-on-bad-exit=1") + 1 :]
+per_node = int(os.environ["SLURM_NTASKS_PER_NODE"])
+tasks = [
+    subprocess.Popen(command, env={{
+        **os.environ, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % per_node),
+        "SLURM_NODEID": str(task // per_node), "SLURM_STEP_ID": "0",
+    }})
+    for task in range(int(os.environ["SLURM_NTASKS"]))
+]
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_slurm_trains_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """The file itself, as two nodes with a task each; only ``srun`` is ours, for this is no cluster."""
+    srun = tmp_path / "srun"
+    srun.write_text(SRUN.format(python=sys.executable))
+    srun.chmod(0o755)
+    for steps in (3, 6):
+        job = {
+            "SLURM_JOB_ID": str(770000 + free_port() - 15000), "SLURM_JOB_NAME": "private", "SLURM_NNODES": "2",
+            "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "127.0.0.1,host2",
+        }  # fmt: skip
+        said = trained("slurm.sbatch", tmp_path, steps, **job)
+        assert "3 steps, PRV accountant" in said
+    assert "MEMBER: 2/2" in said
+    assert "Restored all states from the checkpoint" in said
+    assert "The privacy budget is spent" in said

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_dp import trial_in_shards
 from lightning_dp.functional.noise import BLOCK
+from tests.distributed import layerwise
 from tests.distributed.sharded import BUGS, ENGINES
 from tests.functional.laws import CAUGHT, FALSE_ALARM, noise_p_values
 
@@ -111,6 +113,61 @@ def test_wrong_noise_in_a_sharded_step_is_caught(results: Any, bug: str) -> None
     assert min(noise_p_values(noise_of(results(bug))).values()) < CAUGHT
 
 
+@pytest.mark.parametrize("case", [*(f"layer_{name}" for name in layerwise.SAME), "layer_few"])
+def test_parameters_brought_layer_by_layer_reach_the_weights_of_one_process(results: Any, case: str) -> None:
+    """Tied, frozen, thawed and odd layers, some left out at times, examples that part, and ranks without examples."""
+    alone = results(case, 1)
+    assert not torch.equal(alone["before"], alone["after"])
+    for rank in range(2):
+        here = results(case, 2, rank)
+        torch.testing.assert_close(here["after"], alone["after"], rtol=1e-5, atol=1e-6)
+        assert (here["steps"], here["epsilon"]) == (alone["steps"], alone["epsilon"])
+
+
+@pytest.mark.parametrize(("case", "in_shards"), [("block", True), ("mixed", False)])
+def test_the_engine_is_tried_in_shards_where_that_is_possible(results: Any, case: str, in_shards: bool) -> None:
+    """Not where the loss uses a weight without its layer. One process alone never has shards."""
+    assert torch.load(results.folder / f"tried-{case}-2.pt") == [in_shards]
+    assert torch.load(results.folder / f"tried-{case}-1.pt") == [False]
+
+
+@pytest.mark.parametrize("wrong", ["norms", "a.weight", "b.weight"])
+def test_a_trial_in_shards_that_gives_other_gradients_fails(wrong: str) -> None:
+    right = {"norms": torch.tensor([2.0, 1.0]), "a.weight": torch.ones(2, 2)}
+    found = {**right, "b.weight": torch.zeros(3)}  # without a gradient in FSDP2
+    trial_in_shards._compare(right, found, 0.1)
+    with pytest.raises(trial_in_shards.DisagreementError, match=f"most in {wrong}, by 0.2"):
+        trial_in_shards._compare(right, {**found, wrong: found[wrong] + 0.2}, 0.1)
+
+
+def test_layers_that_are_thawed_on_the_way_are_trained_with_whole_parameters_too(results: Any) -> None:
+    torch.testing.assert_close(results("thaws")["after"], results("layer_thaws", 1)["after"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_by_layers_goes_on_from_its_checkpoint(results: Any) -> None:
+    alone, resumed = results("layer_block", 1), results("layer_resumed")
+    torch.testing.assert_close(resumed["after"], alone["after"], rtol=1e-5, atol=1e-6)
+    assert results("layer_half")["steps"] == 3
+    assert (resumed["steps"], resumed["epsilon"]) == (alone["steps"], alone["epsilon"])
+
+
+@pytest.mark.parametrize("bug", layerwise.SUM_BUGS)
+def test_sums_that_lose_a_part_would_be_caught(results: Any, bug: str) -> None:
+    assert float((results(bug)["after"] - results("layer_few", 1)["after"]).abs().max()) > 1e-3
+
+
+def test_noise_added_to_shards_is_that_of_one_process(results: Any) -> None:
+    """Noise of the plan's law, and of the same numbers as in a step in which the parameters are whole."""
+    noise = noise_of(results("layer_noise"))
+    assert min(noise_p_values(noise).values()) > FALSE_ALARM
+    assert abs(noise - noise_of(results("noise"))).max() < 1e-5
+
+
+@pytest.mark.parametrize("bug", layerwise.NOISE_BUGS)
+def test_wrong_noise_in_shards_is_caught(results: Any, bug: str) -> None:
+    assert min(noise_p_values(noise_of(results(bug))).values()) < CAUGHT
+
+
 def noise_of(result: dict[str, Any]) -> Any:
     """In units of σC = 2 · 0.5."""
     return ((result["before"] - result["after"]) * 16).double().numpy()
@@ -126,9 +183,23 @@ def noise_of(result: dict[str, Any]) -> Any:
         ("average", "ExponentialMovingAverage.*with sharded parameters: expected neither together.*strategy='ddp'"),
         ("manual", "automatic_optimization=False with sharded parameters: expected True.*strategy='ddp'"),
         ("clip", "gradient_clip_val=1.0: expected None"),
+        ("layer_engine", "gather='layer' with engine='vmap'.*expected 'ghost'.*gather='step'"),
+        ("layer_on_one", "gather differs between ranks: 'step' on rank 0, 'layer' on rank 1"),
+        ("layer_engine_on_one", "rank 1 stopped: gather='layer' with engine='loop'"),
+        ("layer_secure", r"gather='layer' with engine='loop' \(secure=True\): expected 'ghost'.*gather='step'"),
+        (
+            "layer_reads",
+            "gather='layer' cannot run this training_step: .*calling these layers alone. Use gather='step'",
+        ),
     ],
 )
 def test_what_a_sharded_step_cannot_do_is_refused(results: Any, case: str, told: str) -> None:
     message = (results.folder / f"refusal-{case}.txt").read_text()
     assert message.startswith("PreflightError: ")
     assert re.search(told, message)
+
+
+def test_layers_in_another_order_than_agreed_end_the_fit(results: Any) -> None:
+    """On the rank where it happens; nothing of the step is released."""
+    message = (results.folder / "refusal-layer_reorders.txt").read_text()
+    assert re.match("LayerOrderError: net.0.weight is used earlier, or more often, .*Use gather='step'", message)

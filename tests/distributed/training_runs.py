@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, HeldRecords
 from lightning_dp.distributed import lost_ranks
 from lightning_dp.functional import step as functional_step
+from lightning_dp.records.journal import FILE_NAME
 from tests.conftest import Regressor, loader, regression_data, regressor, weights
 from tests.distributed.ranks import Shift
 
@@ -31,9 +33,11 @@ def rank_here() -> int:
     return int(os.environ.get(RANK, 0))
 
 
+SETTINGS: dict[str, Any] = {"noise_multiplier": 0.5, "clip_norm": 0.3, "seed": 7, "expected_batch_size": 16}
+
+
 def private(**arguments: Any) -> DifferentialPrivacy:
-    given = {"noise_multiplier": 0.5, "clip_norm": 0.3, "seed": 7, "expected_batch_size": 16}
-    return DifferentialPrivacy(**{**given, **arguments})
+    return DifferentialPrivacy(**{**SETTINGS, **arguments})
 
 
 def outcome(module: Any, callback: DifferentialPrivacy) -> dict[str, Any]:
@@ -67,10 +71,10 @@ class Slow(Regressor):
         time.sleep(0.05 * rank_here())
 
 
-def plain(make_trainer: Any, **options: Any) -> dict[str, Any]:
+def plain(make_trainer: Any, max_steps: int = STEPS, **options: Any) -> dict[str, Any]:
     """Six steps; the same at any number of ranks and nodes."""
     module, callback = regressor(), private()
-    make_trainer(callback, max_steps=STEPS, **options).fit(module, loader())
+    make_trainer(callback, max_steps=max_steps, **options).fit(module, loader())
     return outcome(module, callback)
 
 
@@ -231,16 +235,32 @@ def lost(make_trainer: Any, which: int, how: int) -> dict[str, Any]:
     return {"error": None}
 
 
+KILLED_AT, SAVED_AT = 3, 2
+"""A rank is lost at the first step number, counted from 0; the last checkpoint is the one after so many steps."""
+
+
+class DiesOnceCharged(L.Callback):
+    """Ends this process at a step that rank 0, which waits for this rank in it, has already charged."""
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == KILLED_AT:
+            while json.loads(self.journal.read_text())["steps"] <= KILLED_AT:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def killed_once(make_trainer: Any, folder: Path) -> dict[str, Any]:
-    """A run that saves every second step and starts from the last checkpoint; a rank is killed at the fourth step."""
+    """A run that saves every second step and starts from the last checkpoint; once, a rank is killed."""
     lost_ranks.PATIENCE = timedelta(seconds=1)
-    module, callback = regressor(), private()
-    saved = ModelCheckpoint(folder / "restarts", every_n_train_steps=2, save_last=True)
-    fit = make_trainer(callback, saved, max_steps=STEPS, enable_checkpointing=True)
+    folder = folder / "restarts"
+    module, callback, sampled = regressor(), private(), Sampled()
+    saved = ModelCheckpoint(folder, every_n_train_steps=SAVED_AT, save_last=True)
+    fit = make_trainer(callback, saved, sampled, max_steps=STEPS, enable_checkpointing=True, default_root_dir=folder)
     if rank_here() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        fit.callbacks.append(Dies(3, signal.SIGKILL))
-    sampled = Sampled()
-    fit.callbacks.append(sampled)
+        fit.callbacks.append(DiesOnceCharged(folder / FILE_NAME))
     fit.fit(module, loader(), ckpt_path="last")
     return {**outcome(module, callback), "steps_here": len(sampled.indices)}
 

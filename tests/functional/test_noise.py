@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_dp.functional.noise import add_gaussian_noise
+from lightning_dp.functional.noise import BLOCK, add_gaussian_noise, add_gaussian_noise_to_shards
 from lightning_dp.functional.randomness import RandomKey, Stream
 from tests.functional.laws import CAUGHT, FALSE_ALARM, independence_p_values, standard_normal_p_values
 
@@ -120,3 +123,40 @@ def test_a_sum_that_would_get_wrong_noise_is_refused(dtype: torch.dtype) -> None
     """Complex sums would stay without noise in the imaginary part; short floats round it away."""
     with pytest.raises(TypeError, match=rf"dtype={dtype}: expected torch.float32 or torch.float64"):
         add_gaussian_noise(torch.zeros(3, dtype=dtype), noise_std=1.0, key=KEY, step=0)
+
+
+@settings(max_examples=40)
+@given(
+    cuts=st.lists(st.integers(0, 2 * BLOCK + 500), max_size=8),
+    owners=st.lists(st.integers(0, 2), min_size=9, max_size=9),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts_that_ranks_keep_get_the_noise_of_the_whole(
+    dtype: torch.dtype, cuts: list[int], owners: list[int]
+) -> None:
+    """Wherever the sum is cut and whoever keeps which part, empty ones included."""
+    coordinates, total = 2 * BLOCK + 500, torch.zeros(2 * BLOCK + 500, dtype=dtype)
+    places = [0, *sorted(cuts), coordinates]
+    parts = [(start, total[start:end]) for start, end in pairwise(places)]
+    for rank in range(3):
+        kept = [part for part, owner in zip(parts, owners, strict=False) if owner == rank]
+        add_gaussian_noise_to_shards(kept, coordinates, noise_std=STD, key=KEY, step=5)
+    assert np.array_equal(total.double().numpy(), noise(coordinates, 5, dtype))
+
+
+@pytest.mark.parametrize(
+    ("places", "told"),
+    [
+        ([0, 5], "a part from 5 to 15 after one to 10"),
+        ([10, 0], "a part from 0 to 10 after one to 20"),
+        ([0, 15], "a part from 15 to 25 after one to 10, of 20 coordinates"),
+    ],
+)
+def test_parts_that_overlap_or_reach_too_far_are_refused(places: list[int], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        add_gaussian_noise_to_shards([(p, torch.zeros(10)) for p in places], 20, noise_std=STD, key=KEY, step=0)
+
+
+def test_a_part_in_integers_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"a part of dtype=torch\.int64"):
+        add_gaussian_noise_to_shards([(0, torch.zeros(3, dtype=torch.int64))], 3, noise_std=STD, key=KEY, step=0)

@@ -8,6 +8,7 @@
 ``call``         one call of a layer: its physical input and the gradient of its output
 ``linear``, ``convolution``, ``embedding``, ``normalisation``   a rule each
 ``contribution`` what one call adds to each example's gradient of one parameter
+``keeper``       parameters that somebody else keeps, brought for a call; ``coverage``: which can be
 ``verification`` the proof on a few examples before training
 
 Whatever has no rule gets a copy of its parameters for each example, as under ``vmap``, so nothing is ever left out.

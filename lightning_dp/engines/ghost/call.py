@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -12,6 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.contribution import Contribution, Written
+from lightning_dp.engines.ghost.keeper import brought_again
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,23 @@ class Operand:
     """A weight or bias as an operation sees it.
 
     Attributes:
-        value: the tensor, without a graph.
+        value: the tensor, without a graph; where ``bring`` is given, only its shape and type.
         deliver: where its contributions go; ``None`` if it is frozen.
+        bring: brings the tensor's values together, for as long as somebody holds what it returns.
     """
 
     value: Tensor
     deliver: Deliver | None = None
+    bring: Callable[[], Tensor] | None = None
+
+
+@contextmanager
+def brought(weight: Operand | None, bias: Operand | None) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """The values of both. What is brought together now is brought again when the backward pass asks for it."""
+    operands = [operand for operand in (weight, bias) if operand is not None]
+    values = {id(one): one.value if one.bring is None else one.bring() for one in operands}
+    with brought_again({values[id(one)]: one.bring for one in operands if one.bring is not None}):
+        yield values.get(id(weight)), values.get(id(bias))
 
 
 _NESTED = "the training step applies torch.func transforms of its own around a layer"
@@ -140,11 +153,16 @@ class _Call(torch.autograd.Function):
             raise NestedTransformError(_NESTED)
         axis = in_dims[1]
         x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-        operands = [None if one is None else _given(one, operation, info.batch_size, of) for one in (weight, bias)]
-        computed = operation.forward(x, *operands)
+        with brought(weight, bias) as values:
+            operands = [
+                None if one is None or value is None else _given(one, value, operation, info.batch_size, of)
+                for one, value in zip((weight, bias), values, strict=True)
+            ]
+            computed = operation.forward(x, *operands)
         output, shape, saved = computed.value, computed.shape, computed.saved
-        del computed, operands
-        if operation.takes_copies:
+        del computed, operands, values
+        learning = any(operand is not None and operand.deliver is not None for operand in (weight, bias))
+        if operation.takes_copies or not learning:  # copies learn by themselves, and what is frozen does not
             return output.reshape(shape), 0
         if not output.requires_grad:
             output = output + of.anchor
@@ -163,9 +181,9 @@ class _Call(torch.autograd.Function):
         return output.reshape(shape), 0
 
 
-def _given(operand: Operand, operation: Operation, examples: int, of: Pass) -> Tensor:
+def _given(operand: Operand, value: Tensor, operation: Operation, examples: int, of: Pass) -> Tensor:
     """What the operation gets of an operand: its value, or copies whose gradients are delivered."""
-    value, deliver = operand.value, operand.deliver
+    deliver = operand.deliver
     if not operation.takes_copies:
         return value
     copies = value.expand(examples, *value.shape)

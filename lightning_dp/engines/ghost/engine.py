@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from lightning_dp.engines.ghost.attention import folded_attention
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Pass
 from lightning_dp.engines.ghost.contribution import Contribution, Written, merged
+from lightning_dp.engines.ghost.keeper import Keeper
 from lightning_dp.engines.ghost.layers import (
     Forward,
     book_keeping_forward,
@@ -32,11 +33,12 @@ from lightning_dp.engines.ghost.layers import (
 from lightning_dp.engines.ghost.multihead import has_multihead_rule, multihead_forward
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
 from lightning_dp.engines.ghost.standardisation import Recognised
-from lightning_dp.engines.groups import Groups
+from lightning_dp.engines.groups import Groups, joined
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.functional.clip import Factors, accumulation_dtype
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
+from lightning_dp.functional.microbatch import batch_of_one
 
 
 class GhostEngine:
@@ -57,6 +59,10 @@ class GhostEngine:
     Args:
         module: the module whose layers the loss function calls.
 
+    Attributes:
+        keeper: keeps some parameters, brings each when its layer runs, and takes its sums instead of :class:`ClippedSum`;
+            ``None`` if the module's parameters are whole.
+
     Source: Bu, Wang, Zha, Karypis 2022 (arXiv 2210.00038); Li, Tramèr, Liang, Hashimoto 2021 (arXiv 2110.05679);
     Bu, Mao, Xu 2022 (arXiv 2205.10683).
     """
@@ -71,6 +77,7 @@ class GhostEngine:
         self._buffers = Buffers()
         self._recognised = Recognised()
         self.randomness = "different"
+        self.keeper: Keeper | None = None
 
     @property
     def handled(self) -> dict[str, str]:
@@ -90,10 +97,13 @@ class GhostEngine:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
 
         def one_by_one(rows: Any, count: int) -> ClippedSum:
+            if self.keeper is not None:  # the loop needs all parameters
+                return joined([at_once(batch_of_one(rows, index), 1, None) for index in range(count)])
             return LoopEngine().clipped_sum(loss_function, parameters, rows, count, clipping)
 
         def at_once(rows: Any, count: int, counted: int | None) -> ClippedSum:
-            return self._at_once(loss_function, parameters, rows, count, clipping, counted)
+            with nullcontext() if self.keeper is None else self.keeper.one_pass():
+                return self._at_once(loss_function, parameters, rows, count, clipping, counted)
 
         return self.groups.clipped_sum(at_once, one_by_one, batch, examples, counted)
 
@@ -126,11 +136,12 @@ class GhostEngine:
         for name, parameter in parameters.items():
             dtype = accumulation_dtype(parameter.dtype)
             one = contributions.pop(name, None)
-            gradient[name] = (
-                torch.zeros_like(parameter, dtype=dtype).detach()
-                if one is None
-                else one.weighted_sum(factors.by_name[name]).to(dtype)
-            )
+            total = None if one is None else one.weighted_sum(factors.by_name[name]).to(dtype)
+            if self.keeper is not None and name in self.keeper.names:
+                self.keeper.add(name, total)
+            else:
+                gradient[name] = torch.zeros_like(parameter, dtype=dtype).detach() if total is None else total
+            del one, total
         self._buffers.take_back()
         return ClippedSum(gradient, factors.norms[:counted], books.losses[:counted], first_rows(books.outputs, counted))
 
@@ -159,6 +170,7 @@ class GhostEngine:
             copies = {
                 name: parameter.detach().requires_grad_().expand(examples, *parameter.shape)
                 for name, parameter in parameters.items()
+                if self.keeper is None or name not in self.keeper.names
             }
             with self._keeping(books, parameters, of), folded_attention():
                 losses, outputs = vmap(loss_of_one, in_dims=(0, 0, 0), randomness=self.randomness)(
@@ -175,7 +187,9 @@ class GhostEngine:
         """Every layer that can be kept books of, keeping them."""
         named = self.module.named_parameters()
         trainable = {name: p for name, p in named if name in parameters and not p.is_complex()}  # rules are real
-        names = {id(p): name for name, p in trainable.items()}
+        kept = {} if self.keeper is None else dict(self.module.named_parameters())
+        kept = {name: p for name, p in kept.items() if self.keeper is not None and name in self.keeper.names}
+        names = {id(p): name for name, p in {**kept, **trainable}.items()}
         forwards: dict[nn.Module, Forward] = {}
         covered: set[nn.Module] = set()
         for layer in self.module.modules():
@@ -183,7 +197,7 @@ class GhostEngine:
                 continue
             own, kind = trainable_of(layer, names), type(layer).__name__
             if own and has_rule(layer):
-                operands = operands_of(own, parameters, partial(books.deliver, how=kind))
+                operands = operands_of(own, parameters, partial(books.deliver, how=kind), self.keeper, kept)
                 forwards[layer] = book_keeping_forward(layer, operands, of)
                 continue
             inside = {part: found for part in layer.modules() if (found := trainable_of(part, names))}

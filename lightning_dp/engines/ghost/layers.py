@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from lightning_dp.engines.ghost.call import Deliver, Operand, Operation, Pass
 from lightning_dp.engines.ghost.convolution import Convolution
 from lightning_dp.engines.ghost.embedding import Embedding
+from lightning_dp.engines.ghost.keeper import Keeper, stand_in
 from lightning_dp.engines.ghost.linear import Linear
 from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm, RMSNorm
 
@@ -78,7 +80,7 @@ def book_keeping_forward(layer: nn.Module, operands: Mapping[str, Operand], of: 
 
     Args:
         layer: one for which :func:`has_rule` holds.
-        operands: the layer's trainable parameters among ``weight`` and ``bias``.
+        operands: the layer's trainable parameters among ``weight`` and ``bias``, and those that somebody else keeps.
         of: the pass it belongs to.
     """
 
@@ -119,7 +121,27 @@ def trainable_of(layer: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
 
 
 def operands_of(
-    trainable: Mapping[str, str], parameters: Mapping[str, Tensor], deliver: Callable[[str], Deliver]
+    own: Mapping[str, str],
+    trainable: Mapping[str, Tensor],
+    deliver: Callable[[str], Deliver],
+    keeper: Keeper | None = None,
+    shapes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Operand]:
-    """An operand for each of a layer's trainable parameters."""
-    return {own: Operand(parameters[name].detach(), deliver(name)) for own, name in trainable.items()}
+    """An operand for each of a layer's own parameters.
+
+    Args:
+        own: name in the layer → name in the module.
+        trainable: the trainable parameters, by name in the module.
+        deliver: gives where the contributions to a parameter go.
+        keeper: brings those that it keeps, trainable or not.
+        shapes: all parameters by name in the module, whose shapes and types count.
+    """
+    operands = {}
+    for place, name in own.items():
+        to = deliver(name) if name in trainable else None
+        if keeper is not None and name in keeper.names:
+            assert shapes is not None
+            operands[place] = Operand(stand_in(shapes[name]), to, partial(keeper.bring, name))
+        else:
+            operands[place] = Operand(trainable[name].detach(), to)
+    return operands
