@@ -23,9 +23,7 @@ RANKS = [1, 2, 3]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = (
-        "equal,by_name,different_start,noise,zero,storm,views,styled,measured,users,secret,gan,disagree,frozen_on_one"
-    )
+    cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,users,secret,gan,raw,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
@@ -89,6 +87,16 @@ def test_the_process_that_started_the_ranks_learns_what_they_spent(results: Any,
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_that_measure_agree_on_a_size(results: Any, ranks: int) -> None:
     assert len({results("measured", ranks, rank)["physical_batch_size"] for rank in range(ranks)}) == 1
+
+
+def test_both_validations_of_a_run_give_what_they_give_on_one_rank(results: Any) -> None:
+    alone = results("raw", 1)["metrics"]
+    assert alone["val/loss"] != alone["val/loss_raw"]
+    for ranks in (2, 3):
+        for rank in range(ranks):
+            here = results("raw", ranks, rank)["metrics"]
+            for name in ("val/loss", "val/loss_raw"):
+                assert here[name] == pytest.approx(alone[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
