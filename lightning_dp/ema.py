@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dp.checked import number, shown
+from lightning_dp.checked import number, truth
 from lightning_dp.functional.average import average, warmed_up_decay
 from lightning_dp.preflight import check_averaging
 from lightning_dp.raw_validation import RawValidation
@@ -45,8 +45,7 @@ class ExponentialMovingAverage(WeightAveraging):
     def __init__(
         self, decay: float = 0.999, device: torch.device | str | int | None = None, validate_raw: bool = False
     ) -> None:
-        if not isinstance(validate_raw, bool):
-            raise ValueError(f"validate_raw={shown(validate_raw)}: expected True or False.")
+        truth(validate_raw=validate_raw)
         if not 0 <= number("decay", decay) < 1:
             raise ValueError(f"decay={decay}: expected a number in [0, 1), such as 0.999.")
         self.decay = decay

@@ -147,6 +147,12 @@ def run(folder: Path, case: str, ranks: int) -> None:
             privacy_unit=[index * index % 23 for index in range(64)],
         )  # fmt: skip
         fit = on_ranks(ranks, max_steps=6)
+    elif case == "simulated":
+        module = regressor()
+        private = DifferentialPrivacy(
+            noise_multiplier=2.0, clip_norm=0.3, seed=7, expected_batch_size=32, simulate=4, max_batch_size=63
+        )
+        fit = on_ranks(ranks, max_steps=6)
     elif case == "secret":
         module = regressor()
         private = DifferentialPrivacy(noise_multiplier=0.5)

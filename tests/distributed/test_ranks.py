@@ -23,7 +23,7 @@ RANKS = [1, 2, 3]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,users,secret,gan,raw,disagree,frozen_on_one"
+    cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,users,secret,gan,raw,simulated,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
@@ -53,6 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "users",
         "secret",
         "gan",
+        "simulated",
     ],
 )
 def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) -> None:
@@ -63,7 +64,8 @@ def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) ->
 
 
 @pytest.mark.parametrize(
-    "case", ["equal", "by_name", "different_start", "zero", "storm", "views", "styled", "measured", "users"]
+    "case",
+    ["equal", "by_name", "different_start", "zero", "storm", "views", "styled", "measured", "users", "simulated"],
 )
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str, ranks: int) -> None:
@@ -109,6 +111,10 @@ def test_a_zero_redundancy_optimizer_keeps_each_parameters_state_on_one_rank(res
     parts = [results("zero", ranks, rank)["optimizer"] for rank in range(ranks)]
     assert sum(parts) == results("zero", 1)["optimizer"]
     assert min(parts) > 0
+
+
+def test_a_simulation_shares_its_smaller_batch_among_the_ranks(results: Any) -> None:
+    assert [results("simulated", ranks)["plan_batch"] for ranks in RANKS] == [8, 8, 8]
 
 
 def test_the_batch_of_the_loader_is_per_rank(results: Any) -> None:
