@@ -12,11 +12,10 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
 from lightning_dp import preflight
+from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.engines.explain import explain
-from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.microbatch import take
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.loader import PoissonLoader
@@ -45,7 +44,8 @@ def check_examples_stay_apart(
     """Try ``collate_fn``, padding and loss on a few examples, evenly spaced in the dataset. Nothing of it is kept.
 
     No more examples are worked on at once than in a micro-batch of the run. In micro-batches of one, nothing that is
-    private can be mixed, and nothing is looked at.
+    private can be mixed, and nothing is looked at. A collective call: ranks with micro-batches of different sizes may see
+    different things, and all stop if one does.
 
     Args:
         strategy: whose module is tried, on its device.
@@ -56,13 +56,10 @@ def check_examples_stay_apart(
     Raises:
         PreflightError: one example enters another's row or gradient.
     """
-    if loader.physical_batch_size == 1:
-        return
-    module = module_of(strategy)
-    buffers = preflight.buffer_versions(module)
-    with isolate_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # a look is not worth a graph
-        reduction = _reduction(strategy, loader, capture, views and replace(views, k=1))
-    preflight.check_buffers(module, buffers)
+    one_view = views and replace(views, k=1)
+    reduction = on_every_rank(
+        strategy, lambda: _reduction(strategy, loader, capture, one_view), preflight.PreflightError
+    )
     if reduction is Reduction.SUM:
         rank_zero_info(
             "lightning_dp: training_step adds up the losses of its examples. The private gradient is the sum divided by the "
@@ -80,6 +77,17 @@ def check_examples_stay_apart(
 def _reduction(
     strategy: Strategy, loader: PoissonLoader, capture: StepCapture | None, views: Views | None
 ) -> Reduction:
+    if loader.physical_batch_size == 1:
+        return Reduction.UNKNOWN
+    module = module_of(strategy)
+    buffers = preflight.buffer_versions(module)
+    with isolate_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # a look is not worth a graph
+        reduction = _look(strategy, loader, capture, views)
+    preflight.check_buffers(module, buffers)
+    return reduction
+
+
+def _look(strategy: Strategy, loader: PoissonLoader, capture: StepCapture | None, views: Views | None) -> Reduction:
     module, at_once = module_of(strategy), loader.physical_batch_size
     records = loader.evenly_spaced(PROBES if at_once >= PROBES else PROBES // 2)
 
@@ -103,9 +111,11 @@ def _reduction(
     try:
         if examples <= at_once:
             whole = batch_of(list(range(examples)))
-            return _look(module, loss_function, partial(take, whole), examples)
+            return check_loss_keeps_examples_apart(
+                module, loss_function, trainable(module), partial(take, whole), examples
+            )
         if _same_in_every_pair(batch_of, examples):
-            return _look(module, loss_function, batch_of, examples)
+            return check_loss_keeps_examples_apart(module, loss_function, trainable(module), batch_of, examples)
         reason = "collate_fn makes other rows of an example in other company"
     except preflight.PreflightError:
         raise
@@ -116,10 +126,6 @@ def _reduction(
         "example is a batch of its own."
     )
     return Reduction.UNKNOWN
-
-
-def _look(module: nn.Module, loss_function: LossFunction, batch_of: BatchOf, examples: int) -> Reduction:
-    return check_loss_keeps_examples_apart(module, loss_function, trainable(module), batch_of, examples)
 
 
 def _same_in_every_pair(batch_of: BatchOf, examples: int) -> bool:
