@@ -15,7 +15,7 @@ from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.advice import check_decisions
 from lightning_dp.augmentation import views_of
-from lightning_dp.checked import shown, whole
+from lightning_dp.checked import shown, truth, whole
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
 from lightning_dp.distributed.agreement import check_same_on_every_rank, facts
 from lightning_dp.distributed.gathering import on_every_rank
@@ -23,7 +23,7 @@ from lightning_dp.distributed.homecoming import register, send_home
 from lightning_dp.engines.select import EngineName, check_engine_name
 from lightning_dp.functional.real_parts import coordinates
 from lightning_dp.loading.batch_axis import Axis, check_batch_axis_argument
-from lightning_dp.manual.public_optimizers import check_public_optimizers
+from lightning_dp.manual.public_optimizers import check_places, check_public_optimizers
 from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
 from lightning_dp.planning import agreed_plan, check_batch_after_resume, on_rank_zero, planned_steps
 from lightning_dp.privacy_unit import unit_from
@@ -137,6 +137,7 @@ class DifferentialPrivacy(pl.Callback):
         check_engine_name(engine)
         check_simulation(simulate)
         check_batch_axis_argument(batch_axis)
+        truth(secure=secure, static_shapes=static_shapes, log_train_metrics=log_train_metrics)
         check_secure(secure, seed=seed, noise_multiplier=noise_multiplier, engine=engine)
         check_physical_batch_size(physical_batch_size)
         for name, value in (
@@ -148,8 +149,6 @@ class DifferentialPrivacy(pl.Callback):
                 raise ValueError(f"{name}={value}: expected at least 1, or None for the default.")
         if seed is not None:
             whole("seed", seed)
-        if not isinstance(log_train_metrics, bool):
-            raise ValueError(f"log_train_metrics={shown(log_train_metrics)}: expected True or False.")
         if math.isinf(clip_norm) and noise_multiplier != 0:
             raise ValueError(
                 f"clip_norm={clip_norm}: expected a finite number. Without clipping no finite noise protects anybody; only "
@@ -171,7 +170,7 @@ class DifferentialPrivacy(pl.Callback):
         self.secure = secure
         self.log_train_metrics = log_train_metrics
         self.batch_axis = batch_axis
-        self.public_optimizers = list(public_optimizers or [])
+        self.public_optimizers = check_places(public_optimizers)
         self.static_shapes = static_shapes
         self.privacy_unit = unit_from(privacy_unit, max_examples_per_unit, static_shapes)
         self.ledger: Ledger | None = None

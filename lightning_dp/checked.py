@@ -54,6 +54,19 @@ def whole(name: str, value: object, low: int | None = None, high: int | None = N
     return plain
 
 
+def truth(**values: object) -> None:
+    """Raise ``ValueError`` unless each of the values is ``True`` or ``False``.
+
+    Example:
+        >>> truth(secure="no")
+        Traceback (most recent call last):
+        ValueError: secure='no': expected True or False.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={shown(value)}: expected True or False.")
+
+
 def shown(value: object, most: int = 80) -> str:
     """``value`` in a message, cut to ``most`` characters, whatever it is."""
     try:

@@ -89,10 +89,11 @@ class PrivacyPlan:
                 f"dataset_size={self.dataset_size}: expected at least one example. "
                 "Check that the training dataset is not empty."
             )
-        if not 0 < self.expected_batch_size <= self.dataset_size:
+        q = self.expected_batch_size / self.dataset_size
+        if not 0 < q <= 1 or math.isinf(1 / q):  # so small that an epoch would have no number of steps
             raise ValueError(
                 f"expected_batch_size={self.expected_batch_size} with dataset_size={self.dataset_size} gives a "
-                f"sampling probability of {self.expected_batch_size / self.dataset_size:.4g}: expected a value in "
+                f"sampling probability of {q:.4g}: expected a value in "
                 "(0, 1]. Lower the loader's batch_size (it is multiplied by the number of ranks) or pass "
                 f"DifferentialPrivacy(expected_batch_size=...) at most {self.dataset_size}."
             )

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_dp.checked import whole
+from lightning_dp.checked import shown, whole
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.functional.opened import open_containers
 from lightning_dp.functional.units import Units
@@ -60,7 +60,7 @@ class PrivacyUnit:
         kinds = (str, Path, Mapping, list, tuple, np.ndarray, Tensor)
         if not isinstance(given, kinds) or (isinstance(given, str) and not given) or getattr(given, "ndim", 1) != 1:
             raise ValueError(
-                f"privacy_unit of type {type(given).__name__}: expected the name of a field of the dataset's items, such as "
+                f"privacy_unit=<{type(given).__name__}>: expected the name of a field of the dataset's items, such as "
                 f"'user_id', a file ({', '.join(FILES)}), or one user for each example."
             )
         self.most = DEFAULT_MOST if most is None else most
@@ -161,7 +161,7 @@ def unit_from(given: Any, most: int | None, static_shapes: bool) -> PrivacyUnit 
     if given is None:
         if most is not None:
             raise ValueError(
-                f"max_examples_per_unit={most} without privacy_unit: expected both. Name the field with the user, as in "
+                f"max_examples_per_unit={shown(most)} without privacy_unit: expected both. Name the field with the user, as in "
                 "privacy_unit='user_id', or leave it out."
             )
         return None

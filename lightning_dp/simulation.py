@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from lightning_dp.checked import whole
 from lightning_dp.plan import PrivacyPlan
 
 
 def check_simulation(simulate: int) -> None:
     """Raise ``ValueError`` unless ``simulate`` is a whole number of at least 1."""
-    if simulate < 1 or simulate != int(simulate):
+    if whole("simulate", simulate) < 1:
         raise ValueError(
             f"simulate={simulate}: expected a whole number of at least 1: how many times smaller batch and noise are to be "
             "(1 trains for real)."
@@ -21,7 +22,8 @@ def check_simulation(simulate: int) -> None:
 def simulated(plan: PrivacyPlan, simulate: int) -> PrivacyPlan:
     """The plan of a run that behaves like ``plan``'s, with 1/S of its batch and of its noise.
 
-    Both B and σ are divided by S; steps, epochs, δ, C and N stay. The noise on the *mean* gradient is σ·C/B as before, so
+    Both B and σ are divided by S; steps, epochs, δ, C and N stay. What serves a guarantee alone is left out: the target ε, the
+    bound on a draw (of the real run, only draws that next to never happen are cut) and the grid of secure noise. The noise on the *mean* gradient is σ·C/B as before, so
     the learning rate stays as well: a step has the signal-to-noise ratio of the real one, but for the sampling of fewer
     examples. Its privacy is another matter: σ/S at q/S spends far more than σ at q once σ/S is small, so no target ε is
     kept, and the ledger counts what is really run.
@@ -55,6 +57,9 @@ def simulated(plan: PrivacyPlan, simulate: int) -> PrivacyPlan:
         noise_multiplier=plan.noise_multiplier / simulate,
         expected_batch_size=plan.expected_batch_size / simulate,
         target_epsilon=None,
+        max_batch_size=None,
+        resolution=None,
+        coordinates=None,
         simulation=simulate,
     )
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from lightning_dp.audit.run import VIOLATED, audit
+from lightning_dp.audit.run import VIOLATED, audit, check_options
 from lightning_dp.recipe_cli import RecipeCLI
 from lightning_dp.strategy import register_strategies
 
@@ -44,6 +44,10 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, help="of the canaries' coins; default: secret")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
     args, rest = parser.parse_known_args(list(words))
+    try:  # before the recipe, which takes its time
+        check_options(args.gradient_canaries, args.input_canaries, args.confidence, args.seed)
+    except ValueError as error:
+        parser.error(str(error))
     if args.json:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,11 +17,16 @@ from lightning_dp.audit.expected import plan_p_value
 from lightning_dp.audit.observer import Observer
 from lightning_dp.augmentation import views_of
 from lightning_dp.callback import DifferentialPrivacy
+from lightning_dp.checked import number, whole
 from lightning_dp.preflight import check_loader
 
 CONSISTENT, VIOLATED = "consistent", "violated"
 NOT_THE_PLAN = 1e-6
 """Guesses less likely than this under the plan are taken for a violation of it."""
+
+
+MOST_CANARIES = 10**7
+"""Each gradient-space canary is one more coordinate of the gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,19 @@ class AuditResult:
         )
 
 
+def check_options(gradient_canaries: int, input_canaries: int, confidence: float, seed: int | None) -> None:
+    """Raise ``ValueError`` unless :func:`audit` can work with these."""
+    check_confidence(number("confidence", confidence))
+    for name, count in (("gradient_canaries", gradient_canaries), ("input_canaries", input_canaries)):
+        whole(name, count, low=0, high=MOST_CANARIES)
+    if max(gradient_canaries, input_canaries) < 2:
+        raise ValueError(
+            f"gradient_canaries={gradient_canaries}, input_canaries={input_canaries}: expected at least two of one kind."
+        )
+    if seed is not None:
+        whole("seed", seed, low=0)
+
+
 def audit(
     trainer: pl.Trainer,
     module: pl.LightningModule,
@@ -96,11 +114,7 @@ def audit(
 
     Source: Steinke, Nasr and Jagielski (2023), arXiv 2305.08846.
     """
-    check_confidence(confidence)
-    if min(gradient_canaries, input_canaries) < 0 or max(gradient_canaries, input_canaries) < 2:
-        raise ValueError(
-            f"gradient_canaries={gradient_canaries}, input_canaries={input_canaries}: expected at least two of one kind."
-        )
+    check_options(gradient_canaries, input_canaries, confidence, seed)
     if trainer.world_size != 1:
         raise ValueError(f"world_size={trainer.world_size}: expected 1. Audit on one device (Trainer(devices=1)).")
     private = next((one for one in trainer.callbacks if isinstance(one, DifferentialPrivacy)), None)  # type: ignore[attr-defined]  # set where type checkers do not see it

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.checked import shown
 from lightning_dp.functional.microbatch import BatchAxisError, Element
 
 Axis = int | Literal["list"]
@@ -29,7 +30,7 @@ def check_batch_axis_argument(batch_axis: object) -> None:
     allowed = all(_is_axis(value) or (value is None and names) for value in values)
     if not allowed or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"batch_axis={batch_axis!r}: expected the axis of the examples, such as 1, 'list' for a list with one element for "
+            f"batch_axis={shown(batch_axis)}: expected the axis of the examples, such as 1, 'list' for a list with one element for "
             "each example, or a mapping from fields to these, such as {'inputs': 1, 'positions': None}; None marks a tensor "
             "that all examples share."
         )

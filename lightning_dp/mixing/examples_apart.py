@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_dp import preflight
+from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.engines.explain import explain
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.microbatch import take
@@ -55,7 +56,8 @@ def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses:
     """Try ``collate_fn``, padding and losses on a few examples, evenly spaced in the dataset. Nothing of it is kept.
 
     No more examples are worked on at once than in a micro-batch of the run. In micro-batches of one, nothing that is
-    private can be mixed, and nothing is looked at.
+    private can be mixed, and nothing is looked at. A collective call: ranks with micro-batches of different sizes may see
+    different things, and all stop if one does.
 
     Args:
         strategy: whose module is tried, on its device.
@@ -66,17 +68,10 @@ def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses:
     Raises:
         PreflightError: one example enters another's row or gradient.
     """
-    if loader.physical_batch_size == 1:
-        return
-    module = module_of(strategy)
-    buffers = preflight.buffer_versions(module)
-    with isolate_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # a look is not worth a graph
-        one_view = views and replace(views, k=1)
-        reductions = [
-            _reduction(strategy, loader, loss_function, in_real_parts(parameters), one_view)
-            for loss_function, parameters in losses(one_view)
-        ]
-    preflight.check_buffers(module, buffers)
+    one_view = views and replace(views, k=1)
+    reductions = on_every_rank(
+        strategy, lambda: _reductions(strategy, loader, losses(one_view), one_view), preflight.PreflightError
+    )
     if Reduction.SUM in reductions:
         rank_zero_info(
             "lightning_dp: training_step adds up the losses of its examples. The private gradient is the sum divided by the "
@@ -91,7 +86,23 @@ def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses:
         )
 
 
-def _reduction(
+def _reductions(
+    strategy: Strategy,
+    loader: PoissonLoader,
+    losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]],
+    views: Views | None,
+) -> list[Reduction]:
+    if loader.physical_batch_size == 1:
+        return []
+    module = module_of(strategy)
+    buffers = preflight.buffer_versions(module)
+    with isolate_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # a look is not worth a graph
+        found = [_look(strategy, loader, loss, in_real_parts(parameters), views) for loss, parameters in losses]
+    preflight.check_buffers(module, buffers)
+    return found
+
+
+def _look(
     strategy: Strategy,
     loader: PoissonLoader,
     loss_function: LossFunction,

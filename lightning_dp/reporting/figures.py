@@ -8,6 +8,7 @@ from importlib import import_module
 from io import BytesIO
 from typing import Any
 
+from lightning_dp.raw_validation import raw_name
 from lightning_dp.reporting.facts import Published
 from lightning_dp.reporting.runs import ReportError, Run
 
@@ -38,9 +39,11 @@ def accuracy_against_epsilon(runs: Sequence[Run], metric: str, published: Sequen
                     run.epsilon, last, marker, color=colour, ms=9, zorder=3, label=f"{run.name} ({what}δ = {delta:g})"
                 )
         axes.set(xscale="log", xlabel="ε spent (logarithmic)", ylabel=metric)
-        plain = import_module("matplotlib.ticker").FuncFormatter(lambda x, _: f"{x:g}")
-        axes.xaxis.set_major_formatter(plain)
-        axes.xaxis.set_minor_formatter(plain)
+        ticker = import_module("matplotlib.ticker")
+        low, high = axes.get_xlim()
+        written = "2345678" if high / low < 20 else "25" if high / low < 500 else ""  # as many as do not overlap
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in written else ""))
         if any(curve.unconfirmed for curve in published):
             axes.plot(
                 [], [], "s", color="#888888", mfc="white", label="hollow: published figure without a second source"
@@ -68,15 +71,20 @@ def budget_by_step(runs: Sequence[Run]) -> bytes:
 
 
 def validation_by_step(runs: Sequence[Run], metric: str) -> bytes:
-    """``metric`` at every validation; averaged weights with solid lines, weights as trained with dashed ones."""
+    """``metric`` at every validation; averaged weights with solid lines, weights as trained with dashed ones.
+
+    A run that has validated on both (``ExponentialMovingAverage(validate_raw=True)``) has a line of each.
+    """
 
     def draw(axes: Any) -> None:
         for run, colour in zip(runs, _cycle(runs), strict=True):
-            how = {True: "averaged weights", False: "weights as trained", None: "weights not known"}[run.averaged]
-            style = "--" if run.averaged is False else "-"
-            axes.plot(
-                *zip(*run.series[metric], strict=True), "o" + style, ms=4, color=colour, label=f"{run.name} ({how})"
-            )
+            raw = run.series.get(raw_name(metric))
+            averaged = True if raw else run.averaged
+            how = {True: "averaged weights", False: "weights as trained", None: "weights not known"}[averaged]
+            lines = [(run.series[metric], how, "--" if averaged is False else "-")]
+            lines += [(raw, "weights as trained", "--")] if raw else []
+            for series, weights, style in lines:
+                axes.plot(*zip(*series, strict=True), "o" + style, ms=4, color=colour, label=f"{run.name} ({weights})")
         axes.set(xlabel="optimizer steps", ylabel=metric)
         axes.set_xlim(left=0)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from lightning_dp.accounting.statement import round_up
+from lightning_dp.raw_validation import raw_name
 from lightning_dp.reporting.facts import Published
 from lightning_dp.reporting.runs import Run
 
@@ -23,7 +24,9 @@ def page(runs: Sequence[Run], metric: str, pictures: Mapping[str, bytes], publis
         pictures: caption and PNG.
         published: whose sources are listed.
     """
-    rows = "".join(_row(run, metric) for run in runs)
+    raw = raw_name(metric) if any(raw_name(metric) in run.series for run in runs) else None
+    rows = "".join(_row(run, metric, raw) for run in runs)
+    metrics = f"<th>{escape(metric)}, last</th>" + (f"<th>{escape(raw)}, last</th>" if raw else "")
     images = "".join(
         f'<h2>{escape(caption)}</h2><img alt="{escape(caption)}" src="data:image/png;base64,{b64encode(png).decode()}">'
         for caption, png in pictures.items()
@@ -38,16 +41,18 @@ def page(runs: Sequence[Run], metric: str, pictures: Mapping[str, bytes], publis
     caveats = "".join(f"<li>{escape(str(note))}</li>" for note in notes)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Report of {len(runs)} runs</title><style>{STYLE}</style>'
-        f"<h1>Report of {len(runs)} runs</h1><table><tr><th>run</th><th>{escape(metric)}, last</th><th>ε ≤</th><th>δ</th>"
+        f"<h1>Report of {len(runs)} runs</h1><table><tr><th>run</th>{metrics}<th>ε ≤</th><th>δ</th>"
         f"<th>σ</th><th>q</th><th>steps</th></tr>{rows}</table>{images}{listed}"
         + (f"<h2>Caveats of the runs</h2><ul>{caveats}</ul>" if caveats else "")
         + "</html>\n"
     )
 
 
-def _row(run: Run, metric: str) -> str:
+def _row(run: Run, metric: str, raw: str | None) -> str:
     name = f"{run.name} (SIMULATION, not private)" if run.is_simulation else run.name
     cells = [name, f"{run.series[metric][-1][1]:.4f}"]
+    if raw is not None:
+        cells.append(f"{run.series[raw][-1][1]:.4f}" if raw in run.series else "")
     if run.statement is None:
         cells += ["∞ (no privacy)", "", "", "", ""]
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 METRICS, STATEMENT = "metrics.csv", "privacy.json"
+_OF_OTHER_LOGGERS = ("*.wandb", "events.out.tfevents.*")
 
 
 class ReportError(ValueError):
@@ -75,9 +76,15 @@ def _read(given: Path, metric: str) -> Run:
             if not found
             else f"has {len(found)} runs ({', '.join(str(f.parent) for f in found[:3])})"
         )
+        remedy = "Give each run's folder."
+        if not found and given.is_dir() and any(next(given.rglob(kind), None) for kind in _OF_OTHER_LOGGERS):
+            remedy = (
+                "There are logs of Weights & Biases or TensorBoard here, which only those can read: let the run write both, "
+                "with Trainer(logger=[CSVLogger(...), ...])."
+            )
         raise ReportError(
             f"{given} {what}: expected the folder of one run, such as runs/digits/cnn_eps8/version_0, written by "
-            "lightning.pytorch.loggers.CSVLogger. Give each run's folder."
+            f"lightning.pytorch.loggers.CSVLogger. {remedy}"
         )
     folder = found[0].parent
     series = _series(found[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -9,12 +10,18 @@ from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
+from lightning.pytorch.loggers import CSVLogger
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from lightning_dp import DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.cli import main
 from lightning_dp.reporting import figures
 from lightning_dp.reporting.facts import TASKS
 from lightning_dp.reporting.runs import ReportError, read_runs
+from tests.conftest import loader, regressor, trainer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -69,6 +76,74 @@ def test_what_is_drawn_is_what_was_logged(tmp_path: Path) -> None:
     spent = {"epsilon": "inf", "delta": 1e-5, "dataset_size": 50000}  # as privacy.json says that there was no noise
     (tmp_path / "a" / "privacy.json").write_text(json.dumps(spent))
     assert read_runs([tmp_path / "a"], "val/accuracy")[0].epsilon == math.inf
+
+
+def test_a_real_run_with_both_validations_is_drawn_from_what_it_wrote(tmp_path: Path) -> None:
+    seen: list[tuple[int, float, float]] = []
+
+    class Watch(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                found = trainer.callback_metrics
+                seen.append((trainer.global_step, float(found["val/loss"]), float(found["val/loss_raw"])))
+
+    private, average = DifferentialPrivacy(noise_multiplier=1.0), ExponentialMovingAverage(0.9, validate_raw=True)
+    options = {"max_steps": 6, "val_check_interval": 2, "check_val_every_n_epoch": None, "log_every_n_steps": 1}
+    fit = trainer(private, average, Watch(), logger=CSVLogger(tmp_path, name="tiny"), **options)
+    fit.fit(regressor(), loader(), loader())
+    (run,) = read_runs([tmp_path / "tiny"], "val/loss")
+    assert [step for step, _ in run.series["val/loss"]] == [2, 4, 6] == [step for step, _, _ in seen]
+    assert [value for _, value in run.series["val/loss"]] == pytest.approx([averaged for _, averaged, _ in seen])
+    assert [value for _, value in run.series["val/loss_raw"]] == pytest.approx([raw for *_, raw in seen])
+    assert [step for step, _ in run.series["dp/epsilon"]] == [1, 2, 3, 4, 5, 6]
+    assert run.epsilon == private.statement().epsilon == pytest.approx(run.series["dp/epsilon"][-1][1])
+
+    main(["report", str(tmp_path / "tiny"), "--metric", "val/loss", "--out", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "<th>val/loss_raw, last</th><th>ε ≤</th>" in page
+    assert f"<td>{seen[-1][1]:.4f}</td><td>{seen[-1][2]:.4f}</td>" in page
+
+
+def drawn(draw: Any) -> Any:
+    figure = Figure()
+    draw(figure.add_subplot())
+    return figure.axes[0]
+
+
+def test_both_validations_are_two_lines_of_one_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "_png", drawn)
+    folder = logs(tmp_path / "a")
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    both = [rows[0] + ",val/accuracy_raw", *(f"{row},{0.3 if index > 2 else ''}" for index, row in enumerate(rows[1:]))]
+    (folder / "metrics.csv").write_text("\n".join(both) + "\n")
+    averaged, raw = figures.validation_by_step(read_runs([folder], "val/accuracy"), "val/accuracy").lines
+    assert (averaged.get_linestyle(), raw.get_linestyle()) == ("-", "--")
+    assert averaged.get_color() == raw.get_color()
+    assert list(raw.get_ydata()) == [0.3, 0.3, 0.3]
+    assert [line.get_label().split("(")[1] for line in (averaged, raw)] == ["averaged weights)", "weights as trained)"]
+
+
+@pytest.mark.parametrize("most", [1.5, 8.0, 60.0, 5000.0])
+def test_the_numbers_on_the_axis_of_epsilon_do_not_overlap(
+    most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = read_runs([logs(tmp_path / "a", 1.0), logs(tmp_path / "b", most)], "val/accuracy")
+    monkeypatch.setattr(figures, "_png", drawn)
+    axes = figures.accuracy_against_epsilon(runs, "val/accuracy", ())
+    axes.figure.set_size_inches(8, 5)
+    FigureCanvasAgg(axes.figure).draw()
+    shown = [tick.label1 for tick in (*axes.xaxis.get_major_ticks(), *axes.xaxis.get_minor_ticks())]
+    boxes = sorted((label.get_window_extent().intervalx for label in shown if label.get_text()), key=min)
+    boxes = [box for box in boxes if axes.bbox.x0 <= sum(box) / 2 <= axes.bbox.x1]
+    assert boxes
+    assert all(left[1] < right[0] for left, right in itertools.pairwise(boxes))
+
+
+def test_logs_of_other_loggers_are_told_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run-1.wandb").touch()
+    with pytest.raises(ReportError, match=r"has no metrics.csv.*Weights & Biases or TensorBoard.*logger=\[CSVLogger"):
+        read_runs([tmp_path], "val/accuracy")
 
 
 def broken(tmp_path: Path, how: str) -> list[Path]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.functional.transforms import ViewTransform
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
 from tests.training.manual_modules import gan
@@ -56,6 +56,16 @@ class OwnOrder(L.LightningDataModule):
 class FrozenOnOne(Regressor):
     def setup(self, stage: str) -> None:
         self.net[0].bias.requires_grad_(self.trainer.global_rank != 1)
+
+
+class Validated(Regressor):
+    """Validates on 48 examples, which two and three ranks share evenly."""
+
+    def val_dataloader(self) -> Any:
+        return loader(regression_data(48, seed=4), 8)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", torch.nn.functional.mse_loss(self.net(batch[0]).squeeze(-1), batch[1]), sync_dist=True)
 
 
 def refuse_disagreement(folder: Path, ranks: int, module: L.LightningModule, data: Any) -> None:
@@ -137,6 +147,12 @@ def run(folder: Path, case: str, ranks: int) -> None:
             privacy_unit=[index * index % 23 for index in range(64)],
         )  # fmt: skip
         fit = on_ranks(ranks, max_steps=6)
+    elif case == "simulated":
+        module = regressor()
+        private = DifferentialPrivacy(
+            noise_multiplier=2.0, clip_norm=0.3, seed=7, expected_batch_size=32, simulate=4, max_batch_size=63
+        )
+        fit = on_ranks(ranks, max_steps=6)
     elif case == "secret":
         module = regressor()
         private = DifferentialPrivacy(noise_multiplier=0.5)
@@ -145,6 +161,11 @@ def run(folder: Path, case: str, ranks: int) -> None:
         module = gan()
         private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, public_optimizers=[0])
         fit = on_ranks(ranks, max_steps=6)
+    elif case == "raw":  # every validation twice, on the average and on the weights as trained
+        module = Validated()
+        private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16)
+        fit = on_ranks(ranks, max_steps=8)
+        fit.callbacks.append(ExponentialMovingAverage(0.9, validate_raw=True))
     elif case == "disagree":  # as after a random split that each rank seeds for itself
         refuse_disagreement(folder, ranks, regressor(), OwnOrder())
         return
@@ -163,6 +184,7 @@ def run(folder: Path, case: str, ranks: int) -> None:
         state["optimizer"] = sum(len(s) for s in getattr(optimizer, "optim", optimizer).state.values())
         state.update(steps=private.ledger.steps, epsilon=private.statement().epsilon)
         state.update(physical_batch_size=module.trainer.strategy.private_step.physical_batch_size)
+        state.update(metrics={name: float(value) for name, value in module.trainer.callback_metrics.items()})
         torch.save(state, folder / f"{case}-{ranks}-{rank}.pt")
 
     module.on_train_end = remember

@@ -23,9 +23,7 @@ RANKS = [1, 2, 3]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = (
-        "equal,by_name,different_start,noise,zero,storm,views,styled,measured,users,secret,gan,disagree,frozen_on_one"
-    )
+    cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,users,secret,gan,raw,simulated,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=600,
@@ -55,6 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "users",
         "secret",
         "gan",
+        "simulated",
     ],
 )
 def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) -> None:
@@ -65,7 +64,8 @@ def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) ->
 
 
 @pytest.mark.parametrize(
-    "case", ["equal", "by_name", "different_start", "zero", "storm", "views", "styled", "measured", "users"]
+    "case",
+    ["equal", "by_name", "different_start", "zero", "storm", "views", "styled", "measured", "users", "simulated"],
 )
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str, ranks: int) -> None:
@@ -91,6 +91,16 @@ def test_ranks_that_measure_agree_on_a_size(results: Any, ranks: int) -> None:
     assert len({results("measured", ranks, rank)["physical_batch_size"] for rank in range(ranks)}) == 1
 
 
+def test_both_validations_of_a_run_give_what_they_give_on_one_rank(results: Any) -> None:
+    alone = results("raw", 1)["metrics"]
+    assert alone["val/loss"] != alone["val/loss_raw"]
+    for ranks in (2, 3):
+        for rank in range(ranks):
+            here = results("raw", ranks, rank)["metrics"]
+            for name in ("val/loss", "val/loss_raw"):
+                assert here[name] == pytest.approx(alone[name], rel=1e-5)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_epsilon_does_not_depend_on_the_number_of_ranks(results: Any, ranks: int) -> None:
     assert results("equal", ranks)["epsilon"] == results("equal", 1)["epsilon"]
@@ -101,6 +111,10 @@ def test_a_zero_redundancy_optimizer_keeps_each_parameters_state_on_one_rank(res
     parts = [results("zero", ranks, rank)["optimizer"] for rank in range(ranks)]
     assert sum(parts) == results("zero", 1)["optimizer"]
     assert min(parts) > 0
+
+
+def test_a_simulation_shares_its_smaller_batch_among_the_ranks(results: Any) -> None:
+    assert [results("simulated", ranks)["plan_batch"] for ranks in RANKS] == [8, 8, 8]
 
 
 def test_the_batch_of_the_loader_is_per_rank(results: Any) -> None:

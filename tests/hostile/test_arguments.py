@@ -24,7 +24,8 @@ from tests.hostile.values import ARGUMENTS_TRIED, TRIED, Unprintable, anything, 
 ARGUMENTS = {
     "epsilon": 8.0, "noise_multiplier": None, "delta": 1e-5, "clip_norm": 1.0, "expected_batch_size": None,
     "dataset_size": None, "physical_batch_size": None, "max_batch_size": None, "engine": "auto", "seed": None,
-    "log_train_metrics": True, "clipping": "flat", "automatic_gamma": 0.01,
+    "log_train_metrics": True, "clipping": "flat", "automatic_gamma": 0.01, "simulate": 1, "secure": False,
+    "public_optimizers": None, "static_shapes": False, "batch_axis": 0, "privacy_unit": None, "max_examples_per_unit": None,
 }  # fmt: skip
 PLAN = {
     "noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, "expected_batch_size": 10.0, "steps": 5,
@@ -54,7 +55,10 @@ def sound(private: DifferentialPrivacy) -> bool:
     noise = private.noise_multiplier is None or 0 <= float(private.noise_multiplier) < math.inf
     counts = (private.expected_batch_size, private.dataset_size, private.max_batch_size)
     whole = all(count is None or (int(count) == count and count >= 1) for count in counts)
-    plain_bool = type(private.log_train_metrics) is bool
+    plain_bool = all(type(v) is bool for v in (private.log_train_metrics, private.secure, private.static_shapes))
+    whole &= private.simulate >= 1 and all(place >= 0 for place in private.public_optimizers)
+    whole &= 0 < float(private.automatic_gamma) < math.inf and private.clipping in ("flat", "per_layer", "automatic")
+    whole &= not private.secure or (private.seed is None and private.noise_multiplier != 0)
     return (
         one and positive and noise and 0 < float(private.delta) < 1 and private.clip_norm > 0 and whole and plain_bool
     )
@@ -78,11 +82,32 @@ def test_a_plan_holds_numbers_that_make_sense(changes: dict[str, Any]) -> None:
     )
 
 
+NEWEST = ("simulate", "batch_axis", "static_shapes", "public_optimizers", "secure", "privacy_unit", "clipping",
+          "automatic_gamma", "max_examples_per_unit")  # fmt: skip
+
+
+@settings(max_examples=500)
+@given(name=st.sampled_from(NEWEST), value=anything)
+def test_a_refusal_names_the_argument_that_is_wrong(name: str, value: Any) -> None:
+    """One argument out of order, all others right."""
+    TRIED["one argument"] += 1
+    given_with = {**ARGUMENTS, **({"privacy_unit": "user_id"} if name == "max_examples_per_unit" else {}), name: value}
+    told = ""
+    try:
+        made = DifferentialPrivacy(**given_with)
+    except ValueError as error:
+        told = str(error)
+    assert told.startswith(f"{name}=") if told else sound(made), told
+
+
 @settings(max_examples=300)
 @given(value=anything)
 def test_the_other_callbacks_too(value: Any) -> None:
     refused_or_right(
         lambda: ExponentialMovingAverage(decay=value), {"decay"}, lambda made: 0 <= made.decay < 1, "others"
+    )
+    refused_or_right(
+        lambda: ExponentialMovingAverage(validate_raw=value), {"validate_raw"}, lambda _: type(value) is bool, "others"
     )
     refused_or_right(lambda: AugmentationMultiplicity(k=value), {"k"}, lambda made: made.k >= 0, "others")
 
@@ -167,6 +192,22 @@ def test_the_calculators_refuse_by_name(command: str, data: st.DataObject) -> No
         assert any(name in text or name.strip("-").replace("-", "_") + "=" in text for name in wrong), text
 
 
+CANARIES = {"--gradient-canaries": "20", "--input-canaries": "20", "--confidence": "0.95", "--seed": "1"}
+
+
+@settings(max_examples=250)
+@given(wrong=st.dictionaries(st.sampled_from(sorted(CANARIES)), words.filter(bad), min_size=1, max_size=4))
+def test_an_audit_refuses_by_name_before_it_reads_the_recipe(wrong: dict[str, str]) -> None:
+    TRIED["audit"] += 1
+    given_words = [f"{name}={word}" for name, word in {**CANARIES, **wrong}.items()]
+    code, text = said("audit", "--config", "no/such/recipe.yaml", *given_words)
+    if "no/such/recipe.yaml" in text:  # no canary of one kind, and the first of all seeds, are right
+        assert all(float(word) == 0 for word in wrong.values())
+        return
+    assert code == 2
+    assert any(name in text or name.strip("-").replace("-", "_") + "=" in text for name in wrong), text
+
+
 @settings(max_examples=15)
 @given(
     sigma=st.sampled_from([1e-9, 1e-3, 0.3, 1.0, 30.0, 1e5, 1e9]),
@@ -195,6 +236,14 @@ def test_the_accountant_refuses_by_name(numbers: list[Any], place: int) -> None:
         return  # a number may be right, and then takes a search
     with pytest.raises(ValueError, match=f"{names[place]}="):
         noise_multiplier_for(*arguments)
+
+
+@pytest.mark.parametrize("batch", [5e-324, 1e-310])
+def test_a_batch_so_small_that_its_probability_is_zero_is_refused(batch: float) -> None:
+    with pytest.raises(
+        ValueError, match=r"expected_batch_size=.* gives a sampling probability of .*: expected a value"
+    ):
+        PrivacyPlan(**{**PLAN, "expected_batch_size": batch})
 
 
 def test_a_message_is_made_of_anything() -> None:

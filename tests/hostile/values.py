@@ -51,6 +51,8 @@ plain: st.SearchStrategy[Any] = st.one_of(  # what torch.load(weights_only=True)
 
 ARGUMENTS_TRIED = {
     "callback": 4000,
+    "one argument": 400,
+    "audit": 150,
     "plan": 1500,
     "others": 200,
     "recipe": 1000,

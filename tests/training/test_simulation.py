@@ -114,6 +114,30 @@ def test_planning_sees_through_a_simulation(simulate: int) -> None:
     assert simulated(plan, 1) is plan
 
 
+@pytest.mark.parametrize("options", [{"secure": True}, {"max_batch_size": 56}], ids=["secure", "max_batch_size"])
+def test_what_serves_a_guarantee_alone_is_not_simulated(options: dict[str, Any], tmp_path: Path) -> None:
+    """The grid of secure noise and the bound on a draw: at 1/S of the noise δ could often not pay for them."""
+
+    def run(steps: int, ckpt_path: Path | None = None) -> tuple[DifferentialPrivacy, L.Trainer]:
+        dp = DifferentialPrivacy(noise_multiplier=2.0, delta=1e-3, simulate=8, **options)
+        runs = trainer(dp, max_steps=steps)
+        runs.fit(regressor(), loader(batch_size=16), ckpt_path=ckpt_path)
+        return dp, runs
+
+    small, runs = run(4)
+    assert small.plan.noise_multiplier == 2.0 / 8
+    assert (small.plan.resolution, small.plan.max_batch_size, small.plan.target_epsilon) == (None, None, None)
+    statement = small.statement()
+    assert statement.noise == "Gaussian noise in floating point"
+    assert statement.epsilon == epsilon_bound(small.ledger.phases, 1e-3).epsilon < float("inf")
+    assert str(statement).startswith("SIMULATION, NOT PRIVATE")
+    runs.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(6, tmp_path / "half.ckpt")
+    assert resumed.ledger.phases == (Phase(2.0 / 8, 16 / 64 / 8, 6),)
+    with pytest.raises(ValueError, match="expected"):  # what is impossible for the run simulated is still refused
+        DifferentialPrivacy(noise_multiplier=0.0, simulate=8, secure=True)
+
+
 def test_impossible_simulations_are_refused() -> None:
     with pytest.raises(ValueError, match=r"simulate=0: expected a whole number of at least 1"):
         DifferentialPrivacy(epsilon=1.0, simulate=0)

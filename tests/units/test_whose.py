@@ -104,9 +104,9 @@ def test_a_file_of_something_else_is_refused(content: str, told: str, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"privacy_unit": 3}, "privacy_unit of type int: expected the name of a field"),
-        ({"privacy_unit": ""}, "privacy_unit of type str: expected the name"),
-        ({"privacy_unit": np.zeros((2, 2))}, "privacy_unit of type ndarray"),
+        ({"privacy_unit": 3}, "privacy_unit=<int>: expected the name of a field"),
+        ({"privacy_unit": ""}, "privacy_unit=<str>: expected the name"),
+        ({"privacy_unit": np.zeros((2, 2))}, "privacy_unit=<ndarray>"),
         ({"privacy_unit": "user_id", "max_examples_per_unit": 0}, "max_examples_per_unit=0: expected at least 1"),
         ({"privacy_unit": "user_id", "max_examples_per_unit": 2.5}, "max_examples_per_unit=2.5: expected a whole"),
         ({"max_examples_per_unit": 4}, "max_examples_per_unit=4 without privacy_unit: expected both"),

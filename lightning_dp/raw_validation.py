@@ -1,0 +1,105 @@
+"""Validation on the weights as trained, before the one on their average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+RAW = "_raw"
+"""What the name of a metric ends with if it was computed on the weights as trained."""
+
+_OF_A_LOADER = "/dataloader_idx_"
+
+
+class RawValidation:
+    """Runs every validation of a fit twice: first on the weights as they are, then as ever.
+
+    The first run is the module's alone: no callback sees it, nothing reaches a logger, and random generators, progress and
+    metrics are put back, so that the second is what it would have been. It has the batches and the hooks of the module that
+    the second one has, on every rank.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[Tensor, bool]] = {}
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """From here on each validation of this fit is preceded by one on the weights as they are."""
+        self.end(trainer)
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        vars(loop)["run"] = partial(self._twice, trainer, loop.run)
+
+    def end(self, trainer: pl.Trainer) -> None:
+        """Leave the Trainer as it was found."""
+        vars(trainer.fit_loop.epoch_loop.val_loop).pop("run", None)
+        self._found = {}
+
+    def log(self, module: pl.LightningModule) -> None:
+        """Log what the first run found, as ``<name>_raw``. To be called at the end of the second one's epoch."""
+        ranks = module.trainer.world_size
+        for name, (value, to_loggers) in self._found.items():
+            module.log(
+                raw_name(name),
+                value.float(),
+                logger=None if to_loggers else False,
+                batch_size=1,
+                sync_dist=ranks > 1,
+                add_dataloader_idx=False,
+            )
+
+    def _twice(self, trainer: pl.Trainer, run: Callable[[], Any]) -> Any:
+        if not trainer.sanity_checking:
+            with _the_module_alone(trainer), isolate_rng():
+                before = dict(trainer.callback_metrics)
+                logged = {name for of_one_loader in run() for name in of_one_loader}
+                after = trainer.callback_metrics
+                found = {name: value for name, value in after.items() if value is not before.get(name)}
+            self._found = {
+                name: (value.detach().clone(), name in logged)
+                for name, value in found.items()
+                if not (name.endswith("_step") and f"{name.removesuffix('_step')}_epoch" in found)
+            }
+        return run()
+
+
+def raw_name(name: str) -> str:
+    """The name of a metric on the weights as trained.
+
+    Example:
+        >>> raw_name("val/accuracy"), raw_name("val/loss/dataloader_idx_1")
+        ('val/accuracy_raw', 'val/loss_raw/dataloader_idx_1')
+    """
+    base, of_a_loader, index = name.partition(_OF_A_LOADER)
+    return base + RAW + of_a_loader + index
+
+
+@contextmanager
+def _the_module_alone(trainer: pl.Trainer) -> Iterator[None]:
+    """Without callbacks and loggers, and with everything that a validation counts put back afterwards."""
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
+    connector: Any = trainer._logger_connector
+    whole: Any = trainer  # Lightning sets callbacks where type checkers do not see it
+    callbacks, loggers = whole.callbacks, whole.loggers
+    of_connector = {name: dict(getattr(connector, name)) for name in _CONNECTOR}
+    of_loop = {name: deepcopy(getattr(loop, name)) for name in _LOOP}
+    whole.callbacks, whole.loggers = [], [DummyLogger() for _ in loggers]
+    loop.restarting = False
+    try:
+        yield
+    finally:
+        whole.callbacks, whole.loggers = callbacks, loggers
+        for name, kept in of_connector.items():
+            setattr(connector, name, kept)
+        for name, progress in of_loop.items():
+            setattr(loop, name, progress)
+
+
+_CONNECTOR = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+_LOOP = ("batch_progress", "_seen_batches_per_dataloader", "restarting")
