@@ -160,7 +160,7 @@ class GhostEngine:
                 name: parameter.detach().requires_grad_().expand(examples, *parameter.shape)
                 for name, parameter in parameters.items()
             }
-            with self._keeping(books, parameters, of), folded_attention():
+            with self._keeping(books, parameters, of), folded_attention(of):
                 losses, outputs = vmap(loss_of_one, in_dims=(0, 0, 0), randomness=self.randomness)(
                     copies, tensors, witness
                 )
