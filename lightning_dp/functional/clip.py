@@ -153,10 +153,14 @@ def _row_norms(rows: Tensor) -> Tensor:
     (Higham 1993, "The accuracy of floating point summation"), and the clip norm would not hold by as much.
     """
     dtype = accumulation_dtype(rows.dtype)
-    while rows.shape[1] > NORM_BLOCK:
-        whole = rows.shape[1] // NORM_BLOCK * NORM_BLOCK
-        blocks = torch.linalg.vector_norm(rows[:, :whole].view(len(rows), -1, NORM_BLOCK), dim=2, dtype=dtype)
-        rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True, dtype=dtype)
-        rows = torch.cat([blocks, rest], dim=1)
+    while (length := rows.shape[1]) > NORM_BLOCK:
+        block = next((n for n in range(NORM_BLOCK, NORM_BLOCK // 2, -1) if length % n == 0), NORM_BLOCK)
+        whole = length // block * block
+        blocks = torch.linalg.vector_norm(rows[:, :whole].view(len(rows), -1, block), dim=2, dtype=dtype)
+        if whole == length:
+            rows = blocks
+        else:
+            rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True, dtype=dtype)
+            rows = torch.cat([blocks, rest], dim=1)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
     return norms

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 from lightning_dp.clipping import Clipping
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost import convolution as convolution_rule
+from lightning_dp.engines.ghost import normalisation as normalisation_rule
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.loop import LoopEngine
 from tests.engines.against_loop import agree, both, build, same
@@ -386,3 +387,19 @@ def test_autocast_computes_layers_in_bfloat16_and_norms_in_float32() -> None:
         ghost, loop, _ = both(module, inputs)
     assert {tensor.dtype for tensor in (*ghost.gradient.values(), ghost.norms)} == {torch.float32}
     torch.testing.assert_close(ghost.norms, loop.norms, rtol=5e-2, atol=1e-3)
+
+
+def test_normalisations_of_more_numbers_than_are_worked_on_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalisation_rule, "IN_CACHE", 50)
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(6), nn.Tanh(), nn.RMSNorm(6), nn.Tanh(), nn.LayerNorm((4, 6)))
+
+    agree(*build(make, 0, 5, 4, 6))
+
+
+def test_the_narrower_factor_takes_the_clipping_factors() -> None:
+    """Wide to narrow and narrow to wide, as Gram matrices and as single positions."""
+    for widths in ((40, 2), (2, 40)):
+        for positions in (1, 4):
+            agree(*build(lambda w=widths: nn.Sequential(nn.Linear(*w), nn.Tanh()), 0, 3, positions, widths[0]))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from lightning_dp.engines.ghost.below import below_vmap, examples_first
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.contribution import Contribution, Written
 from lightning_dp.engines.ghost.keeper import brought_again
@@ -120,7 +121,14 @@ class Pass:
 
     def call(self, operation: Operation, x: Tensor, weight: Operand | None, bias: Operand | None) -> Tensor:
         """The operation's output for ``x``, and its contributions when the backward pass comes by."""
-        output: Tensor = _Call.apply(operation, x, weight, bias, self, self.witness)
+        assert self.witness is not None
+
+        def computed(rows: Tensor) -> Tensor:
+            return _computed(operation, rows, weight, bias, self)
+
+        output = below_vmap(computed, (x,), self.witness)
+        if output is None:
+            output = _Call.apply(operation, x, weight, bias, self, self.witness)
         return output
 
 
@@ -151,34 +159,37 @@ class _Call(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         if torch._C._functorch.is_functorch_wrapped_tensor(x) or len(witness) != info.batch_size:
             raise NestedTransformError(_NESTED)
-        axis = in_dims[1]
-        x = x.expand(info.batch_size, *x.shape) if axis is None else x.movedim(axis, 0)
-        with brought(weight, bias) as values:
-            operands = [
-                None if one is None or value is None else _given(one, value, operation, info.batch_size, of)
-                for one, value in zip((weight, bias), values, strict=True)
-            ]
-            computed = operation.forward(x, *operands)
-        output, shape, saved = computed.value, computed.shape, computed.saved
-        del computed, operands, values
-        learning = any(operand is not None and operand.deliver is not None for operand in (weight, bias))
-        if operation.takes_copies or not learning:  # copies learn by themselves, and what is frozen does not
-            return output.reshape(shape), 0
-        if not output.requires_grad:
-            output = output + of.anchor
-        if output._is_view():
-            output = output.clone()  # a hook on a view would be lost if somebody overwrote the output in place
-        inputs = x.detach()
+        return _computed(operation, examples_first(x, in_dims[1], info.batch_size), weight, bias, of), 0
 
-        def receive(g: Tensor) -> None:
-            with torch.no_grad():
-                if weight is not None and weight.deliver is not None:
-                    weight.deliver(operation.of_weight(inputs, g, weight.value, saved, of.buffers))
-                if bias is not None and bias.deliver is not None:
-                    bias.deliver(operation.of_bias(inputs, g))
 
-        output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return output.reshape(shape), 0
+def _computed(operation: Operation, x: Tensor, weight: Operand | None, bias: Operand | None, of: Pass) -> Tensor:
+    """The output of all examples, ``(B, ...)``, with hooks for what the backward pass brings."""
+    with brought(weight, bias) as values:
+        operands = [
+            None if one is None or value is None else _given(one, value, operation, len(x), of)
+            for one, value in zip((weight, bias), values, strict=True)
+        ]
+        computed = operation.forward(x, *operands)
+    output, shape, saved = computed.value, computed.shape, computed.saved
+    del computed, operands, values
+    learning = any(operand is not None and operand.deliver is not None for operand in (weight, bias))
+    if operation.takes_copies or not learning:  # copies learn by themselves, and what is frozen does not
+        return output.reshape(shape)
+    if not output.requires_grad:
+        output = output + of.anchor
+    if output._is_view():
+        output = output.clone()  # a hook on a view would be lost if somebody overwrote the output in place
+    inputs = x.detach()
+
+    def receive(g: Tensor) -> None:
+        with torch.no_grad():
+            if weight is not None and weight.deliver is not None:
+                weight.deliver(operation.of_weight(inputs, g, weight.value, saved, of.buffers))
+            if bias is not None and bias.deliver is not None:
+                bias.deliver(operation.of_bias(inputs, g))
+
+    output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return output.reshape(shape)
 
 
 def _given(operand: Operand, value: Tensor, operation: Operation, examples: int, of: Pass) -> Tensor:

@@ -92,6 +92,7 @@ class Factored:
         gradients: g, with a leading axis of B.
         norms: (a, g) → the norms, ``(B,)``.
         total: (a, factors · g) → the weighted sum. It is linear in g.
+        bilinear: whether it is linear in a too, so that the factors may go to whichever is smaller.
         rows: (a, g) → the gradients written out.
         channels: basis, ``(p, n, 2)`` → what is known of the channels without writing them out, or ``None`` if nothing
             exact is.
@@ -105,10 +106,11 @@ class Factored:
         norms: Callable[[Tensor, Tensor], Tensor],
         total: Callable[[Tensor, Tensor], Tensor],
         rows: Callable[[Tensor, Tensor], Tensor],
+        bilinear: bool = False,
         channels: Callable[[Tensor], Channels | None] = lambda _: None,
     ) -> None:
         self._inputs, self._gradients = inputs, gradients
-        self._norms, self._total, self._rows = norms, total, rows
+        self._norms, self._total, self._rows, self._bilinear = norms, total, rows, bilinear
         self.channels = channels
 
     def norms(self) -> Tensor:
@@ -118,8 +120,10 @@ class Factored:
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """See :class:`Contribution`."""
         dtype = accumulation_dtype(self._gradients.dtype)
-        shape = (-1, *[1] * (self._gradients.ndim - 1))
-        return self._total(self._inputs, self._gradients.to(dtype) * factors.to(dtype).view(shape))
+        inputs, gradients = self._inputs, self._gradients.to(dtype)
+        if self._bilinear and inputs.numel() < gradients.numel():
+            return self._total(_scaled(inputs.to(dtype), factors), gradients)
+        return self._total(inputs, _scaled(gradients, factors))
 
     def rows(self) -> Tensor:
         """See :class:`Contribution`."""
@@ -129,7 +133,13 @@ class Factored:
         """See :class:`Contribution`."""
         inputs = blank(self._inputs, broken)
         gradients = blank(self._gradients, broken)
-        return Factored(inputs, gradients, norms=self._norms, total=self._total, rows=self._rows)
+        return Factored(
+            inputs, gradients, norms=self._norms, total=self._total, rows=self._rows, bilinear=self._bilinear
+        )
+
+
+def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
+    return rows * factors.to(rows.dtype).view(-1, *[1] * (rows.ndim - 1))
 
 
 def merged(contributions: Sequence[Contribution]) -> Contribution:

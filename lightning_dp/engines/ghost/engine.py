@@ -172,7 +172,7 @@ class GhostEngine:
                 for name, parameter in parameters.items()
                 if self.keeper is None or name not in self.keeper.names
             }
-            with self._keeping(books, parameters, of), folded_attention():
+            with self._keeping(books, parameters, of), folded_attention(of):
                 losses, outputs = vmap(loss_of_one, in_dims=(0, 0, 0), randomness=self.randomness)(
                     copies, tensors, witness
                 )

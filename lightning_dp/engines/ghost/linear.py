@@ -63,9 +63,9 @@ def of_positions(a: Tensor, g: Tensor) -> Contribution:
     """
     a = a.to(g.dtype)
     if a.shape[1] == 1:
-        return Factored(a, g, norms=_outer_norms, total=_total, rows=_rows)
+        return Factored(a, g, norms=_outer_norms, total=_total, rows=_rows, bilinear=True)
     if 2 * a.shape[1] ** 2 < a.shape[2] * g.shape[2]:
-        return Factored(a, g, norms=_gram_norms, total=_total, rows=_rows)
+        return Factored(a, g, norms=_gram_norms, total=_total, rows=_rows, bilinear=True)
     return Written(_rows(a, g))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,18 +86,24 @@ class LayerNorm:
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Output:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        output, mean, rstd = torch.native_layer_norm(_full(x), self.shape, weight, bias, self.eps)
-        return Output(output, tuple(x.shape), (mean.detach(), rstd.detach()))
+        full = _full(x).contiguous()  # the kernel would copy it too, and again on the way back
+        output, mean, rstd = torch.native_layer_norm(full, self.shape, weight, bias, self.eps)
+        return Output(output, tuple(x.shape), (full.detach(), mean.detach(), rstd.detach()))
 
     def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        full = x.to(accumulation_dtype(x.dtype))
-        mean, rstd = (statistic.to(full.dtype) for statistic in saved)
-        return _over_positions((full - mean).mul_(rstd).mul_(g), len(self.shape))
+        dtype = accumulation_dtype(x.dtype)
+        full, mean, rstd = saved
+
+        def products(rows: slice) -> Tensor:
+            centred: Tensor = full[rows].to(dtype) - mean[rows].to(dtype)
+            return centred.mul_(rstd[rows].to(dtype)).mul_(g[rows])
+
+        return _over_positions(products, x, len(self.shape))
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        return _over_positions(g.to(accumulation_dtype(g.dtype)), len(self.shape))
+        return Written(_summed(g, len(self.shape)))
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,17 @@ class RMSNorm:
 
     def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        full = x.to(accumulation_dtype(x.dtype))
-        eps = torch.finfo(full.dtype).eps if self.eps is None else self.eps
-        mean_square = full.square().mean(dim=tuple(range(-len(self.shape), 0)), keepdim=True)
-        return _over_positions(full.mul(mean_square.add_(eps).rsqrt_()).mul_(g), len(self.shape))
+        dtype = accumulation_dtype(x.dtype)
+        eps = torch.finfo(dtype).eps if self.eps is None else self.eps
+
+        def products(rows: slice) -> Tensor:
+            full = x[rows].to(dtype)
+            mean_square = full.square().mean(dim=tuple(range(-len(self.shape), 0)), keepdim=True)
+            normalised: Tensor = full.mul(mean_square.add_(eps).rsqrt_())
+            normalised *= g[rows]
+            return normalised
+
+        return _over_positions(products, x, len(self.shape))
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """A root-mean-square norm has none."""
@@ -134,6 +148,20 @@ def _full(x: Tensor) -> Tensor:
     return x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
 
 
-def _over_positions(products: Tensor, axes: int) -> Contribution:
+IN_CACHE = 1 << 17
+"""How many numbers are worked on at a time on a CPU, so that intermediate results need not go to memory and back."""
+
+
+def _over_positions(products: Callable[[slice], Tensor], x: Tensor, axes: int) -> Contribution:
+    """Gradients of a weight of so many ``axes``, from what each position adds, for examples of ``x`` at a time."""
+    at_a_time = len(x)
+    if x.device.type == "cpu":
+        at_a_time = max(1, IN_CACHE * len(x) // max(1, x.numel()))
+    parts = [_summed(products(slice(i, i + at_a_time)), axes) for i in range(0, max(1, len(x)), max(1, at_a_time))]
+    return Written(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+def _summed(products: Tensor, axes: int) -> Tensor:
     between = tuple(range(1, products.ndim - axes))
-    return Written(products.sum(between) if between else products)
+    dtype = accumulation_dtype(products.dtype)
+    return products.sum(between, dtype=dtype) if between else products.to(dtype)
