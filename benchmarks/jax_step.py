@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.models import WideResNet, WSConv2d
-from lightning_dp.models.weight_standardisation import EPSILON
+from lightning_dp.standardised_weights import EPSILON
 
 Weights = dict[str, Any]
 Gradient = dict[str, Tensor]
