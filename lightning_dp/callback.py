@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,26 +13,26 @@ from typing_extensions import override
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.advice import check_decisions
+from lightning_dp.arguments import check_arguments
 from lightning_dp.augmentation import views_of
-from lightning_dp.checked import shown, truth, whole
-from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle, check_clipping
+from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
 from lightning_dp.distributed.agreement import check_same_on_every_rank, facts
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.homecoming import register, send_home
-from lightning_dp.engines.select import EngineName, check_engine_name
+from lightning_dp.engines.select import EngineName
 from lightning_dp.functional.real_parts import coordinates
-from lightning_dp.loading.batch_axis import Axis, check_batch_axis_argument
+from lightning_dp.loading.batch_axis import Axis
 from lightning_dp.manual.public_optimizers import check_places, check_public_optimizers
-from lightning_dp.plan import PrivacyPlan, check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
+from lightning_dp.plan import PrivacyPlan
 from lightning_dp.planning import agreed_plan, check_batch_after_resume, on_rank_zero, planned_steps
 from lightning_dp.privacy_unit import unit_from
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.records.checkpoint import Past, lost_since, past_of, sealed, unsealed, with_lost_steps
 from lightning_dp.records.journal import Journal
 from lightning_dp.records.report import Report
-from lightning_dp.secure import check_secure, resolution
-from lightning_dp.simulation import as_if_real, check_simulation, simulated
-from lightning_dp.sizing.physical_batch import PhysicalBatchSize, check_physical_batch_size
+from lightning_dp.secure import resolution
+from lightning_dp.simulation import as_if_real, simulated
+from lightning_dp.sizing.physical_batch import PhysicalBatchSize
 from lightning_dp.strategy import PrivateStrategy, make_private
 
 
@@ -122,38 +121,6 @@ class DifferentialPrivacy(pl.Callback):
         privacy_unit: str | list[Any] | dict[int, Any] | None = None,
         max_examples_per_unit: int | None = None,
     ) -> None:
-        if (epsilon is None) == (noise_multiplier is None):
-            raise ValueError(
-                f"epsilon={shown(epsilon)}, noise_multiplier={shown(noise_multiplier)}: expected exactly one of them. Give epsilon to "
-                "have the noise found for a budget, or noise_multiplier to have ε computed."
-            )
-        if epsilon is not None:
-            check_epsilon(epsilon)
-        if noise_multiplier is not None:
-            check_noise_multiplier(noise_multiplier)
-        check_delta(delta)
-        check_clip_norm(clip_norm)
-        check_clipping(clipping, automatic_gamma, clip_norm)
-        check_engine_name(engine)
-        check_simulation(simulate)
-        check_batch_axis_argument(batch_axis)
-        truth(secure=secure, static_shapes=static_shapes, log_train_metrics=log_train_metrics)
-        check_secure(secure, seed=seed, noise_multiplier=noise_multiplier, engine=engine)
-        check_physical_batch_size(physical_batch_size)
-        for name, value in (
-            ("expected_batch_size", expected_batch_size),
-            ("dataset_size", dataset_size),
-            ("max_batch_size", max_batch_size),
-        ):
-            if value is not None and whole(name, value) < 1:
-                raise ValueError(f"{name}={value}: expected at least 1, or None for the default.")
-        if seed is not None:
-            whole("seed", seed)
-        if math.isinf(clip_norm) and noise_multiplier != 0:
-            raise ValueError(
-                f"clip_norm={clip_norm}: expected a finite number. Without clipping no finite noise protects anybody; only "
-                "noise_multiplier=0 (no privacy) goes with it."
-            )
         self.epsilon = epsilon
         self.noise_multiplier = noise_multiplier
         self.delta = delta
@@ -170,8 +137,9 @@ class DifferentialPrivacy(pl.Callback):
         self.secure = secure
         self.log_train_metrics = log_train_metrics
         self.batch_axis = batch_axis
-        self.public_optimizers = check_places(public_optimizers)
         self.static_shapes = static_shapes
+        check_arguments(self)
+        self.public_optimizers = check_places(public_optimizers)
         self.privacy_unit = unit_from(privacy_unit, max_examples_per_unit, static_shapes)
         self.ledger: Ledger | None = None
         self._report: Report | None = None

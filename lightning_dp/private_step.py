@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,8 +20,7 @@ from lightning_dp.accounting import Ledger
 from lightning_dp.distributed.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.layerwise import Layerwise
-from lightning_dp.distributed.lost_ranks import naming_lost_ranks
-from lightning_dp.distributed.sharding import reshard, sum_over_ranks, whole
+from lightning_dp.distributed.sharding import reshard, whole
 from lightning_dp.distributed.shared_key import shared_key
 from lightning_dp.engine_trial import TRIAL_EXAMPLES, WithViews, try_engines
 from lightning_dp.engines.on_grid import OnGrid
@@ -30,7 +28,7 @@ from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.real_parts import as_given, in_real_parts
-from lightning_dp.functional.step import Accumulated, accumulate, release
+from lightning_dp.functional.step import Accumulated, accumulate
 from lightning_dp.functional.units import Units, group
 from lightning_dp.functional.views import Views
 from lightning_dp.layerwise_trial import start_layerwise
@@ -41,6 +39,7 @@ from lightning_dp.manual.optimization import ManualOptimization
 from lightning_dp.manual.step_sample import StepSample
 from lightning_dp.mixing.examples_apart import check_examples_stay_apart, of_training_step
 from lightning_dp.privacy_unit import PrivacyUnit, read_units
+from lightning_dp.sample_release import release_sample
 from lightning_dp.sizing.physical_batch import (
     PhysicalBatchSize,
     default_physical_batch_size,
@@ -288,29 +287,11 @@ class PrivateStep:
             BudgetExceededError: the step would overspend the target ε. Nothing is released.
             RankLostError: another rank is gone. The step is charged, and nothing of it is used.
         """
-        ledger, key = self._ledger, self._key
-        assert ledger is not None
-        assert key is not None
-        if part == 0:
-            ledger.charge()
-        else:  # noise of its own
-            key = RandomKey(key.derive(Stream.NOISE, step, part), key.mode)
-        if self._layers is not None:
-            return self._layers.released(gradient, ledger.plan, key, step)
-        add_up, unflatten = sum_over_ranks(strategy, gradient)
-        with naming_lost_ranks(strategy, step):
-            return release(
-                gradient,
-                ledger.plan
-                if parts == 1
-                else replace(ledger.plan, noise_multiplier=ledger.plan.noise_multiplier * math.sqrt(parts)),
-                key,
-                step,
-                rank=rank_of(strategy),
-                world_size=world_size_of(strategy),
-                all_reduce_sum=add_up,
-                unflatten=unflatten,
-            )
+        assert self._ledger is not None
+        assert self._key is not None
+        return release_sample(
+            strategy, gradient, self._ledger, self._key, step, layers=self._layers, part=part, parts=parts
+        )
 
     def backward(self, strategy: Strategy, closure_loss: Tensor, **options: Any) -> Tensor:
         """Charge the ledger, release the noisy gradient, and put it into ``p.grad`` of the trainable parameters.

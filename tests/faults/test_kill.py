@@ -257,16 +257,16 @@ def test_a_seeded_branch_with_the_same_numbers_is_the_same_release(tmp_path: Pat
 
 
 def test_a_charge_reaches_the_journal_before_the_noise_is_drawn(tmp_path: Path) -> None:
-    import lightning_dp.private_step as private_step_module
+    import lightning_dp.sample_release as sample_release_module
 
     counts: list[int] = []
-    original = private_step_module.release
+    original = sample_release_module.release
 
     def release(*args: Any, **options: Any) -> Any:
         counts.append(json.loads((tmp_path / FILE_NAME).read_text())["steps"])
         return original(*args, **options)
 
-    with patched((private_step_module, "release", release)):
+    with patched((sample_release_module, "release", release)):
         life(tmp_path, steps=5)
     assert counts == [1, 2, 3, 4, 5]
 

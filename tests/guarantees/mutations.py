@@ -18,6 +18,7 @@ import lightning_dp.engines.vmap as vmap_module
 import lightning_dp.functional.noise as noise_module
 import lightning_dp.functional.step as step_module
 import lightning_dp.private_step as private_step_module
+import lightning_dp.sample_release as sample_release_module
 from lightning_dp.clipping import as_clipping
 from lightning_dp.functional.randomness import RandomKey
 from lightning_dp.plan import PrivacyPlan
@@ -66,7 +67,7 @@ def private_gradient_made_but_not_used() -> Iterator[None]:
 @contextmanager
 def divided_by(size: Callable[[int, PrivacyPlan, Any], float]) -> Iterator[None]:
     """The divisor is some other ``size(examples in the step, plan, loader)``."""
-    accumulate, release = private_step_module.accumulate, private_step_module.release
+    accumulate, release = private_step_module.accumulate, sample_release_module.release
     seen: list[int] = []
     datasets: list[Any] = []
     original_loader = private_step_module.PoissonLoader
@@ -87,7 +88,7 @@ def divided_by(size: Callable[[int, PrivacyPlan, Any], float]) -> Iterator[None]
 
     with patched(
         (private_step_module, "accumulate", watched),
-        (private_step_module, "release", released),
+        (sample_release_module, "release", released),
         (private_step_module, "PoissonLoader", loader),
     ):
         yield
@@ -154,8 +155,8 @@ def noise_of_sigma_alone() -> Iterator[None]:
 @contextmanager
 def _ranks_told(**wrong: int) -> Iterator[None]:
     """Each rank believes something wrong about which one it is."""
-    original = private_step_module.release
-    with patched((private_step_module, "release", lambda *args, **options: original(*args, **{**options, **wrong}))):
+    original = sample_release_module.release
+    with patched((sample_release_module, "release", lambda *args, **options: original(*args, **{**options, **wrong}))):
         yield
 
 
@@ -200,28 +201,28 @@ def one_stream_for_every_share() -> Iterator[None]:
 @contextmanager
 def ranks_are_averaged() -> Iterator[None]:
     """Lightning's default reduction, a mean, where the sum is meant."""
-    original = private_step_module.release
+    original = sample_release_module.release
 
     def release(*args: Any, **options: Any) -> dict[str, Tensor]:
         total = options["all_reduce_sum"]
         ranks = float(total(torch.ones(1)))
         return original(*args, **{**options, "all_reduce_sum": lambda flat: total(flat) / ranks})
 
-    with patched((private_step_module, "release", release)):
+    with patched((sample_release_module, "release", release)):
         yield
 
 
 @contextmanager
 def noise_stream_restarts() -> Iterator[None]:
     """O#117: a resumed run draws the noise of steps 0, 1, 2 again."""
-    original = private_step_module.release
+    original = sample_release_module.release
     first: dict[int, tuple[int, Any]] = {}
 
     def release(gradient: Any, plan: Any, key: Any, step: int, **options: Any) -> dict[str, Tensor]:
         start, _ = first.setdefault(id(key), (step, key))  # each run has a key object of its own
         return original(gradient, plan, key, step - start, **options)
 
-    with patched((private_step_module, "release", release)):
+    with patched((sample_release_module, "release", release)):
         yield
 
 
@@ -308,11 +309,11 @@ def broken_examples_poison_the_sum() -> AbstractContextManager[None]:
 @contextmanager
 def frozen_by_a_hook(part: str) -> Iterator[None]:
     """O#820: the library's hooks miss an adapter's parameters; they get zero gradients and ε grows."""
-    original = private_step_module.release
+    original = sample_release_module.release
 
     def release(*args: Any, **options: Any) -> dict[str, Tensor]:
         released = original(*args, **options)
         return {name: torch.zeros_like(g) if part in name else g for name, g in released.items()}
 
-    with patched((private_step_module, "release", release)):
+    with patched((sample_release_module, "release", release)):
         yield

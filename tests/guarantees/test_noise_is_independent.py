@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lightning_dp.private_step as private_step_module
+import lightning_dp.sample_release as sample_release_module
 from lightning_dp import DifferentialPrivacy
 from tests.conftest import loader, trainer
 from tests.functional.laws import CAUGHT, FALSE_ALARM, independence_p_values, standard_normal_p_values
@@ -53,8 +53,8 @@ def noise_of_a_run(steps: int = 5) -> list[npt.NDArray[np.float64]]:
 
 @contextmanager
 def released_by(wrong: Callable[..., dict[str, Tensor]]) -> Iterator[None]:
-    original = private_step_module.release
-    with patched((private_step_module, "release", lambda *args, **options: wrong(original, *args, **options))):
+    original = sample_release_module.release
+    with patched((sample_release_module, "release", lambda *args, **options: wrong(original, *args, **options))):
         yield
 
 
