@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from typing_extensions import override
 
 RAW = "_raw"
 """What the name of a metric ends with if it was computed on the weights as trained."""
@@ -82,23 +83,79 @@ def raw_name(name: str) -> str:
 
 @contextmanager
 def _the_module_alone(trainer: pl.Trainer) -> Iterator[None]:
-    """Without callbacks and loggers, and with everything that a validation counts put back afterwards."""
+    """Without callbacks and loggers, and with everything that a validation counts put back afterwards.
+
+    The Trainer keeps its callbacks and loggers, which other threads read meanwhile (a progress bar draws from its own).
+    The loop is given the same Trainer without callbacks, and the module the same one with loggers that write nothing.
+    """
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
     connector: Any = trainer._logger_connector
-    whole: Any = trainer  # Lightning sets callbacks where type checkers do not see it
-    callbacks, loggers = whole.callbacks, whole.loggers
+    whole: Any = trainer  # Lightning sets the datamodule where type checkers do not see it
+    owners = [owner for owner in (connector, trainer.lightning_module, whole.datamodule) if owner is not None]
+    loggers = [_Unheard(logger) for logger in trainer.loggers]
+    unheard = _showing(trainer, loggers=lambda: loggers, log_dir=lambda: trainer.log_dir)
     of_connector = {name: dict(getattr(connector, name)) for name in _CONNECTOR}
     of_loop = {name: deepcopy(getattr(loop, name)) for name in _LOOP}
-    whole.callbacks, whole.loggers = [], [DummyLogger() for _ in loggers]
+    loop.trainer = _showing(unheard, callbacks=list)
+    for owner in owners:
+        owner.trainer = unheard
     loop.restarting = False
     try:
         yield
     finally:
-        whole.callbacks, whole.loggers = callbacks, loggers
+        for owner in (loop, *owners):
+            owner.trainer = trainer
         for name, kept in of_connector.items():
             setattr(connector, name, kept)
         for name, progress in of_loop.items():
             setattr(loop, name, progress)
+
+
+def _showing(trainer: pl.Trainer, **shown: Callable[[], Any]) -> Any:
+    """The same Trainer, with one state whoever writes to it, that shows these attributes instead of its own."""
+
+    def attribute(name: str, value: Callable[[], Any]) -> property:
+        return property(lambda _: value(), lambda _, new: setattr(trainer, name, new))
+
+    whole = type(trainer)
+    view: Any = object.__new__(
+        type(whole.__name__, (whole,), {name: attribute(name, value) for name, value in shown.items()})
+    )
+    view.__dict__ = trainer.__dict__
+    return view
+
+
+class _Unheard(DummyLogger):
+    """Writes nothing, and says where the logger writes whose place it takes."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._of = logger
+
+    @property
+    @override
+    def name(self) -> Any:
+        return self._of.name
+
+    @property
+    @override
+    def version(self) -> Any:
+        return self._of.version
+
+    @property
+    @override
+    def save_dir(self) -> str | None:
+        return self._of.save_dir
+
+    @property
+    @override
+    def root_dir(self) -> str | None:
+        return self._of.root_dir
+
+    @property
+    @override
+    def log_dir(self) -> str | None:
+        return self._of.log_dir
 
 
 _CONNECTOR = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")

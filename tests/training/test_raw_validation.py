@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
 import pickle
+import pty
+import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import rich
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import MeanSquaredError
 
@@ -173,3 +180,84 @@ def test_it_costs_nothing_unless_asked_for_and_takes_a_truth_value() -> None:
     assert pickle.loads(pickle.dumps(both())).decay == 0.9
     with pytest.raises(ValueError, match="validate_raw='yes': expected True or False"):
         ExponentialMovingAverage(0.9, validate_raw="yes")
+
+
+class Rendered(RichProgressBar):
+    """A bar that can be waited for until its own thread has drawn it."""
+
+    def draw(self) -> bool:
+        thread = self.progress.live._refresh_thread if self.progress is not None else None
+        if thread is None:
+            return False
+        thread.refresh_cond = True
+        while thread.refresh_cond and thread.is_alive():
+            time.sleep(0.01)
+        return thread.is_alive()
+
+
+class ReadFromAThread(Regressor):
+    """Validates while another thread draws the bar, and reads callbacks and loggers itself."""
+
+    def __init__(self, bar: Rendered) -> None:
+        super().__init__()
+        self.bar = bar
+        self.drawn: list[bool] = []
+        self.folders: set[Any] = set()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if not self.trainer.sanity_checking:
+            self.drawn.append(self.bar.draw())
+            assert self.bar in self.trainer.callbacks
+            self.folders.add(self.trainer.log_dir)
+            self.folders.add(self.logger.log_dir if self.logger is not None else None)
+
+
+def read_all(screen: int, seen: list[bytes]) -> None:
+    with contextlib.suppress(OSError):  # how Linux says that the terminal was closed
+        while piece := os.read(screen, 65536):
+            seen.append(piece)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_progress_bar_lives_on_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, terminal = pty.openpty()
+    seen: list[bytes] = []
+    reader = threading.Thread(target=read_all, args=(screen, seen), daemon=True)
+    reader.start()
+    with os.fdopen(terminal, "w") as written:
+        assert written.isatty()
+        monkeypatch.setattr(sys, "stdout", written)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        rich.reconfigure(width=200)
+        bar, log = Rendered(), CSVLogger(tmp_path)
+        module = ReadFromAThread(bar)
+        often = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+        try:
+            trainer(both(), bar, logger=log, enable_progress_bar=True, **often).fit(module, loader(), loader())
+        finally:
+            monkeypatch.undo()
+            rich.reconfigure()
+    reader.join()
+    text = b"".join(seen).decode()
+    assert "Traceback" not in text
+    assert "4/4" in text, "the bar came to its end"
+    assert len(module.drawn) == 2 * 2 * 4, "two validations of four batches, each twice"
+    assert all(module.drawn), "the bar's thread has ended before the run did"
+    assert module.folders == {log.log_dir}
+
+
+def test_other_threads_find_the_trainer_whole() -> None:
+    class Asks(Regressor):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            asking = threading.Thread(target=lambda: seen.append((list(fit.callbacks), list(fit.loggers))))
+            asking.start()
+            asking.join()
+
+    seen: list[Any] = []
+    fit = trainer(both(), logger=CSVLogger("."), max_steps=4)
+    whole = (list(fit.callbacks), list(fit.loggers))
+    fit.fit(Asks(), loader(), loader())
+    assert len(seen) > 8
+    assert all(found == whole for found in seen)
