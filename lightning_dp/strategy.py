@@ -7,6 +7,7 @@ Each has its stock class as its only base (so that a stock strategy can be turne
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -26,12 +27,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.lost_ranks import naming_absent_nodes
 from lightning_dp.distributed.sharding import Gather, check_gather, check_sharding, in_shards, reshard, whole
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.preflight import PreflightError, check_strategy
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.records.checkpoint import read_checkpoint
+from lightning_dp.records.checkpoint import check_before_reading, read_checkpoint
 from lightning_dp.strategy_facts import module_of
 
 
@@ -220,6 +222,13 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             check_sharding(self)
         super().setup(trainer)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if weights_only is not False:  # False is the caller's own risk, and nothing is looked through
+            on_every_rank(self, lambda: check_before_reading(path), PreflightError)
+        return read_checkpoint(super().load_checkpoint, path, weights_only, weights_apart=True)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_dp.preflight import PreflightError
 from lightning_dp.records.journal import Lineage, count_lost
+from lightning_dp.records.sharded_checkpoint import check_sharded_checkpoint, is_sharded
 
 _REMEDY = (
     "Resume from a checkpoint that is whole and unedited; spent budget cannot be guessed. To start from public weights, load "
@@ -129,24 +132,54 @@ def with_lost_steps(past: Past, lost: tuple[list[dict[str, Any]], Lineage | None
     return replace(past, ledger={**past.ledger, "phases": [*past.ledger["phases"], *phases]}, lineage=lineage)
 
 
-def read_checkpoint(load: Callable[..., dict[str, Any]], path: object, weights_only: bool | None) -> dict[str, Any]:
-    """Read a checkpoint file without running what it holds, and say plainly when it is no whole checkpoint.
+def read_checkpoint(
+    load: Callable[..., dict[str, Any]], path: object, weights_only: bool | None, *, weights_apart: bool = False
+) -> dict[str, Any]:
+    """Read a checkpoint without running what it holds, and say plainly when it is no whole checkpoint.
 
     Args:
         load: the strategy's own ``load_checkpoint``.
         path: the file.
         weights_only: as given to ``fit``. ``None`` is ``True`` here, also for an address: tensors and plain values are read,
             and a file that would run code on being read is refused. ``False`` unpickles it, at the caller's own risk.
+        weights_apart: whether ``load`` puts the weights into the module itself and returns the rest.
 
     Raises:
         PreflightError: the file is torn, or no checkpoint of Lightning, or holds more than tensors and plain values.
         FileNotFoundError, IsADirectoryError, PermissionError: there is no such file, or it may not be read.
     """
-    try:
+    with _naming(path):
         checkpoint = load(path, weights_only=True if weights_only is None else weights_only)
+    if not isinstance(checkpoint, dict) or not (weights_apart or isinstance(checkpoint.get("state_dict"), Mapping)):
+        raise PreflightError(
+            f"ckpt_path={path} holds a {type(checkpoint).__name__} without a state_dict: expected a checkpoint of Lightning. "
+            "For weights alone, load them into the module and call fit without ckpt_path."
+        )
+    return checkpoint
+
+
+def check_before_reading(path: Path) -> None:
+    """Refuse a sharded checkpoint that would run code on being read; torch itself unpickles parts of it unasked.
+
+    Raises:
+        PreflightError: as of :func:`read_checkpoint`. Nothing was loaded.
+    """
+    if is_sharded(path):
+        with _naming(path):
+            check_sharded_checkpoint(path)
+
+
+@contextmanager
+def _naming(path: object) -> Iterator[None]:
+    """Say plainly which checkpoint cannot be read."""
+    try:
+        yield
     except (FileNotFoundError, IsADirectoryError, PermissionError, MemoryError):
         raise
-    except Exception as error:  # torch tells a torn file by errors of many types: RuntimeError, EOFError, OSError, ...
+    except (
+        Exception,
+        CheckpointException,
+    ) as error:  # torch tells a torn file by errors of many types: RuntimeError, EOFError, OSError, ...
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PreflightError(
             f"ckpt_path={path} cannot be read ({first[:200]}): expected a whole checkpoint of tensors and plain values. It was "
@@ -154,12 +187,6 @@ def read_checkpoint(load: Callable[..., dict[str, Any]], path: object, weights_o
             "runs code. Resume from another checkpoint: steps that it does not hold are counted from privacy.journal. If you "
             "wrote objects into it yourself, fit(..., weights_only=False) reads them."
         ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
-        raise PreflightError(
-            f"ckpt_path={path} holds a {type(checkpoint).__name__} without a state_dict: expected a checkpoint of Lightning. "
-            "For weights alone, load them into the module and call fit without ckpt_path."
-        )
-    return checkpoint
 
 
 def _manual_steps(checkpoint: Mapping[str, Any]) -> int:
