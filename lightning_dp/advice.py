@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_dp.engines.user_code import warn_user
 from lightning_dp.preflight import PreflightError, batch_norms
 
 
@@ -36,7 +37,7 @@ def check_decisions(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def _warn(who: str, what: str, monitor: str) -> None:
-    rank_zero_warn(
+    rank_zero_only(warn_user)(
         f"{who} decides {what} by a metric without noise, so the decision is not covered by the guarantee unless "
         f"{monitor!r} is computed from public data. Monitor a metric of public validation data, or leave it out."
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -20,6 +20,7 @@ from lightning_dp.distributed.agreement import check_same_on_every_rank, facts
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.homecoming import register, send_home
 from lightning_dp.engines.select import EngineName
+from lightning_dp.engines.user_code import warn_user
 from lightning_dp.functional.real_parts import coordinates
 from lightning_dp.loading.batch_axis import Axis
 from lightning_dp.manual.public_optimizers import check_places, check_public_optimizers
@@ -354,7 +355,7 @@ class DifferentialPrivacy(pl.Callback):
         if planned is not None and self.ledger.steps - self._steps_at_start >= planned:
             return
         trainer.should_stop = True
-        rank_zero_warn(
+        rank_zero_only(warn_user)(
             f"The privacy budget is spent: one more step would pass ε = {self.epsilon} at δ = {self.delta} "
             f"({self.ledger.steps} steps are charged). Training stops here. A new model needs a DifferentialPrivacy of its "
             "own."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,7 +26,11 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from lightning_dp.engines.user_code import warn_user
 from lightning_dp.plan import PrivacyPlan
+
+CANARIES = "dp_audit_canaries"
+"""The name under which an audit adds the coordinates of its gradient-space canaries to the module."""
 
 SUPPORTED_PRECISION = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
@@ -148,11 +151,11 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[torch.optim.Op
             "They would get no private gradient and never move. Register them on the LightningModule."
         )
     idle = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    idle = [name for name in idle if not name.startswith(CANARIES)]  # an audit reads their gradients alone
     if idle:
-        warnings.warn(
+        warn_user(
             f"Trainable parameters that no optimizer holds: {', '.join(idle[:5])}. They count in the clip norm and "
-            "never move. Freeze them with requires_grad_(False) or give them to the optimizer.",
-            stacklevel=2,
+            "never move. Freeze them with requires_grad_(False) or give them to the optimizer."
         )
 
 
@@ -240,10 +243,9 @@ def check_loader(loader: object) -> DataLoader[Any]:
 def check_delta_for(plan: PrivacyPlan) -> None:
     """Warn when δ is so large that publishing one whole record would satisfy it."""
     if plan.delta >= 1 / plan.dataset_size:
-        warnings.warn(
+        warn_user(
             f"delta={plan.delta} with dataset_size={plan.dataset_size}: expected well below 1/{plan.dataset_size} = "
-            f"{1 / plan.dataset_size:.2g}. At this δ, publishing a random record in the clear would count as private.",
-            stacklevel=2,
+            f"{1 / plan.dataset_size:.2g}. At this δ, publishing a random record in the clear would count as private."
         )
 
 

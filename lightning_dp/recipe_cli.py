@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
@@ -71,5 +72,16 @@ def run(words: Sequence[str]) -> None:
         words: the command and its options, as in ``["fit", "--config", "recipes/digits/cnn_eps8.yaml"]``.
     """
     register_strategies()
-    sys.argv = [sys.argv[0] if sys.argv else "lightning-dp", *words]
-    RecipeCLI(save_config_kwargs={"overwrite": True})
+    with command_line(words):
+        RecipeCLI(save_config_kwargs={"overwrite": True})
+
+
+@contextmanager
+def command_line(words: Sequence[str]) -> Iterator[None]:
+    """While it lasts these are the process's words: LightningCLI reads them, and ranks that Lightning starts repeat them."""
+    before = sys.argv
+    sys.argv = [before[0] if before else "lightning-dp", *words]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,10 +164,10 @@ class PrvGrid:
         low = -(self._size // 2) * self._cell
         self._domain = Domain(low, low + (self._size - 1) * self._cell, self._size)
         try:
-            with warnings.catch_warnings(), np.errstate(all="raise", under="ignore"):
-                warnings.simplefilter("error")
+            # numpy keeps errstate for each thread; what warnings do is one setting for the whole process.
+            with np.errstate(all="raise", under="ignore"):
                 self._spectra = [self._transform(history, current, adding) for adding in (False, True)]
-        except (ArithmeticError, ValueError, RuntimeError, RuntimeWarning) as error:
+        except (ArithmeticError, ValueError, RuntimeError) as error:
             raise PrvFailureError(f"PRV's discretisation failed ({error})") from error
 
     @staticmethod
@@ -201,6 +200,8 @@ class PrvGrid:
         )
         discrete = CellCentred().discretise(loss, self._domain)
         spectrum = scipy.fft.rfft(np.fft.ifftshift(discrete.pmf))
+        if not np.isfinite(spectrum).all():  # compiled code reports nothing to numpy
+            raise ArithmeticError("the Fourier transform is not finite")
         magnitude = np.maximum(np.abs(spectrum), np.finfo(np.float64).tiny)
         return np.log(magnitude) + 1j * np.angle(spectrum), float(discrete.domain.shifts())
 

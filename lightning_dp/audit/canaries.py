@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dp.preflight import CANARIES
 from lightning_dp.user_step.capture import split_output
-
-PARAMETER = "dp_audit_canaries"
-"""The name under which the gradient-space canaries' own coordinates are added to the module."""
 
 NOT_A_CANARY = -1
 OVERSHOOT = 1e3
@@ -120,13 +118,13 @@ def let_in(module: pl.LightningModule, gradient: int, views: int = 1) -> None:
             as when a few are looked at together before the first step, and raises ``ValueError`` if a canary is among
             them: a loss of several would not say whose it is.
     """
-    module.add_module(PARAMETER, nn.Embedding(max(gradient, 1), 1, _weight=torch.zeros(max(gradient, 1), 1)))
+    module.add_module(CANARIES, nn.Embedding(max(gradient, 1), 1, _weight=torch.zeros(max(gradient, 1), 1)))
     module.__class__ = _audited(type(module), views)
 
 
 def coordinates(module: pl.LightningModule) -> nn.Parameter:
     """The parameter whose coordinates the gradient-space canaries point along, ``(m₁, 1)``."""
-    weight = module.get_submodule(PARAMETER).weight
+    weight = module.get_submodule(CANARIES).weight
     assert isinstance(weight, nn.Parameter)
     return weight
 
@@ -145,7 +143,7 @@ def _audited(user: type[pl.LightningModule], views: int) -> type[pl.LightningMod
                     f"{len(canary)} rows with a canary in an audit: expected one example, of {views}. Train without the audit."
                 )
             loss, extras = split_output(super().training_step(inner, *rest))
-            spike = OVERSHOOT * self.get_submodule(PARAMETER)(canary.clamp(min=0)).mean()
+            spike = OVERSHOOT * self.get_submodule(CANARIES)(canary.clamp(min=0)).mean()
             loss = torch.where((canary < 0).all(), loss, spike.to(loss.dtype))
             return {"loss": loss, **extras} if extras else loss
 

@@ -7,10 +7,11 @@ import json
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning_dp.audit.run import VIOLATED, audit, check_options
-from lightning_dp.recipe_cli import RecipeCLI
+from lightning_dp.recipe_cli import RecipeCLI, command_line
 from lightning_dp.strategy import register_strategies
 
 _OVERRIDES = (
@@ -48,11 +49,8 @@ def run(words: Sequence[str]) -> None:
         check_options(args.gradient_canaries, args.input_canaries, args.confidence, args.seed)
     except ValueError as error:
         parser.error(str(error))
-    if args.json:
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, command_line([]), _quiet(args.json):
         register_strategies()
-        sys.argv = [sys.argv[0] if sys.argv else "lightning-dp"]
         cli = RecipeCLI(
             args=["--config", args.config, *_OVERRIDES, f"--trainer.default_root_dir={scratch}", *rest],
             run=False,
@@ -73,3 +71,16 @@ def run(words: Sequence[str]) -> None:
     print(json.dumps(result.to_dict(), ensure_ascii=False) if args.json else result)
     if result.verdict == VIOLATED:
         sys.exit(1)
+
+
+@contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+    """Without Lightning's announcements, which would stand beside the JSON."""
+    told = logging.getLogger("lightning.pytorch")
+    before = told.level
+    if wanted:
+        told.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        told.setLevel(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -152,9 +151,7 @@ def audit(
         owner.train_dataloader = lambda: with_canaries(original())  # type: ignore[method-assign]  # the audit's own loader, on purpose
     views = views_of(trainer)
     let_in(module, gradient_canaries, 1 if views is None else views.k)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Trainable parameters that no optimizer holds: dp_audit_canaries")
-        trainer.fit(module, train_dataloaders=given, datamodule=datamodule)
+    trainer.fit(module, train_dataloaders=given, datamodule=datamodule)
     return _judge(observer, canaries[0], private, confidence)
 
 

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import lowrank_multivariate_normal, multivariate_normal, normal, studentT
 
+from lightning_dp.engines.while_open import WhileOpen
+
 _NAME = "_standard_normal"
 _USERS: tuple[Any, ...] = (normal, multivariate_normal, lowrank_multivariate_normal, studentT)
 
 
-def _standard_normal(shape: Sequence[int], dtype: Any, device: Any) -> Tensor:
+@contextmanager
+def _in_place_of_theirs() -> Iterator[None]:
+    before = [(module, getattr(module, _NAME)) for module in _USERS if hasattr(module, _NAME)]
+    try:
+        for module, original in before:
+            setattr(module, _NAME, partial(_standard_normal, original))
+        yield
+    finally:
+        for module, original in before:
+            setattr(module, _NAME, original)
+
+
+_REPLACED = WhileOpen(_in_place_of_theirs)
+
+
+def _standard_normal(original: Callable[..., Tensor], shape: Sequence[int], dtype: Any, device: Any) -> Tensor:
+    if not _REPLACED.here:  # another thread, that has nothing to do with it
+        return original(shape, dtype, device)
     return torch.randn(tuple(shape), dtype=dtype, device=device)
 
 
@@ -24,13 +44,7 @@ def drawn_for_all() -> Iterator[None]:
 
     They fill an empty tensor in place, and an empty tensor is the same for all examples, which torch.func refuses to fill
     with different numbers. ``torch.randn`` draws the same law, for each example anew. (Where a
-    version of PyTorch has no such function, nothing is put in its place.)
+    version of PyTorch has no such function, nothing is put in its place.) Other threads draw as ever.
     """
-    before = [(module, getattr(module, _NAME)) for module in _USERS if hasattr(module, _NAME)]
-    try:
-        for module, _ in before:
-            setattr(module, _NAME, _standard_normal)
+    with _REPLACED.open():
         yield
-    finally:
-        for module, original in before:
-            setattr(module, _NAME, original)

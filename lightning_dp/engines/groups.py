@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.decisions import PartingError
+from lightning_dp.engines.user_code import warn_user
 from lightning_dp.functional.gradient import ClippedSum
 from lightning_dp.functional.microbatch import take
 
@@ -68,11 +68,10 @@ class Groups:
     def _tell_once(self, parting: PartingError) -> None:
         if not self._told:
             self._told = True
-            warnings.warn(
+            warn_user(
                 f"training_step {parting.what} ({parting.line}), and the examples of a micro-batch do so in many ways: "
                 "expected few, so that those alike can run at once. They run one by one, which is slow and gives the same "
-                "result. Do it with tensors, or in the dataset. (That the examples differ is private.)",
-                stacklevel=2,
+                "result. Do it with tensors, or in the dataset. (That the examples differ is private.)"
             )
 
 

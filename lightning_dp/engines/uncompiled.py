@@ -9,6 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lightning_dp.engines.while_open import WhileOpen
+
+_EAGER = WhileOpen(lambda: torch.compiler.set_stance("force_eager"))
+
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
@@ -20,7 +24,7 @@ def uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and importing the compiler takes seconds
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    with _EAGER.open():
         yield
 
 

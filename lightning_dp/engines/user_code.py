@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,17 @@ class Line:
 def line_of_the_caller() -> Line | None:
     """The line of the user's own that is being run, if any; see :func:`line_of_error` for which."""
     return _line(list(_outwards(sys._getframe(1))))
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, at the line of the user's own that is being run; at the caller's if there is none."""
+    frames = [frame for frame, _ in _outwards(sys._getframe(1)) if not _is_skipped(frame.f_code.co_filename)]
+    for is_users in (_is_nobodys_package, _is_another_package):
+        for level, frame in enumerate(frames, start=2):
+            if is_users(frame.f_code.co_filename):
+                warnings.warn(message, category, stacklevel=level)
+                return
+    warnings.warn(message, category, stacklevel=2)
 
 
 def line_of_error(error: BaseException) -> Line | None:
@@ -88,6 +100,11 @@ def _is_nobodys_package(file: str) -> bool:
 def _is_another_package(file: str) -> bool:
     known = tuple(f"{root}/{name}/" for root in _PACKAGES for name in _OURS_AND_THEIRS)
     return file.startswith(_PACKAGES) and not (_is_machinery(file) or file.startswith(known))
+
+
+def _is_skipped(file: str) -> bool:
+    """Whether ``warnings.warn`` leaves out frames of ``file`` when it counts."""
+    return "importlib" in file and "_bootstrap" in file
 
 
 def _is_machinery(file: str) -> bool:

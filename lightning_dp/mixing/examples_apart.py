@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_dp import preflight
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.engines.explain import explain
+from lightning_dp.engines.uncompiled import uncompiled
+from lightning_dp.engines.user_code import warn_user
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.microbatch import take
 from lightning_dp.functional.real_parts import in_real_parts
@@ -78,7 +80,7 @@ def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses:
             "expected batch size, so a learning rate tuned without privacy has to be multiplied by the batch size."
         )
     if Reduction.WEIGHTED in reductions:
-        rank_zero_warn(
+        rank_zero_only(warn_user)(
             "The loss of a batch is neither the mean nor the sum of the losses of its examples, as with a mean over tokens "
             "or with class weights: under differential privacy every example's loss is that of a batch of one (the mean "
             "over its own tokens, without class weights) and counts the same. To weight examples, multiply the loss by "
@@ -96,7 +98,7 @@ def _reductions(
         return []
     module = module_of(strategy)
     buffers = preflight.buffer_versions(module)
-    with isolate_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):  # a look is not worth a graph
+    with isolate_rng(), torch.enable_grad(), uncompiled():  # a look is not worth a graph
         found = [_look(strategy, loader, loss, in_real_parts(parameters), views) for loss, parameters in losses]
     preflight.check_buffers(module, buffers)
     return found

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed.checkpoint.api import CheckpointException
 
+from lightning_dp.engines.user_code import warn_user
 from lightning_dp.preflight import PreflightError
 from lightning_dp.records.journal import Lineage, count_lost
 from lightning_dp.records.sharded_checkpoint import check_sharded_checkpoint, is_sharded
@@ -125,7 +126,7 @@ def with_lost_steps(past: Past, lost: tuple[list[dict[str, Any]], Lineage | None
     phases, lineage = lost
     if not phases:
         return replace(past, lineage=lineage)
-    rank_zero_warn(
+    rank_zero_only(warn_user)(
         f"An interrupted fit took {sum(phase['steps'] for phase in phases)} steps after the checkpoint: they are counted as "
         "spent, since what was logged of them may have been seen. Save checkpoints more often to lose fewer."
     )

@@ -9,11 +9,12 @@ from typing import Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_dp import secure
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.select import Selection
+from lightning_dp.engines.user_code import warn_user
 from lightning_dp.plan import EXAMPLE
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.records.whole_file import write_whole
@@ -109,7 +110,7 @@ class Report:
             broken: how many gradients were not finite (private: it is told to whoever watches, and not written).
         """
         if broken:
-            rank_zero_warn(
+            warn_user(
                 f"{broken} per-example gradients on rank 0 were not finite and contributed zero. (This count is private: it "
                 "is not covered by the guarantee.) Look for divisions by zero or logarithms in the loss, or lower the rate."
             )
@@ -118,7 +119,7 @@ class Report:
             try:
                 write_whole(self.folder / FILE_NAME, statement.to_json() + "\n")
             except OSError as error:  # the training is done, and what it spent has to be known
-                rank_zero_warn(
+                warn_user(
                     f"{self.folder / FILE_NAME} cannot be written ({error}): expected a folder with room. Make room, and save "
                     f"this in its place:\n{statement.to_json()}"
                 )
