@@ -23,6 +23,7 @@ from lightning_dp.functional.step import Accumulated
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
 from lightning_dp.manual.commands import Commands, intercepted
+from lightning_dp.manual.global_step import counting_steps, global_step
 from lightning_dp.manual.late_logs import KnownLoss, in_place_of, log_late
 from lightning_dp.manual.rehearsal import (
     check_no_pieces,
@@ -31,8 +32,10 @@ from lightning_dp.manual.rehearsal import (
     parameters_put_back,
     rehearse,
 )
+from lightning_dp.manual.same_draws import SameDraws
 from lightning_dp.manual.stand_in import without_content
 from lightning_dp.manual.step_sample import StepSample, TryEngines
+from lightning_dp.manual.values_over_steps import PutBackInTime, ValuesOverSteps
 from lightning_dp.preflight import PreflightError
 from lightning_dp.strategy_facts import module_of, world_size_of
 from lightning_dp.user_step.attributes import attributes_put_back
@@ -43,6 +46,25 @@ MOST_TOGETHER = 64
 """At most so many rows tell whether training_step takes a batch in pieces."""
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """The private step whose gradient is wanted.
+
+    Attributes:
+        rest: what Lightning passes to training_step after the batch.
+        number: of the step among those of training_step, from 0.
+        place: of its optimizer.
+        parameters: of the optimizer, by name.
+        began_at: ``global_step`` at the beginning of training_step.
+    """
+
+    rest: tuple[Any, ...]
+    number: int
+    place: int
+    parameters: dict[str, nn.Parameter]
+    began_at: int
+
+
 @dataclass
 class _Live:
     """One training_step under way."""
@@ -50,6 +72,9 @@ class _Live:
     rest: tuple[Any, ...]
     sample: StepSample
     parameters: list[dict[str, nn.Parameter]]
+    values: ValuesOverSteps
+    draws: SameDraws
+    began_at: int
     step: int = 0
     losses: list[Tensor] = field(default_factory=list)
     known: list[KnownLoss] = field(default_factory=list)
@@ -83,7 +108,7 @@ class ManualOptimization:
         self._public = frozenset(public)
         self._private = [place for place in range(len(strategy.optimizers)) if place not in self._public]
         self._selections: dict[tuple[int, frozenset[str]], Selection] = {}
-        self._private_steps: list[tuple[tuple[Any, ...], int, int, dict[str, nn.Parameter]]] = []
+        self._private_steps: list[_Wanted] = []
         self._scripts: list[list[int]] = []
         self._stand_in: Any = None
         self._live: _Live | None = None
@@ -124,9 +149,9 @@ class ManualOptimization:
         if batch_size > 1:
             one, many = batch_of(1), batch_of(min(batch_size, max(most, 2), MOST_TOGETHER))
             index = self._scripts.index(max(self._scripts, key=len))
-            check_no_pieces(module, self._capture, one, many, index, self._private)
+            check_no_pieces(module, self._capture, one, many, index, self._taken(index), self._private)
         for place in self._public:
-            at = [index for index, script in enumerate(self._scripts) if place in script][:1]
+            at = [(index, self._taken(index)) for index, script in enumerate(self._scripts) if place in script][:1]
             check_public_steps(module, self._capture, [place], self._stand_in, batch_of(rows, lambda batch: batch), at)
         return max(1, min(len(script) for script in self._scripts if script))
 
@@ -148,7 +173,8 @@ class ManualOptimization:
                 rest = (index,) if takes_batch_idx(module) else ()
                 before = {name: p.detach().clone() for name, p in module.named_parameters()}
                 with parameters_put_back(module):
-                    loss_function = self._loss_function(rest, number, place, parameters, self._views)
+                    wanted = _Wanted(rest, number, place, parameters, global_step(module) + self._taken(index))
+                    loss_function = self._loss_function(wanted, self._views)
                     self._selections[key] = try_engines(loss_function, parameters)
                     changed = [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
                 if changed:
@@ -158,14 +184,18 @@ class ManualOptimization:
                         "runs for each example. Move such updates (weight clipping, target networks) to the end of "
                         "training_step or to on_train_batch_end."
                     )
-                self._private_steps.append((rest, number, place, parameters))
+                self._private_steps.append(wanted)
                 first = first or (self._selections[key], loss_function)
         assert first is not None, "rehearsal saw a private step"
+        loop = next((one for one in self._selections.values() if one.engine.name == "loop"), None)
+        if loop is not None:  # one engine for all: each draws random numbers in a way of its own
+            self._selections = dict.fromkeys(self._selections, loop)
+            first = loop, first[1]
         return first
 
     def losses(self, views: Views | None) -> list[tuple[LossFunction, dict[str, nn.Parameter]]]:
         """The loss of each private optimizer seen in rehearsal, and its parameters, once engines are chosen."""
-        return [(self._loss_function(*step, views), step[-1]) for step in self._private_steps]
+        return [(self._loss_function(wanted, views), wanted.parameters) for wanted in self._private_steps]
 
     def training_step(
         self, sample: StepSample, rest: tuple[Any, ...], share: Callable[[Any], Any] | None, log: bool
@@ -185,7 +215,8 @@ class ManualOptimization:
             PreflightError: training_step did what it did not do in rehearsal and what cannot be private.
         """
         module = module_of(self._strategy)
-        live = self._live = _Live(rest, sample, self._parameters())
+        values, draws = ValuesOverSteps(module), SameDraws(self._strategy.root_device)
+        live = self._live = _Live(rest, sample, self._parameters(), values, draws, global_step(module))
         self._default_dtype = torch.get_default_dtype()
         try:
             with (
@@ -234,6 +265,7 @@ class ManualOptimization:
                 self._average_over_ranks(live, place)
             else:
                 self._put_private_gradient(live, place)
+            live.values.about_to_step(optimizer)
             live.step += 1
             live.losses.clear()
             return outcome
@@ -243,12 +275,13 @@ class ManualOptimization:
     def _put_private_gradient(self, live: _Live, place: int) -> None:
         check_private_step(place, live.losses, live.stepped)
         parameters = live.parameters[place]
-        loss_function = self._loss_function(live.rest, live.step, place, parameters, self._views)
+        wanted = _Wanted(live.rest, live.step, place, parameters, live.began_at)
+        loss_function = self._loss_function(wanted, self._views, live)
         with torch.enable_grad(), self._outside_the_precision_context():
             key = place, frozenset(parameters)
             if key not in self._selections:  # later than rehearsal looked, or parameters thawed since
                 self._selections[key] = live.sample.try_engines(loss_function, parameters)
-            several = len(self._private) > 1
+            several = live.draws if len(self._private) > 1 else None
             total = live.sample.clipped_sum(loss_function, parameters, self._selections[key], several)
             gradient = live.sample.released(total, len(live.stepped), len(self._private))
         for group in self._strategy.optimizers[place].param_groups:
@@ -291,34 +324,44 @@ class ManualOptimization:
         held = [{id(p) for group in one.param_groups for p in group["params"]} for one in self._strategy.optimizers]
         return [{name: p for name, p in named if id(p) in ids} for ids in held]
 
-    def _loss_function(
-        self,
-        rest: tuple[Any, ...],
-        number: int,
-        place: int,
-        parameters: dict[str, nn.Parameter],
-        views: Views | None,
-    ) -> LossFunction:
-        """An example's loss at the ``number``-th step of training_step, which must be that of optimizer ``place``."""
-        module = module_of(self._strategy)
-        fixed = {name: p.detach() for name, p in module.named_parameters() if name not in parameters}
+    def _taken(self, index: int) -> int:
+        """How many optimizer steps were rehearsed before this batch."""
+        return sum(map(len, self._scripts[:index]))
 
-        def on_step(notes: Commands, stepping: int) -> None:
-            if len(notes.steps) == number:
-                if stepping != place or not notes.losses:
-                    raise _other_way(number, place)
-                raise _ReachedError
+    def _loss_function(self, wanted: _Wanted, views: Views | None, live: _Live | None = None) -> LossFunction:
+        """An example's loss at the step that is wanted.
+
+        What training_step makes before an earlier step it makes with the parameters of then, as ``live`` has them.
+        """
+        module = module_of(self._strategy)
+        fixed = {name: p.detach() for name, p in module.named_parameters() if name not in wanted.parameters}
+        values = ValuesOverSteps(module) if live is None else live.values
+        time = PutBackInTime(module, values, wanted.parameters)
 
         def up_to_the_step(call: Callable[[], Any]) -> dict[str, Any]:
-            with attributes_put_back(module, report=False), intercepted(module, on_step) as notes:
-                try:
-                    call()
-                except _ReachedError:
-                    losses = [loss.reshape(()) for loss in notes.losses]
-                    return {"loss": sum(losses[1:], losses[0]), "losses": losses}
-            raise _other_way(number, place)
+            if live is not None and len(self._private) > 1:
+                live.draws.at_start_of_a_call()
+            with counting_steps(module, wanted.began_at) as count, attributes_put_back(module, report=False):
 
-        return example_loss(self._strategy, self._capture, views, rest, fixed=fixed, run=up_to_the_step)
+                def on_step(notes: Commands, stepping: int) -> None:
+                    if len(notes.steps) == wanted.number:
+                        if stepping != wanted.place or not notes.losses:
+                            raise _other_way(wanted.number, wanted.place)
+                        raise _ReachedError
+                    count()
+                    time.after(len(notes.steps) + 1)
+
+                with intercepted(module, on_step) as notes:
+                    try:
+                        call()
+                    except _ReachedError:
+                        losses = [loss.reshape(()) for loss in notes.losses]
+                        return {"loss": sum(losses[1:], losses[0]), "losses": losses}
+            raise _other_way(wanted.number, wanted.place)
+
+        return example_loss(
+            self._strategy, self._capture, views, wanted.rest, fixed=fixed, run=up_to_the_step, begin_with=time.at_start
+        )
 
 
 def _other_way(number: int, place: int) -> PreflightError:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_dp.manual.commands import Commands, intercepted
+from lightning_dp.manual.global_step import counting_steps, global_step
 from lightning_dp.preflight import PreflightError
 from lightning_dp.user_step.attributes import attributes_put_back
 from lightning_dp.user_step.capture import StepCapture
@@ -80,11 +81,21 @@ def rehearse(
     Raises:
         PreflightError: training_step steers training in a way that cannot be private, see the messages.
     """
-    return [_steps_at(module, capture, stand_in, index, private).script for index in range(REHEARSED)]
+    scripts: list[list[int]] = []
+    for index in range(REHEARSED):
+        taken = sum(map(len, scripts))
+        scripts.append(_steps_at(module, capture, stand_in, index, private, taken=taken).script)
+    return scripts
 
 
 def check_no_pieces(
-    module: pl.LightningModule, capture: StepCapture, one: Any, many: Any, index: int, private: Sequence[int]
+    module: pl.LightningModule,
+    capture: StepCapture,
+    one: Any,
+    many: Any,
+    index: int,
+    taken: int,
+    private: Sequence[int],
 ) -> None:
     """Refuse a training_step that gives the loss of a batch to ``manual_backward`` in pieces of the batch.
 
@@ -94,13 +105,14 @@ def check_no_pieces(
         one: a batch of one example without anybody's data.
         many: the same with several.
         index: of the batch at which to look.
+        taken: how many optimizer steps come before it.
         private: places of the private optimizers.
 
     Raises:
         PreflightError: see the message.
     """
     try:
-        alone, together = (_steps_at(module, capture, batch, index, ()) for batch in (one, many))
+        alone, together = (_steps_at(module, capture, batch, index, (), taken=taken) for batch in (one, many))
     except Exception:
         return  # it takes examples in one number only, and so not in pieces; what is wrong besides, training will tell
     for place, a, b in zip(alone.script, alone.losses, together.losses, strict=False):
@@ -122,7 +134,7 @@ def check_public_steps(
     public: Sequence[int],
     stand_in: Any,
     example: Any,
-    batches: list[int],
+    batches: list[tuple[int, int]],
 ) -> None:
     """Refuse a public optimizer whose gradient changes with the batch.
 
@@ -135,13 +147,13 @@ def check_public_steps(
         public: places of the optimizers said to be public.
         stand_in: a batch without anybody's data.
         example: a batch of the same shape with some. **Private**; only compared with the stand-in here.
-        batches: numbers of the batches at which to look.
+        batches: numbers of the batches at which to look, and how many optimizer steps come before each.
 
     Raises:
         PreflightError: see the message.
     """
-    for index in batches:
-        found = [_steps_at(module, capture, batch, index, (), public).gradients for batch in (stand_in, example)]
+    for index, taken in batches:
+        found = [_steps_at(module, capture, batch, index, (), public, taken).gradients for batch in (stand_in, example)]
         for (place, without), (_, given) in zip(*found, strict=False):
             if any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(without, given, strict=True)):
                 raise PreflightError(
@@ -168,18 +180,20 @@ def _steps_at(
     index: int,
     private: Sequence[int],
     gradients_of: Sequence[int] = (),
+    taken: int = 0,
 ) -> _Steps:
-    optimizers, taken = module.trainer.optimizers, _Steps([])
+    optimizers, steps = module.trainer.optimizers, _Steps([])
 
     def on_step(notes: Commands, place: int) -> None:
+        count()
         if place in private:
             check_private_step(place, notes.losses, notes.steps)
-        taken.losses.append([float(loss.detach()) for loss in notes.losses])
+        steps.losses.append([float(loss.detach()) for loss in notes.losses])
         if place in gradients_of and notes.losses:
             held = [p for group in optimizers[place].param_groups for p in group["params"] if p.requires_grad]
             total = torch.stack([loss.reshape(()) for loss in notes.losses]).sum()
             given = torch.autograd.grad(total, held, retain_graph=True, allow_unused=True, materialize_grads=True)
-            taken.gradients.append((place, list(given)))
+            steps.gradients.append((place, list(given)))
 
     rest = (index,) if takes_batch_idx(module) else ()
     with (
@@ -187,6 +201,7 @@ def _steps_at(
         torch.enable_grad(),
         parameters_put_back(module),
         attributes_put_back(module, report=False),
+        counting_steps(module, global_step(module) + taken) as count,
         capture.listening(),
         intercepted(module, on_step) as notes,
         module.trainer.precision_plugin.train_step_context(),
@@ -200,5 +215,5 @@ def _steps_at(
             "whatever its size. Raise the loader's batch_size, and limit memory with "
             "DifferentialPrivacy(physical_batch_size=...)."
         )
-    taken.script = notes.steps
-    return taken
+    steps.script = notes.steps
+    return steps

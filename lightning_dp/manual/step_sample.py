@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_dp.engines.select import Selection
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.step import Accumulated
+from lightning_dp.manual.same_draws import SameDraws
 
 Parameters = Mapping[str, nn.Parameter]
 TryEngines = Callable[[LossFunction, Parameters], Selection]
@@ -48,13 +49,22 @@ class StepSample:
     _kept: list[tuple[Any, int]] | None = field(default=None, init=False)
 
     def clipped_sum(
-        self, loss_function: LossFunction, parameters: Parameters, selection: Selection, keep: bool
+        self, loss_function: LossFunction, parameters: Parameters, selection: Selection, draws: SameDraws | None
     ) -> Accumulated:
-        """The sum of this rank's clipped gradients; ``keep`` the sample in memory for a further release of it."""
-        pieces: MicroBatches = self.micro_batches() if self._kept is None else self._kept
-        if keep:
-            pieces = self._kept = list(pieces)
-        return self.sum_clipped(selection, loss_function, parameters, pieces)
+        """The sum of this rank's clipped gradients.
+
+        Args:
+            loss_function: of one example.
+            parameters: of which gradients are taken, by name.
+            selection: the engine.
+            draws: keeps random numbers for a further release of the sample, for which the sample is kept in memory as
+                well; ``None`` if there is none.
+        """
+        if draws is None:
+            return self.sum_clipped(selection, loss_function, parameters, self.micro_batches())
+        self._kept = list(self.micro_batches()) if self._kept is None else self._kept
+        with draws.one_pass():
+            return self.sum_clipped(selection, loss_function, parameters, draws.counted(self._kept))
 
     def released(self, total: Accumulated, part: int, parts: int) -> dict[str, Tensor]:
         """The noisy gradient of part ``part`` of at most ``parts`` that the sample releases, charged for."""

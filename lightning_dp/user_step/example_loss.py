@@ -30,6 +30,7 @@ def example_loss(
     *,
     fixed: Mapping[str, Tensor] | None = None,
     run: Callable[[Callable[[], Any]], Any] | None = None,
+    begin_with: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
 ) -> LossFunction:
     """The user's own training_step on a batch of one (on its K views, on a user's examples), as a function of the parameters.
 
@@ -43,6 +44,7 @@ def example_loss(
         fixed: values of other parameters, by name, that are not differentiated.
         run: calls training_step and gives what it "returned"; manual optimization, where it need not return the loss,
             says what that is.
+        begin_with: from all parameters by name to the values with which training_step begins, where those are others.
     """
     module = module_of(strategy)
     stepper, spectral_norms = _TrainingStep(module), SpectralNorms(module)
@@ -50,6 +52,8 @@ def example_loss(
 
     def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
         whole = put_together({**(fixed or {}), **parameters}, complex_names)
+        if begin_with is not None:
+            whole = dict(begin_with(whole))
         named = {f"module.{name}": parameter for name, parameter in whole.items()}
         example = ungroup(example)
         example = as_training_step_takes_it(strategy, example if views is None else views.fold(example))
