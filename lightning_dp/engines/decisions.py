@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from lightning_dp.engines.draws import drawn_for_all
 from lightning_dp.engines.recurrent import can_be_unrolled, unrolled
 from lightning_dp.engines.user_code import Line, line_of_the_caller
+from lightning_dp.functional.late import Late, at_hand
 
 
 class PartingError(BaseException):
@@ -54,6 +55,8 @@ class _Answering(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if Late in types:
+            args, kwargs = at_hand((args, kwargs))
         if func in _VALUES:
             return self._value(func, args, kwargs)
         if can_be_unrolled(func, args, kwargs):

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_dp.functional.late import at_hand
 from lightning_dp.preflight import PreflightError
 
 _ABSENT = object()
@@ -44,7 +45,7 @@ def intercepted(module: pl.LightningModule, on_step: Callable[[Commands, int], N
     notes = Commands()
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> None:
-        notes.losses.append(loss)
+        notes.losses.append(at_hand(loss))
 
     def step_of(place: int) -> Callable[..., Any]:
         def step(closure: Callable[[], Any] | None = None, **_: Any) -> Any:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.functional.late import Late
 from lightning_dp.user_step.capture import LogCall, StepCapture
 
 _warnings = WarningCache()
@@ -30,6 +31,8 @@ class KnownLoss:
 
     def is_meant_by(self, value: Any) -> bool:
         """Whether ``value`` is this loss: the tensor, a detached one, or its number."""
+        if type(value) is Late:
+            value = value.computed  # of a loss it has been, by manual_backward
         if isinstance(value, Tensor):
             return value.numel() == 1 and value.data_ptr() == self.stand_in.data_ptr()
         return isinstance(value, float) and value == float(self.stand_in)
@@ -67,6 +70,8 @@ def in_place_of(output: Any, known: Sequence[KnownLoss]) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         value = _known(leaf, known)
+        if type(leaf) is Late and value is None:
+            return torch.full((), float("nan"))
         return torch.full_like(leaf, float("nan"), dtype=torch.float32, requires_grad=False) if value is None else value
 
     return pytree.tree_map(real, output)

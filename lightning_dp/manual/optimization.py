@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.engines.select import Selection
 from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.late import at_hand
 from lightning_dp.functional.real_parts import as_given
 from lightning_dp.functional.step import Accumulated
 from lightning_dp.functional.views import Views
@@ -246,6 +247,7 @@ class ManualOptimization:
             raise RuntimeError(
                 "manual_backward outside training_step: expected it inside. Only there is it known whose data it sees."
             )
+        loss = at_hand(loss)
         self._live.losses.append(loss)
         return Strategy.backward(self._strategy, loss, None, *args, **options)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_dp.functional.late import Late
 from lightning_dp.preflight import PreflightError
 
 TORCH_KEEPS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
@@ -105,8 +106,8 @@ def numbers_as_tensors(changes: dict[Place, Any]) -> dict[Place, Any]:
 
 def _joined(leaf: Any, kind: type, name: str) -> Any:
     """What one example's value becomes for all: scalars the mean, counts the sum, everything else its rows."""
-    if not isinstance(leaf, Tensor):
-        return leaf
+    if not isinstance(leaf, Tensor) or kind is Late:
+        return leaf  # a metric's result is one for the whole step
     if kind is int and not bool((leaf == leaf[0]).all()):
         raise PreflightError(
             f"training_step sets self.{name} to different integers for different examples: expected one that does not depend "

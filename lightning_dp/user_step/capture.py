@@ -9,38 +9,45 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import WarningCache
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
+from lightning_dp.functional.late import Late, at_hand
 from lightning_dp.user_step.attributes import attributes_put_back, leave, numbers_as_tensors
+from lightning_dp.user_step.metrics import (
+    METHODS,
+    AnyMetric,
+    MetricCall,
+    MetricsOfAPass,
+    noting_what_they_see,
+    outermost_metrics,
+    replayed,
+    states_hidden,
+    value_apart,
+)
 
-_warnings = WarningCache()
 
+@dataclass(frozen=True)
+class _OfMetric:
+    """A tensor of a metric's result: the place of the call among the pass's, and of the tensor in the result."""
 
-@dataclass
-class MetricCall:
-    """A call of a torchmetrics object inside training_step."""
-
-    path: str
-    method: str
-    arguments: Any
-    placeholder: Any = None
+    call: int
+    leaf: int
 
 
 @dataclass
 class LogCall:
     """A ``self.log`` inside training_step.
 
-    ``source`` points to the metric call whose result is logged, if any; ``number`` says that a Python number was.
+    ``source`` is the place of what is logged in a metric's result, if it is one; ``number`` says that a Python number was.
     """
 
     path: str
     name: str
     value: Any
     options: dict[str, Any]
-    source: tuple[int, str | None] | None = None
+    source: _OfMetric | None = None
     number: bool = False
 
 
@@ -57,13 +64,25 @@ class Recording:
     def take_tensors(self) -> list[Tensor]:
         """Everything tensor-valued that an example contributed; :meth:`put_back` is the inverse."""
         nest = [
-            [call.arguments for call in self.metric_calls],
-            [call.value for call in self.log_calls],
+            [pytree.tree_map(_as_tensor, call.arguments) for call in self.metric_calls],
+            [None if call.source is not None else call.value for call in self.log_calls],
             self.extras,
             self.attributes,
         ]
         self._leaves, self._structure = pytree.tree_flatten(nest)
+        self._leaves = [self.by_place(leaf) for leaf in self._leaves]
         return [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
+
+    def place_of(self, value: Any) -> _OfMetric | None:
+        """Where ``value`` is in the result of a metric's call, if it is the very tensor."""
+        if type(value) is not Late:
+            return None
+        places = ((call, leaf) for call, made in enumerate(self.metric_calls) for leaf in enumerate(made.leaves()))
+        return next((_OfMetric(call, place) for call, (place, leaf) in places if leaf is value), None)
+
+    def by_place(self, leaf: Any) -> Any:
+        """``leaf``, or its place if it is a tensor of a metric's result: the replay has it for the whole step."""
+        return (self.place_of(leaf) or at_hand(leaf)) if type(leaf) is Late else leaf
 
     def put_back(self, tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any], dict[str, Any], dict[Any, Any]]:
         """Metric arguments, logged values, extra outputs and attributes with ``tensors`` in the tensors' places."""
@@ -76,10 +95,11 @@ class Recording:
 class StepCapture:
     """Runs the user's training_step on a batch of one and keeps what it tells the outside world.
 
-    ``self.log`` / ``self.log_dict`` of the module and of LightningModules inside it, ``forward`` and ``update`` of its
-    torchmetrics objects and the extra keys of a returned dict are recorded for each example; :meth:`replay` hands
-    them to Lightning once, for all examples of the step together: metrics see the concatenated arguments, logged
-    values are reduced with their own ``reduce_fx``. Everything captured is **private**: it carries no noise.
+    ``self.log`` / ``self.log_dict`` of the module and of LightningModules inside it, calls of its torchmetrics objects
+    and the extra keys of a returned dict are recorded for each example; :meth:`replay` hands them to Lightning once, for
+    all examples of the step together: metrics see the concatenated arguments, logged values are reduced with their own
+    ``reduce_fx``. Inside the pass a metric's value is that of the example, see
+    :class:`~lightning_dp.user_step.metrics.MetricsOfAPass`. Everything captured is **private**: it carries no noise.
 
     Args:
         module: the user's LightningModule, which is left as it was found after each call.
@@ -88,12 +108,14 @@ class StepCapture:
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
         self._recording: Recording | None = None
+        self._structures: dict[int, Any] = {}
+        self._metrics: list[AnyMetric] | None = None
 
     def run(self, call: Callable[[], Any]) -> tuple[Tensor, list[Tensor]]:
         """Call ``training_step`` and split what it did into the loss and the tensors it logged, counted or returned."""
         with self.listening() as recording, attributes_put_back(self.module) as changes:
-            output = call()
-        loss, recording.extras = split_output(output)
+            loss, recording.extras = split_output(call())
+            loss = at_hand(loss)
         recording.attributes = numbers_as_tensors(changes)
         recording.kinds = {place: pytree.tree_map(type, value) for place, value in changes.items()}
         self._recording = recording
@@ -127,18 +149,19 @@ class StepCapture:
         """
         log_calls: list[LogCall] = []
         extras: dict[str, Any] = {}
-        if outputs and self._recording is not None:
+        recording, self._metrics = self._recording, None
+        if outputs and recording is not None:
             columns = [_joined(parts) for parts in zip(*outputs, strict=True)]
-            arguments, values, extras, attributes = self._recording.put_back(columns)
-            leave(self.module, attributes, self._recording.kinds)
-        if outputs and self._recording is not None and log:
-            results = [
-                self._replay_metric(call, _rows(args))
-                for call, args in zip(self._recording.metric_calls, arguments, strict=True)
-            ]
+            arguments, values, extras, attributes = recording.put_back(columns)
+            sources = {call.source for call in recording.log_calls if call.source is not None}
+            wanted = _places([arguments, attributes, extras]) | sources if log else _places(attributes)
+            results = self._replay_metrics(recording, [_rows(each) for each in arguments], wanted, log)
+            leave(self.module, _with_results(attributes, results), recording.kinds)
+            extras = _with_results({name: _rows(value) for name, value in extras.items()}, results)
             log_calls = [
                 LogCall(call.path, call.name, self._logged_value(call, value, results), call.options)
-                for call, value in zip(self._recording.log_calls, values, strict=True)
+                for call, value in zip(recording.log_calls, values, strict=True)
+                if log
             ]
         if not log:
             return {}
@@ -147,12 +170,14 @@ class StepCapture:
             log_calls = log_calls if outputs else shared
         for call in log_calls:
             self.log(call, max(examples, 1))
-        return {name: _rows(value) for name, value in extras.items()}
+        return extras
 
     @contextmanager
     def listening(self) -> Iterator[Recording]:
         """While open, logs and metric calls go into the recording and nowhere else."""
         recording = Recording([], [], {})
+        in_this_pass = MetricsOfAPass(self._structures, recording.metric_calls)
+        metrics = self._metrics = outermost_metrics(self.module) if self._metrics is None else self._metrics
         replaced: list[tuple[Any, str, Any]] = []
 
         def replace(owner: Any, name: str, function: Any) -> None:
@@ -165,10 +190,11 @@ class StepCapture:
                     if child._current_fx_name is not None:  # a log method that was kept elsewhere must not get through
                         replace(child, "_current_fx_name", None)
                     replace(child, "log", _record_log(recording, path, self.module))
-                elif isinstance(child, (Metric, MetricCollection)):
-                    replace(child, "forward", _record_metric(recording, path, child, "forward"))
-                    replace(child, "update", _record_metric(recording, path, child, "update"))
-            yield recording
+            for metric in metrics:
+                for method in METHODS:
+                    replace(metric, method, in_this_pass.replacement(metric, method, getattr(metric, method)))
+            with states_hidden(metrics):
+                yield recording
         finally:
             for owner, name, original in reversed(replaced):
                 if original is None:
@@ -176,25 +202,30 @@ class StepCapture:
                 else:
                     object.__setattr__(owner, name, original)
 
-    def _replay_metric(self, call: MetricCall, arguments: Any) -> Any:
-        args, kwargs = arguments
-        metric = self.module.get_submodule(call.path)
-        return metric(*args, **kwargs) if call.method == "forward" else metric.update(*args, **kwargs)  # type: ignore[operator]  # a metric by its path
+    def _replay_metrics(
+        self, recording: Recording, arguments: list[Any], wanted: set[_OfMetric], log: bool
+    ) -> dict[_OfMetric, Tensor]:
+        """Call the metrics for the whole step, if ``log``, or nothing but twins of them; the results that are wanted."""
+        results: dict[_OfMetric, Tensor] = {}
+        calls, called = recording.metric_calls, {source.call for source in wanted}
+        with noting_what_they_see([call.metric for call in calls if log]):
+            for place, call in enumerate(calls):
+                given = arguments[place] = _with_results(arguments[place], results)
+                if log and (call.method != "compute" or place in called):
+                    value = replayed(call, given)
+                elif place in called:
+                    value = value_apart(calls[: place + 1], arguments)
+                else:
+                    continue
+                results.update((_OfMetric(place, leaf), each) for leaf, each in enumerate(pytree.tree_leaves(value)))
+        return results
 
-    def _logged_value(self, call: LogCall, value: Any, results: list[Any]) -> Any:
+    def _logged_value(self, call: LogCall, value: Any, results: Mapping[_OfMetric, Tensor]) -> Any:
         if call.source is not None:
-            index, key = call.source
-            return results[index] if key is None else results[index][key]
+            return results[call.source]
         if not isinstance(value, Tensor):
             return value
-        per_example = value.reshape(value.shape[0], -1).float()
-        if results and bool(per_example.isnan().all()):
-            _warnings.warn(
-                f"self.log({call.name!r}, ...): the value is computed from the result of a metric's forward, which is "
-                "not known while gradients are taken per example, and is logged as NaN. Log the metric itself, as in "
-                "self.log(name, self.metric)."
-            )
-        return _reduce(per_example, call.options.get("reduce_fx", "mean"))
+        return _reduce(value.reshape(value.shape[0], -1).float(), call.options.get("reduce_fx", "mean"))
 
     def log(self, call: LogCall, examples: int) -> None:
         """Make one ``self.log`` for a whole step of ``examples`` examples."""
@@ -233,15 +264,7 @@ def _record_log(recording: Recording, path: str, module: pl.LightningModule) -> 
         positional = dict(zip(_LOG_ARGUMENTS, args, strict=False))
         source, number = None, not isinstance(value, Tensor) and isinstance(value, (int, float))
         if isinstance(value, Tensor):
-            source = next(
-                (
-                    (index, key)
-                    for index, call in enumerate(recording.metric_calls)
-                    for key, placeholder in _placeholders(call.placeholder)
-                    if placeholder is value
-                ),
-                None,
-            )
+            source = recording.place_of(value)
         elif number:
             value = torch.tensor(float(value))
         elif isinstance(value, Metric):
@@ -258,30 +281,18 @@ _LOG_ARGUMENTS = (
 )  # fmt: skip
 
 
-def _record_metric(recording: Recording, path: str, metric: Any, method: str) -> Callable[..., Any]:
-    def record(*args: Any, **kwargs: Any) -> Any:
-        placeholder: Any = None
-        if method == "forward":
-            blank = torch.full((), float("nan"))
-            names = list(metric.keys()) if isinstance(metric, MetricCollection) else None
-            placeholder = blank if names is None else {name: blank.clone() for name in names}
-        arguments = pytree.tree_map(_as_tensor, (args, kwargs))
-        recording.metric_calls.append(MetricCall(path, method, arguments, placeholder))
-        return placeholder
-
-    return record
-
-
 def _as_tensor(argument: Any) -> Any:
     """A number that a metric is given becomes a tensor, so that every example's is counted; ``True`` is an option."""
     number = isinstance(argument, (int, float)) and not isinstance(argument, bool)
     return torch.tensor(argument) if number else argument
 
 
-def _placeholders(placeholder: Any) -> list[tuple[str | None, Tensor]]:
-    if isinstance(placeholder, dict):
-        return list(placeholder.items())
-    return [] if placeholder is None else [(None, placeholder)]
+def _places(nest: Any) -> set[_OfMetric]:
+    return {leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, _OfMetric)}
+
+
+def _with_results(nest: Any, results: Mapping[_OfMetric, Tensor]) -> Any:
+    return pytree.tree_map(lambda leaf: results[leaf] if isinstance(leaf, _OfMetric) else leaf, nest)
 
 
 def _rows(nest: Any) -> Any:

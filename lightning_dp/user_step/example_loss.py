@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.late import at_hand
 from lightning_dp.functional.real_parts import put_together
 from lightning_dp.functional.units import ungroup
 from lightning_dp.functional.views import Views
@@ -77,4 +78,7 @@ class _TrainingStep(nn.Module):
         self.module = module
 
     def forward(self, *args: Any) -> Any:
-        return self.module.training_step(*args)
+        output = self.module.training_step(*args)
+        if isinstance(output, Mapping):
+            at_hand(output.get("loss"))  # now, while the parameters are those of the call
+        return at_hand(output) if isinstance(output, Tensor) else output
