@@ -21,11 +21,12 @@ from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.homecoming import register, send_home
 from lightning_dp.engines.select import EngineName
 from lightning_dp.engines.user_code import warn_user
+from lightning_dp.epochs import Progress, check_draws_in_an_epoch, planned_steps
 from lightning_dp.functional.real_parts import coordinates
 from lightning_dp.loading.batch_axis import Axis
 from lightning_dp.manual.public_optimizers import check_places, check_public_optimizers
 from lightning_dp.plan import PrivacyPlan
-from lightning_dp.planning import agreed_plan, check_batch_after_resume, on_rank_zero, planned_steps
+from lightning_dp.planning import agreed_plan, check_batch_after_resume, on_rank_zero
 from lightning_dp.privacy_unit import unit_from
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.records.checkpoint import Past, lost_since, past_of, sealed, unsealed, with_lost_steps
@@ -41,8 +42,8 @@ class DifferentialPrivacy(pl.Callback):
     """Train with DP-SGD: Poisson sampling, per-example clipping, Gaussian noise, and a ledger of what was spent.
 
     Add it to ``Trainer(callbacks=[...])``; the module, the data and the optimizer stay as they are. One Lightning batch
-    becomes one private step, so ``max_steps``, ``global_step`` and schedulers count private steps, and an epoch is
-    round(1/q) of them.
+    becomes one private step, so ``max_steps``, ``global_step`` and schedulers count private steps, and an epoch has
+    ``len(train_dataloader)`` of them, as without privacy.
 
     Give exactly one of ``epsilon`` and ``noise_multiplier``. With ``epsilon`` the smallest noise that keeps the planned
     number of steps (``max_steps`` or ``max_epochs`` of the Trainer) within (ε, δ) is found, and training stops rather
@@ -147,7 +148,7 @@ class DifferentialPrivacy(pl.Callback):
         self._past: Past | None = None
         self._journal: Journal | None = None
         self._world_size: int | None = None
-        self._global_step_at_start = 0
+        self._at_start = Progress()
         self._steps_at_start = 0
         self._planned = False
         self._unused_samples = 0
@@ -185,7 +186,7 @@ class DifferentialPrivacy(pl.Callback):
         check_same_on_every_rank(trainer.strategy, facts(self, trainer))
         strategy = make_private(trainer.strategy)
         self._past = self._now()
-        self._global_step_at_start = trainer.global_step
+        self._at_start = Progress.of(trainer)
         self._planned = False
         strategy.private_step = PrivateStep(
             lambda loader: self._plan(trainer, strategy, loader),
@@ -278,7 +279,7 @@ class DifferentialPrivacy(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         on_every_rank(trainer.strategy, lambda: past_of(checkpoint, self.state_key), preflight.PreflightError)
-        self._global_step_at_start = checkpoint["global_step"]
+        self._at_start = Progress.in_checkpoint(checkpoint)
 
     def _plan(self, trainer: pl.Trainer, strategy: PrivateStrategy, loader: DataLoader[Any]) -> Ledger:
         if not self._planned:
@@ -299,18 +300,19 @@ class DifferentialPrivacy(pl.Callback):
             resolution=resolution(self.secure),
             coordinates=coordinates(trainer.lightning_module.parameters()) if self.secure else None,
             spent=as_if_real(spent, self.simulate),
-            remaining_steps=lambda per_epoch: self._planned_steps(trainer, per_epoch),
+            remaining_steps=lambda: self._planned_steps(trainer, len(loader)),
         )
-        sigma, plan = plan.noise_multiplier, simulated(plan, self.simulate)
+        real, sigma, plan = plan, plan.noise_multiplier, simulated(plan, self.simulate)
         if self._planned and self.ledger is not None:  # reload_dataloaders_every_n_epochs
             if self.ledger.plan != plan:
                 raise preflight.PreflightError(
                     f"the training data changed during the run: planned {self.ledger.plan}, now {plan}: expected the same "
-                    "dataset size and batch size throughout. Keep them fixed, or give dataset_size and "
-                    "expected_batch_size."
+                    "dataset size, batch size and number of steps throughout. Keep them fixed, or give dataset_size, "
+                    "expected_batch_size and, since an epoch is len(train_dataloader), Trainer(max_steps=...)."
                 )
             return self.ledger
         preflight.check_delta_for(plan)
+        check_draws_in_an_epoch(trainer, real, loader)
         check_batch_after_resume(
             plan, spent, self.expected_batch_size, self._past.world_size if self._past else None, trainer.world_size
         )
@@ -327,7 +329,7 @@ class DifferentialPrivacy(pl.Callback):
     def _planned_steps(self, trainer: pl.Trainer, per_epoch: int) -> int | None:
         step = make_private(trainer.strategy).private_step
         per_batch = 1 if step is None else step.optimizer_steps_per_batch
-        return planned_steps(trainer, per_epoch, self._global_step_at_start, per_batch)
+        return planned_steps(trainer, per_epoch, self._at_start, per_batch)
 
     def _begin_journal(self, trainer: pl.Trainer) -> None:
         """From here on every step is written down before it is released."""
@@ -351,7 +353,7 @@ class DifferentialPrivacy(pl.Callback):
         assert self.ledger is not None
         if self.ledger.can_charge() or trainer.should_stop:
             return
-        planned = self._planned_steps(trainer, self.ledger.plan.steps_per_epoch)
+        planned = self._planned_steps(trainer, len(trainer.train_dataloader))  # type: ignore[arg-type]  # it is the private loader
         if planned is not None and self.ledger.steps - self._steps_at_start >= planned:
             return
         trainer.should_stop = True

@@ -57,8 +57,8 @@ class PrivacyPlan:
     Example:
         >>> plan = PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000,
         ...                    expected_batch_size=100, steps=50)
-        >>> plan.sampling_probability, plan.noise_std, plan.steps_per_epoch
-        (0.1, 2.0, 10)
+        >>> plan.sampling_probability, plan.noise_std
+        (0.1, 2.0)
     """
 
     noise_multiplier: float
@@ -90,7 +90,7 @@ class PrivacyPlan:
                 "Check that the training dataset is not empty."
             )
         q = self.expected_batch_size / self.dataset_size
-        if not 0 < q <= 1 or math.isinf(1 / q):  # so small that an epoch would have no number of steps
+        if not 0 < q <= 1 or math.isinf(1 / q):  # so small that nothing can be computed with it
             raise ValueError(
                 f"expected_batch_size={self.expected_batch_size} with dataset_size={self.dataset_size} gives a "
                 f"sampling probability of {q:.4g}: expected a value in "
@@ -149,11 +149,6 @@ class PrivacyPlan:
     def noise_std(self) -> float:
         """σ times the clipping's sensitivity (C): the noise on each coordinate of the *sum* of clipped gradients."""
         return self.noise_multiplier * self.clipping_rule.sensitivity if self.noise_multiplier > 0 else 0.0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """round(1/q): the number of steps in which each example is drawn once on average (in the run simulated, if any)."""
-        return max(1, round(1 / (self.sampling_probability * self.simulation)))
 
 
 def check_max_batch_size(max_batch_size: int) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 from torch.utils.data import DataLoader
 
@@ -21,28 +19,6 @@ from lightning_dp.privacy_unit import units_of
 from lightning_dp.strategy_facts import world_size_of
 
 T = TypeVar("T")
-
-
-def planned_steps(
-    trainer: pl.Trainer, steps_per_epoch: int, already: int, optimizer_steps_per_batch: int = 1
-) -> int | None:
-    """How many further private steps ``fit`` will take, or ``None`` if nothing but time bounds them.
-
-    Args:
-        trainer: its ``max_steps``, ``max_epochs`` and ``limit_train_batches`` are read.
-        steps_per_epoch: round(1/q).
-        already: optimizer steps taken before this ``fit`` (of the checkpoint, when resuming).
-        optimizer_steps_per_batch: the fewest optimizer steps in a batch; more than 1 under manual optimization, where
-            ``max_steps`` counts the steps of all optimizers and one batch is one private step.
-    """
-    limit = trainer.limit_train_batches
-    per_epoch = min(steps_per_epoch, limit) if isinstance(limit, int) else int(steps_per_epoch * limit)
-    bounds = []
-    if trainer.max_steps != -1:
-        bounds.append(math.ceil(trainer.max_steps / optimizer_steps_per_batch))
-    if trainer.max_epochs is not None and trainer.max_epochs != -1:
-        bounds.append(trainer.max_epochs * per_epoch)
-    return max(0, min(bounds) - already // optimizer_steps_per_batch) if bounds else None
 
 
 def agreed_plan(
@@ -59,7 +35,7 @@ def agreed_plan(
     resolution: int | None = None,
     coordinates: int | None = None,
     spent: dict[str, Any] | None,
-    remaining_steps: Callable[[int], int | None],
+    remaining_steps: Callable[[], int | None],
 ) -> PrivacyPlan:
     """The plan of a run, computed on rank 0 and checked to suit every rank's data.
 
@@ -76,7 +52,7 @@ def agreed_plan(
         resolution: Δ, the clip norm in units of the grid of discrete noise, or ``None`` for noise in floating point.
         coordinates: P, how many trainable coordinates there are; needed with ``resolution``.
         spent: the state of a ledger that this run continues, or ``None``.
-        remaining_steps: further steps this ``fit`` will take, given the steps of an epoch.
+        remaining_steps: how many further steps this ``fit`` will take.
 
     Raises:
         PreflightError: the number of steps is unknown although σ must be found, or ranks disagree.
@@ -102,7 +78,7 @@ def agreed_plan(
             coordinates=coordinates,
             unit=EXAMPLE if units is None else units.name,
         )
-        remaining = remaining_steps(probe.steps_per_epoch)
+        remaining = remaining_steps()
         steps = None if remaining is None else _ledger(probe, spent).steps + remaining
         return replace(probe, steps=steps, target_epsilon=epsilon)
 
@@ -149,6 +125,7 @@ def agreed_plan(
             "steps already charged": _ledger(mine, spent).steps,
             "the checkpoint's ledger": spent,
             **asdict(mine),
+            "len(train_dataloader)": len(loader),  # an epoch: a rank with a shorter one would leave the others waiting
         },
     )
     return on_rank_zero(strategy, make)

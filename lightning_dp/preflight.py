@@ -237,6 +237,12 @@ def check_loader(loader: object) -> DataLoader[Any]:
             "the same probability, or the ε reported is wrong for the examples drawn more often. Remove the sampler; to "
             "weight examples, weight their losses."
         )
+    if len(loader) == 0 and len(loader.dataset) > 0:
+        raise PreflightError(
+            f"drop_last=True with batch_size={loader.batch_size} leaves no batch of {len(loader.dataset)} examples: expected "
+            "at least one. An epoch has len(train_dataloader) steps, so nothing would be trained. Give drop_last=False, or a "
+            "smaller batch_size."
+        )
     return loader
 
 

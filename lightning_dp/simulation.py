@@ -39,8 +39,8 @@ def simulated(plan: PrivacyPlan, simulate: int) -> PrivacyPlan:
         >>> plan = PrivacyPlan(noise_multiplier=3.0, clip_norm=1.0, delta=1e-5, dataset_size=50000,
         ...                    expected_batch_size=4096, steps=875, target_epsilon=8.0)
         >>> small = simulated(plan, 16)
-        >>> small.noise_multiplier, small.expected_batch_size, small.target_epsilon, small.steps_per_epoch
-        (0.1875, 256.0, None, 12)
+        >>> small.noise_multiplier, small.expected_batch_size, small.target_epsilon, small.steps
+        (0.1875, 256.0, None, 875)
 
     Source: T. Sander, P. Stock and A. Sablayrolles, *TAN Without a Burn: Scaling Laws of DP-SGD*, ICML 2023
     (arXiv 2210.03403): B/σ and the number of steps are kept.

@@ -41,10 +41,20 @@ def listed(batch: dict[str, Tensor]) -> list[int]:
     return [int(x) for x in batch["x"].flatten()]
 
 
+class OfLength(DataLoader[Any]):
+    """A loader that says how many batches it has."""
+
+    batches = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+
 def poisson_loader(
     examples: int = 40,
     expected: float = 7,
     *,
+    epoch: int | None = None,
     key: RandomKey = KEY,
     rank: int = 0,
     world_size: int = 1,
@@ -52,8 +62,10 @@ def poisson_loader(
     next_step: Callable[[], int] = lambda: 0,
     **options: Any,
 ) -> PoissonLoader:
+    loader = OfLength(Numbers(examples), batch_size=4, **options)
+    loader.batches = max(1, round(examples / expected)) if epoch is None else epoch
     return PoissonLoader(
-        DataLoader(Numbers(examples), batch_size=4, **options),
+        loader,
         plan(dataset_size=examples, expected_batch_size=expected),
         key,
         rank=rank,
@@ -71,14 +83,16 @@ def delivered(batch: LogicalBatch) -> list[int]:
     return [index for micro_batch, _ in batch.micro_batches() for index in listed(micro_batch)]
 
 
-@pytest.mark.parametrize(
-    ("examples", "expected", "steps"), [(40, 8, 5), (40, 7, 6), (40, 40, 1), (40, 30, 1), (3, 0.01, 300)]
-)
-def test_an_epoch_is_the_number_of_steps_in_which_an_example_is_drawn_once_on_average(
-    examples: int, expected: float, steps: int
+@given(examples=st.integers(1, 60), batch_size=st.integers(1, 20), drop_last=st.booleans(), expected=st.floats(0.1, 1))
+def test_an_epoch_has_as_many_steps_as_the_users_loader_has_batches(
+    examples: int, batch_size: int, drop_last: bool, expected: float
 ) -> None:
-    loader = poisson_loader(examples, expected)
-    assert len(loader) == steps == len(list(loader))
+    given = DataLoader(Numbers(examples), batch_size=batch_size, drop_last=drop_last)
+    mechanism = plan(dataset_size=examples, expected_batch_size=expected)
+    loader = PoissonLoader(
+        given, mechanism, KEY, rank=0, world_size=1, physical_batch_size=3, next_step=lambda: 0
+    )
+    assert len(loader) == len(given) == len(list(loader)) == sum(1 for _ in given)
 
 
 @settings(max_examples=20)
@@ -312,7 +326,7 @@ class Counting(Numbers):
 def counting_loader(file: Any, charged: list[int], **options: Any) -> PoissonLoader:
     mechanism = plan(dataset_size=40, expected_batch_size=20)  # an epoch of two steps
     return PoissonLoader(
-        DataLoader(Counting(40, file), batch_size=4, **options), mechanism, KEY,
+        DataLoader(Counting(40, file), batch_size=20, **options), mechanism, KEY,
         rank=0, world_size=1, physical_batch_size=50, next_step=lambda: len(charged),
     )  # fmt: skip
 

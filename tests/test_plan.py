@@ -86,7 +86,7 @@ def test_no_clip_norm_is_refused_with_noise_and_accepted_without() -> None:
 
 
 @given(
-    noise_multiplier=st.floats(0, 1e6),
+    noise_multiplier=st.just(0.0) | st.floats(1e-9, 1e6),
     clip_norm=st.floats(1e-6, 1e6),
     dataset_size=st.integers(1, 10**9),
     fraction=st.floats(1e-6, 1.0),
@@ -100,16 +100,11 @@ def test_derived_numbers_follow_from_the_fields(
     assert plan.sampling_probability * dataset_size == pytest.approx(expected)
     assert 0 < plan.sampling_probability <= 1
     assert plan.noise_std == noise_multiplier * clip_norm
-    assert plan.steps_per_epoch >= 1
-    assert plan.steps_per_epoch * plan.sampling_probability == pytest.approx(
-        1, abs=0.5 * plan.sampling_probability + 1e-9
-    )
 
 
 def test_everything_in_every_step_is_a_valid_plan() -> None:
     plan = PrivacyPlan(**{**GOOD, "expected_batch_size": 1000})
     assert plan.sampling_probability == 1.0
-    assert plan.steps_per_epoch == 1
 
 
 def test_a_plan_does_not_change() -> None:

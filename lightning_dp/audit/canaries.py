@@ -87,9 +87,21 @@ class CollateBeside:
         return self.collate([item for item, _ in items]), torch.tensor([canary for _, canary in items])
 
 
+class _AsLong(DataLoader[Any]):
+    """A loader with the number of batches of another."""
+
+    batches = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+
 def loader_with_canaries(loader: DataLoader[Any], canaries: Canaries) -> DataLoader[Any]:
-    """A loader over the dataset with its canaries; everything but dataset, collate_fn and shuffling is the user's."""
-    return DataLoader(
+    """A loader over the dataset with its canaries; everything but dataset, collate_fn and shuffling is the user's.
+
+    Also its length, since an audited run takes as many steps in an epoch as the run that it stands for.
+    """
+    together = _AsLong(
         WithCanaries(loader.dataset, canaries),
         batch_size=loader.batch_size,
         shuffle=True,
@@ -102,6 +114,8 @@ def loader_with_canaries(loader: DataLoader[Any], canaries: Canaries) -> DataLoa
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
+    together.batches = len(loader)
+    return together
 
 
 def let_in(module: pl.LightningModule, gradient: int, views: int = 1) -> None:

@@ -71,12 +71,13 @@ class LogicalBatch:
 class PoissonLoader:
     """Replaces the user's training loader: the same dataset, collate_fn and workers, but Poisson sampling.
 
-    Its items are :class:`LogicalBatch` objects, one for each DP step; its length is the number of steps in an epoch,
-    round(1/q). Step t's sample depends on the key and t alone: all ranks make the same global draw and each takes its
+    Its items are :class:`LogicalBatch` objects, one for each DP step; its length, the number of steps in an epoch, is that
+    of the user's loader, so that whoever counts batches counts right. Step t's sample depends on the key and t alone: all ranks make the same global draw and each takes its
     own slice of it.
 
     Args:
-        loader: the user's loader, whose shuffling, sampler and ``drop_last`` play no part any more.
+        loader: the user's loader, as Lightning has prepared it for this rank. Its shuffling and sampler play no part any
+            more but in its length, and neither does ``drop_last``.
         plan: gives the sampling probability. The divisor of the step is the plan's, never a realised size.
         key: its SAMPLING stream is used.
         rank: this process's rank.
@@ -106,6 +107,7 @@ class PoissonLoader:
         self.plan = plan
         self.physical_batch_size = physical_batch_size
         self.waited = 0.0
+        self._epoch = len(loader)
         self._next_step = next_step
         self._source: _MicroBatchSource | None = None
         self.units = units
@@ -114,7 +116,7 @@ class PoissonLoader:
         self._micro_batch_loader = _rebuild(loader, self._schedule)
 
     def __len__(self) -> int:
-        return self.plan.steps_per_epoch
+        return self._epoch
 
     def __iter__(self) -> Iterator[LogicalBatch]:
         first = self._next_step()

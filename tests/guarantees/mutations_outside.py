@@ -218,7 +218,7 @@ def every_example_once_an_epoch() -> Iterator[None]:
     """The data are shuffled and dealt out in batches, as every loader does without privacy."""
 
     def dealt(self: Any, step: int) -> Any:
-        epoch = self._plan.steps_per_epoch
+        epoch = round(1 / self._plan.sampling_probability)
         order = self._key.generator(loader_module.Stream.SAMPLING, step // epoch).permutation(self.dataset_size)
         mine = order[step % epoch :: epoch]
         mine.sort()

@@ -102,14 +102,17 @@ def test_04_shuffled_batches_are_accounted_as_poisson_samples() -> None:
 def test_05_ranks_drop_empty_batches_or_draw_identical_masks(wrong: mutations.Mutation) -> None:
     def check() -> None:
         """Three ranks of a loader whose steps are often empty: all take every step, and draw by the law together."""
-        ranks = [loaders.poisson_loader(examples=9, expected=0.01, rank=rank, world_size=3) for rank in range(3)]
+        ranks = [
+            loaders.poisson_loader(examples=9, expected=0.01, epoch=900, rank=rank, world_size=3) for rank in range(3)
+        ]
         steps = [[batch.step for batch in rank] for rank in ranks]
         assert steps == [list(range(900))] * 3
-        ranks = [loaders.poisson_loader(examples=30, expected=0.03, rank=rank, world_size=3) for rank in range(3)]
+        ranks = [
+            loaders.poisson_loader(examples=30, expected=0.03, epoch=1000, rank=rank, world_size=3) for rank in range(3)
+        ]
         members = np.zeros((1000, 30), dtype=bool)
         with pytest.MonkeyPatch.context() as patch:  # a larger q than the short epoch of a test would allow
             patch.setattr(type(ranks[0].plan), "sampling_probability", 0.3)
-            patch.setattr(type(ranks[0].plan), "steps_per_epoch", 1000)
             for rank in ranks:
                 for batch in rank:
                     members[batch.step, batch.indices.numpy()] = True

@@ -84,13 +84,6 @@ def test_the_plan_knows_how_many_steps_the_trainer_will_take(options: dict[str, 
     assert private.plan.steps == private.ledger.steps == fit.global_step == steps
 
 
-def test_an_epoch_is_one_over_q_steps() -> None:
-    private = DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=10)
-    _, fit = run(private, max_steps=-1, max_epochs=2)
-    assert fit.num_training_batches == round(64 / 10)
-    assert fit.global_step == 2 * round(64 / 10)
-
-
 def test_resume_goes_on_with_the_budget_and_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> None:
     whole_private = DifferentialPrivacy(epsilon=2.0, delta=1e-3, seed=5)
     whole, _ = run(whole_private, max_steps=12)

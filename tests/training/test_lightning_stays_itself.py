@@ -133,10 +133,9 @@ def test_estimated_stepping_batches_in_configure_optimizers() -> None:
             return [mine], [torch.optim.lr_scheduler.OneCycleLR(mine, 0.1, total_steps=int(self.total))]
 
     module = OneCycle()
-    trainer(DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=10), max_steps=-1, max_epochs=3).fit(
-        module, loader()
-    )
-    assert module.total == 3 * round(64 / 10)
+    fit = trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=-1, max_epochs=3)
+    fit.fit(module, loader(batch_size=10))
+    assert module.total == fit.global_step == 3 * 7
 
 
 def test_parameter_groups_frozen_and_tied_parameters() -> None:
