@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
+from lightning_dp.engines.user_code import warn_user
 from lightning_dp.plan import PrivacyPlan
 
 ONCE = (0.5, 2.0)
@@ -98,7 +99,7 @@ def check_draws_in_an_epoch(trainer: pl.Trainer, plan: PrivacyPlan, loader: Data
     if not by_epochs or ONCE[0] <= draws <= ONCE[1]:
         return
     fitting = max(1, round((loader.batch_size or 1) * draws))
-    rank_zero_warn(
+    rank_zero_only(warn_user)(
         f"max_epochs={trainer.max_epochs} with expected_batch_size={plan.expected_batch_size:g}: an epoch is "
         f"len(train_dataloader) = {steps} steps, in which each {plan.unit} is drawn {draws:.3g} times on average: expected about "
         f"once. Give the loader batch_size={fitting}, or say the end in steps, as in Trainer(max_steps=...)."

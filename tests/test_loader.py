@@ -89,9 +89,7 @@ def test_an_epoch_has_as_many_steps_as_the_users_loader_has_batches(
 ) -> None:
     given = DataLoader(Numbers(examples), batch_size=batch_size, drop_last=drop_last)
     mechanism = plan(dataset_size=examples, expected_batch_size=expected)
-    loader = PoissonLoader(
-        given, mechanism, KEY, rank=0, world_size=1, physical_batch_size=3, next_step=lambda: 0
-    )
+    loader = PoissonLoader(given, mechanism, KEY, rank=0, world_size=1, physical_batch_size=3, next_step=lambda: 0)
     assert len(loader) == len(given) == len(list(loader)) == sum(1 for _ in given)
 
 

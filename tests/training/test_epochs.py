@@ -55,7 +55,7 @@ def quiet_trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     return trainer(*callbacks, **{"max_steps": -1, "max_epochs": 2, **options})
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     examples=st.integers(3, 40),
     batch_size=st.integers(1, 40),
@@ -143,8 +143,8 @@ def test_an_epoch_does_not_depend_on_what_a_step_is() -> None:
         said = [str(warning.message) for warning in told if "an epoch is" in str(warning.message)]
         assert len(said) == warned, arguments
     remedy = "an epoch is len(train_dataloader) = 4 steps, in which each user is drawn 4 times on average"
+    fit = quiet_trainer(DifferentialPrivacy(noise_multiplier=1.0, privacy_unit=[i // 4 for i in range(64)]))
     with pytest.warns(UserWarning, match="max_epochs=2 with expected_batch_size=16.*batch_size=64") as all_told:
-        fit = quiet_trainer(DifferentialPrivacy(noise_multiplier=1.0, privacy_unit=[i // 4 for i in range(64)]))
         fit.fit(regressor(), loader())
     assert any(remedy in str(one.message) for one in all_told)
 
@@ -156,7 +156,9 @@ def test_nothing_is_said_where_steps_end_the_run() -> None:
 
 def test_a_loader_without_a_batch_is_refused() -> None:
     private = DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=16)
-    with pytest.raises(PreflightError, match=r"drop_last=True with batch_size=65 .*64 examples: expected .*drop_last=False"):
+    with pytest.raises(
+        PreflightError, match=r"drop_last=True with batch_size=65 .*64 examples: expected .*drop_last=False"
+    ):
         trainer(private).fit(regressor(), loader(batch_size=65, drop_last=True))
 
 
@@ -174,18 +176,18 @@ def test_a_resumed_run_ends_where_it_would_have_ended(when: str, tmp_path: Path)
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **WHEN[when])
     data = Data(31, 8, False)
     fit = quiet_trainer(
-        DifferentialPrivacy(noise_multiplier=1.0, delta=1e-3), saving, enable_checkpointing=True, max_epochs=4
+        DifferentialPrivacy(noise_multiplier=1.0, delta=1e-3), saving, enable_checkpointing=True, max_epochs=3
     )
     data.val_dataloader = lambda: loader()  # type: ignore[method-assign]  # all of the others are without
     fit.fit(Scheduled(), datamodule=data)
-    assert fit.global_step == 16
+    assert fit.global_step == 12
     for path in sorted(tmp_path.glob("*.ckpt")):
         private = DifferentialPrivacy(noise_multiplier=1.0, delta=1e-3)
-        resumed = quiet_trainer(private, max_epochs=4)
+        resumed = quiet_trainer(private, max_epochs=3)
         resumed.fit(Scheduled(), datamodule=data, ckpt_path=path)
         assert private.plan is not None
         assert private.ledger is not None
-        assert resumed.global_step == private.plan.steps == private.ledger.steps == 16, path
+        assert resumed.global_step == private.plan.steps == private.ledger.steps == 12, path
 
 
 def test_a_second_fit_takes_the_epochs_that_are_left() -> None:
@@ -199,8 +201,8 @@ def test_a_second_fit_takes_the_epochs_that_are_left() -> None:
     assert private.plan.steps == private.ledger.steps == fit.global_step == 12
 
 
-@pytest.mark.parametrize("before", [3, 4, 5])
-@pytest.mark.parametrize("saved", [{"every_n_train_steps": 2}, {"every_n_train_steps": 3}, {"every_n_epochs": 1}])
+@pytest.mark.parametrize("before", [3, 5])
+@pytest.mark.parametrize("saved", [{"every_n_train_steps": 2}, {"every_n_train_steps": 5}])
 def test_a_resume_with_longer_or_shorter_epochs_is_planned_as_lightning_takes_it(
     before: int, saved: dict[str, int], tmp_path: Path
 ) -> None:
