@@ -32,6 +32,7 @@ from lightning_dp.private_step import PrivateStep
 from lightning_dp.records.checkpoint import Past, lost_since, past_of, sealed, unsealed, with_lost_steps
 from lightning_dp.records.journal import Journal
 from lightning_dp.records.report import Report
+from lightning_dp.records.witness import Witness
 from lightning_dp.secure import resolution
 from lightning_dp.simulation import as_if_real, simulated
 from lightning_dp.sizing.physical_batch import PhysicalBatchSize
@@ -224,8 +225,9 @@ class DifferentialPrivacy(pl.Callback):
         assert strategy.private_step is not None
         assert self._report is not None
         selection = strategy.private_step.choose_engine(strategy)
-        self._report.start(trainer, strategy.private_step, selection)
+        self._report.open(trainer)
         self._begin_journal(trainer)
+        self._report.start(trainer, strategy.private_step, selection, self._fits)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -236,17 +238,19 @@ class DifferentialPrivacy(pl.Callback):
         settings: Any = trainer  # Lightning sets log_every_n_steps where type checkers do not see it
         for name, value in self._report.metrics(settings.log_every_n_steps, waited).items():
             pl_module.log(name, value, prog_bar=name == "dp/epsilon", batch_size=1)
+        self._report.tell_if_more_is_allowed(trainer)
         self._stop_if_spent(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._report is not None:
             step = make_private(trainer.strategy).private_step
-            self._report.write(trainer, broken=0 if step is None else step.not_finite)
+            self._report.write(trainer, self._fits, "ended", broken=0 if step is None else step.not_finite)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._report is not None:
+            self._report.write(trainer, self._fits, "ended")  # if there was no step left to take
             rank_zero_info(str(self._report.statement()))
         if self._journal is not None and self.ledger is not None:
             planned = self.ledger.plan.steps
@@ -258,7 +262,7 @@ class DifferentialPrivacy(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._report is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._report.write(trainer)  # what was released is spent, however the run ended
+            self._report.write(trainer, self._fits, "interrupted")  # what was released is spent, however the run ended
         if self._journal is not None:
             self._journal.close(ended=False)
 
@@ -338,7 +342,12 @@ class DifferentialPrivacy(pl.Callback):
         if trainer.is_global_zero:
             past = None if self._past is None else self._past.lineage
             self._journal = Journal(self._report.folder, self.ledger.numbers, past)
-            self.ledger.witness = self._journal.record
+            self.ledger.witness = Witness(self._report, self._journal)
+
+    @property
+    def _fits(self) -> dict[str, int]:
+        """Name of each fit that led here → how many of its steps are counted."""
+        return {} if self._journal is None else self._journal.lineage.counted
 
     def _now(self) -> Past | None:
         """What this and all earlier fits have spent so far, for a checkpoint or the next fit."""

@@ -13,6 +13,7 @@ from lightning_dp.accounting import EpsilonBound, Phase, epsilon_bound, search_e
 from lightning_dp.accounting.search import RandomNumber
 from lightning_dp.accounting.statement import round_up
 from lightning_dp.plan import check_delta
+from lightning_dp.records.run_record import records_in
 
 _ONE_RUN = ("noise_multiplier", "sampling_probability", "steps", "runs")
 
@@ -37,7 +38,7 @@ def run(words: Sequence[str]) -> None:
                     "files and --runs, --random, --noise-multiplier, --sampling-probability or --steps: expected one or the "
                     "other. Files are runs that were made, all of which are composed."
                 )
-            phases = [phase_of(Path(path)) for path in args.statements]
+            phases = [phase_of(file) for path in args.statements for file in _files(Path(path))]
             bound, what = epsilon_bound(phases, args.delta), f"{len(phases)} runs, all of which may be released"
         else:
             missing = [name for name in _ONE_RUN if name not in given]
@@ -55,13 +56,17 @@ def run(words: Sequence[str]) -> None:
     _say(bound, args, what)
 
 
-def phase_of(path: Path) -> Phase:
+def _files(path: Path) -> list[Path]:
+    """The statements of all runs in a folder, or the file that was given."""
+    return (records_in(path) or [path / "privacy.json"]) if path.is_dir() else [path]
+
+
+def phase_of(file: Path) -> Phase:
     """What the run behind a ``privacy.json`` has spent.
 
     Raises:
         ValueError: there is no such file, it is no statement, or σ and q alone do not describe the run.
     """
-    file = path / "privacy.json" if path.is_dir() else path
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
         phase = Phase(found["noise_multiplier"], found["sampling_probability"], found["steps"])

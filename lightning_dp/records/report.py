@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_dp import secure
@@ -17,10 +19,11 @@ from lightning_dp.engines.select import Selection
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.plan import EXAMPLE
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.records.whole_file import write_whole
+from lightning_dp.records.loggers import tell_plan, tell_statement
+from lightning_dp.records.run_folder import RunFolder
+from lightning_dp.records.run_record import RunRecord
 
 SIMULATION = "SIMULATION at 1/{} of batch and noise, NOT PRIVATE as the run it stands for. Spent here"
-FILE_NAME = "privacy.json"
 CAVEATS = (
     "the noise is pseudorandom floating point, not a discrete Gaussian",
     "choosing hyperparameters on the same data, and metrics computed from private examples, are not accounted for",
@@ -43,17 +46,35 @@ class Report:
         self.notes = notes
         self.randomness: Literal["secret", "reproducible"] = randomness
         self.folder: Path | None = None
-        self._waited = 0.0
+        self._records: list[RunRecord] = []
+        self._every, self._allowed, self._told, self._waited = 1, 0, 0, 0.0
+        self._over = True
 
-    def start(self, trainer: pl.Trainer, step: PrivateStep, selection: Selection) -> None:
-        """Announce the plan to people and loggers. Called on every rank before training."""
+    def open(self, trainer: pl.Trainer) -> None:
+        """Find the run's folder. Called on every rank, before anything is written."""
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to the other ranks
-        self.folder = None if trainer.fast_dev_run else Path(folder)  # type: ignore[attr-defined]  # set where type checkers do not see it
-        if self.folder is not None and trainer.is_global_zero:
-            (self.folder / FILE_NAME).unlink(
-                missing_ok=True
-            )  # from the first step on an older one would say too little
-        self._waited = 0.0
+        self.folder, self._records, self._over = None, [], False
+        settings = trainer  # Lightning sets what follows where type checkers do not see it
+        self._every = settings.log_every_n_steps or 50  # type: ignore[attr-defined]
+        if settings.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.folder = RunFolder(folder).path or Path.cwd()
+        if trainer.is_global_zero:
+            logs = [logger.log_dir for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
+            self._records = [RunRecord(RunFolder(place)) for place in dict.fromkeys([str(folder), *map(str, logs)])]
+
+    def start(
+        self, trainer: pl.Trainer, step: PrivateStep, selection: Selection, fits: Mapping[str, int] | None = None
+    ) -> None:
+        """Announce the plan to people and loggers, and write the record. Called on every rank before training.
+
+        Args:
+            trainer: whose loggers to tell.
+            step: the private step.
+            selection: the engine it takes.
+            fits: name of each fit that led here → how many of its steps the ledger counts.
+        """
+        self._waited, self._allowed, self._told = 0.0, -1, -1
         plan = self.ledger.plan
         steps = "an open number of steps" if plan.steps is None else f"{plan.steps} steps"
         style = "" if plan.clipping == "flat" else f" ({plan.clipping_rule})"
@@ -66,10 +87,72 @@ class Report:
             f"{plan.dataset_size} (q = {plan.sampling_probability:.4g}), engine {selection.engine.name}, micro-batches of "
             f"up to {step.physical_batch_size}, {self.randomness} randomness."
         )
-        for logger in trainer.loggers:
-            logger.log_hyperparams(
-                {"dp": {**dataclasses.asdict(plan), "engine": selection.engine.name, "world_size": trainer.world_size}}
-            )
+        tell_plan(
+            trainer,
+            {**dataclasses.asdict(plan), "engine": selection.engine.name, "world_size": trainer.world_size},
+        )
+        self._allow(self._ahead(self.ledger.steps + 1), fits or {})
+        self.tell_if_more_is_allowed(trainer)
+
+    def allow_charged(self, fits: Mapping[str, int]) -> None:
+        """See to it that the record counts every step that is charged. Call it before a step is released.
+
+        While training runs the record is an upper bound: it counts every step up to the next one at which loggers record,
+        and at least a tenth more than are taken. So it is written seldom, and is true whenever the process is killed.
+
+        Args:
+            fits: as in :meth:`start`.
+
+        Raises:
+            JournalError: a record that says too little can be neither replaced nor removed.
+        """
+        if self.ledger.steps > self._allowed:
+            self._allow(self._ahead(self.ledger.steps), fits)
+
+    def _allow(self, steps: int, fits: Mapping[str, int]) -> None:
+        self._allowed = steps
+        for record in self._records:
+            try:
+                record.write(self.upper_bound().to_dict(), "running", fits)
+            except OSError as error:
+                record.withdraw(error)
+                rank_zero_info(
+                    f"{record.place} cannot be written now ({error}): rather none than one that says too little."
+                )
+
+    def tell_if_more_is_allowed(self, trainer: pl.Trainer) -> None:
+        """Give loggers the upper bound that is in the record, if it is another one than they have."""
+        if self._records and self._told != self._allowed and not self._over:
+            self._told = self._allowed
+            tell_statement(trainer, self.upper_bound(), "running", "")
+
+    def upper_bound(self) -> Statement:
+        """The statement if all steps were taken that the record allows."""
+        taken, statement = self.ledger.steps, self.statement()
+        if self._allowed <= taken:
+            return statement
+        bound = self.ledger.epsilon(self._allowed)
+        notes = [
+            f"training had not ended when this was written: it counts {self._allowed} steps, an upper bound, of which "
+            f"{taken} were taken then; privacy.journal has the exact count",
+            *([] if bound.note is None else [bound.note]),
+        ]
+        return dataclasses.replace(
+            statement,
+            epsilon=bound.epsilon,
+            accountant=bound.accountant,
+            steps=self._allowed,
+            caveats=list(dict.fromkeys([*statement.caveats, *notes])),
+        )
+
+    def _ahead(self, step: int) -> int:
+        """How many steps the record is to count when the ``step``-th is about to be taken."""
+        plan, most = self.ledger.plan, max(math.ceil(step / self._every) * self._every, math.ceil(1.1 * step))
+        if plan.steps is not None and self.ledger.steps <= plan.steps:
+            most = min(most, plan.steps)
+        if plan.target_epsilon is not None and self.ledger.epsilon(most).epsilon > plan.target_epsilon:
+            most = self.ledger.affordable_steps or most
+        return most
 
     def metrics(self, every_n_steps: int, waited: float | None) -> dict[str, float]:
         """The ``dp/...`` metrics after a step. All but ``dp/data_wait`` are functions of public numbers alone.
@@ -101,32 +184,34 @@ class Report:
         caveats = CAVEATS if self.ledger.plan.resolution is None else (*secure.CAVEATS, *CAVEATS[1:])
         return Statement.of(self.ledger, randomness=self.randomness, caveats=(*caveats, *self.notes))
 
-    @rank_zero_only
-    def write(self, trainer: pl.Trainer, broken: int = 0) -> None:
-        """Write ``privacy.json`` and the statement into the summary of W&B runs.
+    def write(self, trainer: pl.Trainer, fits: Mapping[str, int], state: str, broken: int = 0) -> None:
+        """Write the record of a fit that is over, once, and give it to the loggers.
+
+        Nothing happens in a process that has not trained.
 
         Args:
             trainer: whose loggers to tell.
+            fits: as in :meth:`start`.
+            state: ``"ended"`` or ``"interrupted"``.
             broken: how many gradients were not finite (private: it is told to whoever watches, and not written).
         """
         if broken:
-            warn_user(
+            rank_zero_only(warn_user)(
                 f"{broken} per-example gradients on rank 0 were not finite and contributed zero. (This count is private: it "
                 "is not covered by the guarantee.) Look for divisions by zero or logarithms in the loss, or lower the rate."
             )
-        statement = self.statement()
-        if self.folder is not None:
+        if self._over:
+            return
+        self._over, statement = True, self.statement()
+        for record in self._records:
             try:
-                write_whole(self.folder / FILE_NAME, statement.to_json() + "\n")
+                record.write(statement.to_dict(), state, fits)
             except OSError as error:  # the training is done, and what it spent has to be known
-                warn_user(
-                    f"{self.folder / FILE_NAME} cannot be written ({error}): expected a folder with room. Make room, and save "
+                rank_zero_only(warn_user)(
+                    f"{record.place} cannot be written ({error}): expected a folder with room. Make room, and save "
                     f"this in its place:\n{statement.to_json()}"
                 )
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.summary["dp/statement"] = str(statement)
-                logger.experiment.summary["privacy"] = statement.to_dict()
+        tell_statement(trainer, statement, state, json.dumps({**statement.to_dict(), "state": state}, indent=2) + "\n")
 
     def _foreseen(self) -> str:
         plan = self.ledger.plan

@@ -25,13 +25,21 @@ def run(words: Sequence[str]) -> None:
         prog="lightning-dp report", description="Draw finished runs from their own logs: PNG files and one HTML page."
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with metrics.csv and privacy.json")
+    parser.add_argument(
+        "--without-privacy",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        help="folder with metrics.csv of one more run, which was trained without privacy",
+    )
     parser.add_argument("--metric", default="val/accuracy", help="the column to draw (default val/accuracy)")
     parser.add_argument("--beside", choices=sorted(TASKS), help="published figures to draw beside the runs")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write into (default report)")
     args = parser.parse_args(words)
     published = TASKS[args.beside] if args.beside else ()
     try:
-        runs = read_runs(args.runs, args.metric)
+        runs = read_runs(args.runs, args.metric, args.without_privacy)
         pictures = {"accuracy": accuracy_against_epsilon(runs, args.metric, published)}
         captions = {"accuracy": f"{args.metric} against ε"}
         if any("dp/epsilon" in run.series for run in runs):

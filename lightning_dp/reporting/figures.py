@@ -13,11 +13,15 @@ from lightning_dp.reporting.facts import Published
 from lightning_dp.reporting.runs import ReportError, Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by everybody
+UNKNOWN = "ε not known: privacy.json is missing"
 Draw = Callable[[Any], None]
 
 
 def accuracy_against_epsilon(runs: Sequence[Run], metric: str, published: Sequence[Published]) -> bytes:
-    """Last ``metric`` of every run at the ε it spent, beside published curves; without privacy a dashed line."""
+    """Last ``metric`` of every run at the ε it spent, beside published curves.
+
+    A run without privacy is a dashed line, one whose ε is not known a dotted one.
+    """
 
     def draw(axes: Any) -> None:
         for place, curve in enumerate(published):
@@ -30,8 +34,9 @@ def accuracy_against_epsilon(runs: Sequence[Run], metric: str, published: Sequen
             axes.plot([], [], "s^D"[place % 3] + line, color=colour, label=f"{curve.label} (δ = {curve.delta:g})")
         for run, colour in zip(runs, _cycle(runs), strict=True):
             last = run.series[metric][-1][1]
-            if math.isinf(run.epsilon):
-                axes.axhline(last, ls="--", color=colour, label=f"{run.name} (no privacy)")
+            if not math.isfinite(run.epsilon):
+                what, style = (UNKNOWN, ":") if math.isnan(run.epsilon) else ("no privacy", "--")
+                axes.axhline(last, ls=style, color=colour, label=f"{run.name} ({what})")
             else:
                 marker, what = ("X", "SIMULATION, ") if run.is_simulation else ("o", "")
                 delta = run.statement["delta"] if run.statement else math.nan

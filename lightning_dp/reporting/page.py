@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,6 +10,7 @@ from html import escape
 from lightning_dp.accounting.statement import round_up
 from lightning_dp.raw_validation import raw_name
 from lightning_dp.reporting.facts import Published
+from lightning_dp.reporting.figures import UNKNOWN
 from lightning_dp.reporting.runs import Run
 
 STYLE = "body{font:16px/1.5 sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}\
@@ -54,7 +56,7 @@ def _row(run: Run, metric: str, raw: str | None) -> str:
     if raw is not None:
         cells.append(f"{run.series[raw][-1][1]:.4f}" if raw in run.series else "")
     if run.statement is None:
-        cells += ["∞ (no privacy)", "", "", "", ""]
+        cells += ["∞ (no privacy)" if math.isinf(run.epsilon) else UNKNOWN, "", "", "", ""]
     else:
         spent = run.statement
         cells += [round_up(run.epsilon), f"{spent['delta']:g}"]

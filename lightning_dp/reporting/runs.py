@@ -6,11 +6,14 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-METRICS, STATEMENT = "metrics.csv", "privacy.json"
+from lightning_dp.records.journal import FILE_NAME as JOURNAL
+from lightning_dp.records.run_record import records_in
+
+METRICS, SETTINGS, CONFIG = "metrics.csv", "hparams.yaml", "config.yaml"
 _OF_OTHER_LOGGERS = ("*.wandb", "events.out.tfevents.*")
 
 
@@ -25,19 +28,23 @@ class Run:
     Args:
         name: for people: the folder.
         series: for each column of ``metrics.csv`` its (step, value) pairs, in order.
-        statement: ``privacy.json``, or ``None`` for a run without privacy.
+        statement: ``privacy.json``, or ``None`` if there is none.
         averaged: whether validation saw averaged weights; ``None`` if the folder does not say.
+        private: whether the run was trained privately; ``None`` if the folder does not say.
     """
 
     name: str
     series: dict[str, list[tuple[int, float]]]
     statement: dict[str, Any] | None
     averaged: bool | None
+    private: bool | None = None
 
     @property
     def epsilon(self) -> float:
-        """ε spent; ``math.inf`` without privacy."""
-        return math.inf if self.statement is None else float(self.statement["epsilon"])
+        """ε spent; ``math.inf`` without privacy, and ``math.nan`` if nothing in the folder says how much it is."""
+        if self.statement is not None:
+            return float(self.statement["epsilon"])
+        return math.inf if self.private is False else math.nan
 
     @property
     def is_simulation(self) -> bool:
@@ -45,19 +52,24 @@ class Run:
         return self.statement is not None and self.statement.get("simulation") is not None
 
 
-def read_runs(folders: Sequence[Path], metric: str) -> list[Run]:
+def read_runs(folders: Sequence[Path], metric: str, plain: Sequence[Path] = ()) -> list[Run]:
     """Read the runs in ``folders``.
+
+    A run without ``privacy.json`` is one without privacy only if its folder shows that, by an ``hparams.yaml`` without a plan or
+    a ``config.yaml`` without the callback, or if it is said to be one. Otherwise ε is not known.
 
     Args:
         folders: each holds ``metrics.csv`` of Lightning's CSVLogger and, for private runs, ``privacy.json``, or one folder
             below it does.
         metric: the column that will be drawn.
+        plain: folders of more runs, which were trained without privacy.
 
     Raises:
-        ReportError: there are no logs, or several runs in one folder; a file is torn; the column is unknown; or the runs are
-            about different numbers of training examples, so not about the same data.
+        ReportError: there are no logs, or several runs or statements in one folder; a file is torn; the column is unknown; a run
+            said to be without privacy is a private one; or the runs are about different numbers of training examples, so not
+            about the same data.
     """
-    runs = [_read(folder, metric) for folder in folders]
+    runs = [_read(folder, metric) for folder in folders] + [_without_privacy(_read(folder, metric)) for folder in plain]
     sizes = {run.name: run.statement["dataset_size"] for run in runs if run.statement is not None}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
@@ -91,9 +103,35 @@ def _read(given: Path, metric: str) -> Run:
     if metric not in series:
         known = ", ".join(sorted(name for name in series if not name.startswith("dp/")))
         raise ReportError(f"metric={metric!r} is no column of {found[0]}: expected one of {known}. Give --metric.")
-    config = folder / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else None
-    return Run(str(given), series, _statement(folder / STATEMENT), None if text is None else "MovingAverage" in text)
+    statement, text = _statement(folder), _text(folder / CONFIG)
+    averaged = None if text is None else "MovingAverage" in text
+    private = True if statement is not None else _was_private(folder, series)
+    return Run(str(given), series, statement, averaged, private)
+
+
+def _was_private(folder: Path, series: dict[str, list[tuple[int, float]]]) -> bool | None:
+    """Whether a run without a statement was trained privately, as far as its folder shows."""
+    config, settings = _text(folder / CONFIG), _text(folder / SETTINGS)
+    if any(name.startswith("dp/") for name in series) or (folder / JOURNAL).exists():
+        return True
+    if any(line.startswith("dp:") for line in (settings or "").splitlines()):  # every private run logs its plan
+        return True
+    if "DifferentialPrivacy" in (config or ""):
+        return True
+    return None if config is None and settings is None else False
+
+
+def _without_privacy(run: Run) -> Run:
+    if run.private:
+        raise ReportError(
+            f"--without-privacy {run.name}: expected a run without privacy, but its folder has what only private runs write. "
+            "Give it as any other run."
+        )
+    return replace(run, private=False)
+
+
+def _text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
 
 
 def _series(file: Path) -> dict[str, list[tuple[int, float]]]:
@@ -112,9 +150,17 @@ def _series(file: Path) -> dict[str, list[tuple[int, float]]]:
     return series
 
 
-def _statement(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
+def _statement(folder: Path) -> dict[str, Any] | None:
+    files = records_in(folder)
+    if len(files) > 1:
+        raise ReportError(
+            f"{folder} has {len(files)} statements ({', '.join(file.name for file in files[:3])}): expected one, that of the run "
+            f"behind {METRICS}. Several runs used this folder, and none of these speaks of them all. Give every run a folder "
+            "of its own."
+        )
+    if not files:
         return None
+    (file,) = files
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {
@@ -126,5 +172,5 @@ def _statement(file: Path) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         raise ReportError(
             f"{file} is torn ({type(error).__name__}: {error}): expected the statement of a run. Copy it again, or remove it "
-            "to have the run drawn as one without privacy."
+            "to have the run drawn as one whose ε is not known."
         ) from error

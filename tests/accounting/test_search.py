@@ -123,6 +123,8 @@ def test_the_command_says_what_may_be_released(capsys: pytest.CaptureFixture[str
     made = [statement(tmp_path / "a"), statement(tmp_path / "b", noise_multiplier=2.0)]
     both = json.loads(said(*made, "--json"))
     assert both["epsilon"] == epsilon_bound([Phase(3.0, 0.1, 50), Phase(2.0, 0.1, 50)], 1e-5).epsilon
+    (tmp_path / "b" / "privacy.json").rename(tmp_path / "a" / "privacy-2.json")  # two runs that shared a folder
+    assert json.loads(said(made[0], "--json"))["epsilon"] == both["epsilon"]
 
 
 @pytest.mark.parametrize(

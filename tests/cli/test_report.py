@@ -33,6 +33,7 @@ def logs(folder: Path, epsilon: float | None = 2.9, last: float = 0.61, size: in
     lines += [f"0,{step},{'' if epsilon is None else epsilon * (step + 1) / 30}," for step in range(9, 30, 10)]
     lines += [f"0,{step},,{accuracy}" for step, accuracy in ((9, 0.4), (19, 0.5), (29, last))]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    (folder / "hparams.yaml").write_text("dp:\n  delta: 1.0e-05\n" if epsilon is not None else "{}\n")
     spent = {"epsilon": epsilon, "delta": 1e-5, "dataset_size": size, "target_epsilon": 3.0, "simulation": None}
     spent |= {"noise_multiplier": 2.0, "sampling_probability": 0.08, "steps": 30, "caveats": ["a <caveat>"], **changes}
     if epsilon is not None:
@@ -71,11 +72,53 @@ def test_what_is_drawn_is_what_was_logged(tmp_path: Path) -> None:
     assert (run.epsilon, run.averaged, run.is_simulation) == (2.9, None, False)
     (tmp_path / "a" / "config.yaml").write_text("class_path: lightning_dp.ExponentialMovingAverage")
     assert read_runs([tmp_path / "a"], "val/accuracy")[0].averaged is True
-    (tmp_path / "a" / "privacy.json").unlink()
-    assert read_runs([tmp_path / "a"], "val/accuracy")[0].epsilon == math.inf
     spent = {"epsilon": "inf", "delta": 1e-5, "dataset_size": 50000}  # as privacy.json says that there was no noise
     (tmp_path / "a" / "privacy.json").write_text(json.dumps(spent))
     assert read_runs([tmp_path / "a"], "val/accuracy")[0].epsilon == math.inf
+
+
+TRACES: dict[str, Any] = {
+    "dp/epsilon in the metrics": lambda folder: (folder / "hparams.yaml").unlink(),
+    "the plan in hparams.yaml": lambda folder: (folder / "metrics.csv").write_text("step,val/accuracy\n9,0.4\n"),
+    "nothing says": lambda folder: (
+        (folder / "hparams.yaml").unlink(),
+        (folder / "metrics.csv").write_text("step,val/accuracy\n9,0.4\n"),
+    ),
+    "the callback in config.yaml": lambda folder: (
+        (folder / "hparams.yaml").unlink(),
+        (folder / "metrics.csv").write_text("step,val/accuracy\n9,0.4\n"),
+        (folder / "config.yaml").write_text("class_path: lightning_dp.DifferentialPrivacy"),
+    ),
+}
+
+
+@pytest.mark.parametrize("trace", list(TRACES))
+def test_a_run_whose_statement_is_missing_has_an_unknown_epsilon(trace: str, tmp_path: Path) -> None:
+    folder = logs(tmp_path / "a")
+    (folder / "privacy.json").unlink()
+    TRACES[trace](folder)
+    (run,) = read_runs([folder], "val/accuracy")
+    assert math.isnan(run.epsilon)
+    main(["report", str(folder), "--out", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "ε not known: privacy.json is missing" in page
+    assert "∞" not in page
+
+
+def test_a_run_is_without_privacy_if_its_settings_show_it_or_it_is_said(tmp_path: Path) -> None:
+    module = regressor()
+    module.save_hyperparameters({"lr": 0.1})
+    trainer(logger=CSVLogger(tmp_path, name="plain"), log_every_n_steps=1).fit(module, loader(), loader())
+    (run,) = read_runs([tmp_path / "plain"], "val/loss")
+    assert run.epsilon == math.inf
+    trainer(logger=CSVLogger(tmp_path, name="bare"), log_every_n_steps=1).fit(regressor(), loader(), loader())
+    assert math.isnan(read_runs([tmp_path / "bare"], "val/loss")[0].epsilon)
+    assert read_runs([], "val/loss", [tmp_path / "bare"])[0].epsilon == math.inf
+    words = [str(tmp_path / "plain"), "--without-privacy", str(tmp_path / "bare"), "--metric", "val/loss"]
+    main(["report", *words, "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "index.html").read_text(encoding="utf-8").count("∞ (no privacy)") == 2
+    with pytest.raises(ReportError, match=r"--without-privacy .*private: expected a run without privacy"):
+        read_runs([], "val/accuracy", [logs(tmp_path / "private")])
 
 
 def test_a_real_run_with_both_validations_is_drawn_from_what_it_wrote(tmp_path: Path) -> None:
@@ -154,6 +197,8 @@ def broken(tmp_path: Path, how: str) -> list[Path]:
     if how == "two":
         logs(tmp_path / "two" / "version_0"), logs(tmp_path / "two" / "version_1")
         return [tmp_path / "two"]
+    if how == "two statements":
+        (good / "privacy-2.json").write_text((good / "privacy.json").read_text())
     if how == "torn statement":
         (good / "privacy.json").write_text('{"epsilon": 2.9, "del')
     if how == "torn metrics":
@@ -169,6 +214,7 @@ def broken(tmp_path: Path, how: str) -> list[Path]:
         ("empty", r"empty has no metrics.csv: expected the folder of one run"),
         ("missing", r"nowhere has no metrics.csv"),
         ("two", r"two has 2 runs \(.*version_0, .*version_1\): expected the folder of one run"),
+        ("two statements", r"good has 2 statements \(privacy.json, privacy-2.json\): expected one, that of the run"),
         ("torn statement", r"privacy.json is torn \(JSONDecodeError.*: expected the statement of a run"),
         ("torn metrics", r"metrics.csv is torn \(.*1x.*\): expected numbers"),
         ("no rows", r"metrics.csv: expected a column 'step' and at least one row"),

@@ -55,6 +55,7 @@ def read_back(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
+    artifacts: list[str] = []
 
     def put(into: dict[str, Any], item: Any) -> None:
         keys = list(item.nested_key) or [item.key]
@@ -67,12 +68,17 @@ def read_back(folder: Path) -> dict[str, Any]:
             put(config, update)
         for update in record.summary.update:
             put(summary, update)
+        if record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"):
+            artifacts.append(record.request.log_artifact.artifact.name)
+        if record.artifact.name:
+            artifacts.append(record.artifact.name)
         if record.history.item:
             row: dict[str, Any] = {}
             for item in record.history.item:
                 put(row, item)
             history.append(row)
-    return {"config": config, "history": history, "summary": summary, "bytes": files[0].read_bytes()}
+    found = {"config": config, "history": history, "summary": summary, "artifacts": artifacts}
+    return {**found, "bytes": files[0].read_bytes()}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -81,6 +87,7 @@ def test_the_record_holds_plan_history_and_statement_and_no_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
     keys: list[bytes] = []
     reveal = RandomKey.reveal
 
@@ -107,6 +114,8 @@ def test_the_record_holds_plan_history_and_statement_and_no_secret(
     assert epsilons[-1] == pytest.approx(private.statement().epsilon, rel=1e-5)
     assert record["summary"]["dp/statement"] == str(private.statement())
     assert record["summary"]["privacy"]["epsilon"] == private.statement().epsilon
+    assert record["summary"]["privacy"]["state"] == "ended"
+    assert record["artifacts"] == [f"privacy-{logger.experiment.id}"]
     assert keys
     for key in keys:
         assert key not in record["bytes"]
