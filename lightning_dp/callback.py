@@ -31,6 +31,7 @@ from lightning_dp.privacy_unit import unit_from
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.records.checkpoint import Past, lost_since, past_of, sealed, unsealed, with_lost_steps
 from lightning_dp.records.journal import Journal
+from lightning_dp.records.lost_steps import Places, places, uncounted_strangers
 from lightning_dp.records.report import Report
 from lightning_dp.records.witness import Witness
 from lightning_dp.secure import resolution
@@ -286,9 +287,10 @@ class DifferentialPrivacy(pl.Callback):
         self._at_start = Progress.in_checkpoint(checkpoint)
 
     def _plan(self, trainer: pl.Trainer, strategy: PrivateStrategy, loader: DataLoader[Any]) -> Ledger:
+        where = Places() if self._planned else places(trainer, trainer.ckpt_path)
         if not self._planned:
             past = self._past
-            lost = on_rank_zero(strategy, lambda: lost_since(past, trainer.ckpt_path))
+            lost = on_rank_zero(strategy, lambda: lost_since(past, where))
             self._past = None if past is None else with_lost_steps(past, lost)
         spent = None if self._past is None else self._past.ledger
         plan = agreed_plan(
@@ -323,7 +325,9 @@ class DifferentialPrivacy(pl.Callback):
         self._world_size = trainer.world_size
         self.ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
         self._steps_at_start = self.ledger.steps
+        lineage, numbers = None if self._past is None else self._past.lineage, self.ledger.numbers
         notes = () if self._past is None else self._past.notes
+        notes += on_rank_zero(strategy, lambda: uncounted_strangers(lineage, numbers, where))
         self._report = Report(self.ledger, "secret" if self.seed is None else "reproducible", notes)
         if strategy.private_step is not None:
             strategy.private_step.unused_samples = self._unused_samples  # a resumed run goes on behind them

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.preflight import PreflightError
-from lightning_dp.records.journal import Lineage, count_lost
+from lightning_dp.records.lineage import Lineage
+from lightning_dp.records.lost_steps import Places, count_lost
 from lightning_dp.records.sharded_checkpoint import check_sharded_checkpoint, is_sharded
 
 _REMEDY = (
@@ -33,12 +34,14 @@ class Past:
         lineage: which fits they were, and where they kept their journal; ``None`` if they kept none.
         world_size: how many ranks took the last steps; ``None`` if nobody knows.
         unused_samples: how many samples were drawn and not stepped on.
+        resumed: whether all this was read from a checkpoint.
     """
 
     ledger: dict[str, Any]
     lineage: Lineage | None = None
     world_size: int | None = None
     unused_samples: int = 0
+    resumed: bool = field(default=False, compare=False)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ def unsealed(state: object) -> Past:
         lineage = None if content["journal"] is None else Lineage.read(content["journal"])
     except ValueError as error:
         raise PreflightError(str(error)) from error
-    return Past(state["ledger"], lineage, state["world_size"], state["unused_samples"])
+    return Past(state["ledger"], lineage, state["world_size"], state["unused_samples"], resumed=True)
 
 
 def past_of(checkpoint: Mapping[str, Any], key: str) -> Past:
@@ -106,19 +109,19 @@ def past_of(checkpoint: Mapping[str, Any], key: str) -> Past:
     return past
 
 
-def lost_since(past: Past | None, ckpt_path: object) -> tuple[list[dict[str, Any]], Lineage | None]:
-    """The steps of interrupted fits that are in no checkpoint, as phases, and the lineage that counts them.
+def lost_since(past: Past | None, where: Places) -> tuple[list[dict[str, Any]], Lineage | None]:
+    """The steps of this training that the checkpoint does not hold, as phases, and the lineage that counts them.
 
     Args:
         past: of the checkpoint, or of the fit before in this process, if there was any.
-        ckpt_path: where the checkpoint is, if it is a file.
+        where: to look for journals.
 
     Raises:
-        JournalError: the journal was edited or damaged.
+        JournalError: a journal was edited or damaged.
     """
     if past is None or past.lineage is None:
         return [], None
-    return count_lost(past.lineage, Path(str(ckpt_path)) if ckpt_path else None)
+    return count_lost(past.lineage, where, resumed=past.resumed)
 
 
 def with_lost_steps(past: Past, lost: tuple[list[dict[str, Any]], Lineage | None]) -> Past:
@@ -127,8 +130,9 @@ def with_lost_steps(past: Past, lost: tuple[list[dict[str, Any]], Lineage | None
     if not phases:
         return replace(past, lineage=lineage)
     rank_zero_only(warn_user)(
-        f"An interrupted fit took {sum(phase['steps'] for phase in phases)} steps after the checkpoint: they are counted as "
-        "spent, since what was logged of them may have been seen. Save checkpoints more often to lose fewer."
+        f"An interrupted fit took {sum(phase['steps'] for phase in phases)} steps after the checkpoint, or one that went on from "
+        "it or from an earlier one did: they are counted as spent, since what came of them may have been seen. Save checkpoints "
+        "more often, and go on from the last one, to lose fewer."
     )
     return replace(past, ledger={**past.ledger, "phases": [*past.ledger["phases"], *phases]}, lineage=lineage)
 

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from lightning_dp import PreflightError
 from lightning_dp.records.journal import FILE_NAME, JournalError
+from lightning_dp.records.journal_line import read_lines
 from tests.faults.lives import life
 
 pytestmark = [
@@ -155,8 +157,8 @@ def test_an_edited_journal_is_refused_by_file_and_line(tmp_path: Path, line: str
 
 def test_a_phase_that_is_none_is_refused_with_the_remedy(tmp_path: Path) -> None:
     life(tmp_path, steps=3)
-    text = (tmp_path / FILE_NAME).read_text()
-    changed = text.replace('"ended"', '"open" ').replace('"noise_multiplier": 1.0', '"noise_multiplier": "1"')
-    (tmp_path / FILE_NAME).write_text(changed)
+    (line,) = read_lines(tmp_path / FILE_NAME).lines
+    forged = replace(line, phase={**line.phase, "noise_multiplier": "1"})  # with digests that fit
+    (tmp_path / FILE_NAME).write_text(forged.text())
     with pytest.raises(ValueError, match=r"noise_multiplier='1' in the ledger's state: expected a plain number"):
         life(tmp_path, tmp_path / "ckpt" / "step=2.ckpt", steps=5)

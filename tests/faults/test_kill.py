@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -191,11 +192,13 @@ def test_a_checkpoint_that_holds_the_lost_steps_does_not_count_them_again(tmp_pa
     assert again.ledger.steps == 8 + 3 + 9 + 2
 
 
-def test_going_back_behind_the_end_of_a_finished_training_is_another_run(tmp_path: Path) -> None:
-    life(tmp_path)
-    again = life(tmp_path, tmp_path / "ckpt" / "step=3.ckpt")
+def test_going_back_behind_the_end_of_a_finished_training_counts_both_ways_on(tmp_path: Path) -> None:
+    with recorded(tmp_path):
+        life(tmp_path)
+        again = life(tmp_path, tmp_path / "ckpt" / "step=3.ckpt")
     assert again.ledger is not None
-    assert again.ledger.steps == STEPS
+    assert again.ledger.steps == STEPS + (STEPS - 3) == len(releases(tmp_path))
+    assert any(f"{STEPS - 3} of the steps are in no checkpoint" in caveat for caveat in again.statement().caveats)
 
 
 def test_the_journal_is_found_where_the_folder_has_moved_to(tmp_path: Path) -> None:
@@ -238,12 +241,21 @@ def test_a_seeded_training_does_not_repeat_the_noise_of_lost_steps(tmp_path: Pat
     assert [step for step, _ in by_step(tmp_path)] == [*range(8), *range(8, 11), *range(11, 20)]
 
 
+def alone(folder: Path) -> Path:
+    """A folder with a copy of the third checkpoint and nothing else: nothing there tells of the first continuation."""
+    branch = folder.parent / f"{folder.name} branch"
+    branch.mkdir(exist_ok=True)
+    if not (branch / "step=3.ckpt").exists():
+        shutil.copy(folder / "ckpt" / "step=3.ckpt", branch)
+    return branch
+
+
 def noise_of_a_seeded_branch_with_other_numbers(folder: Path) -> None:
     """One seed, the same steps, other numbers: (g + σ₁z, g + σ₂z) would give away g and z."""
     folder.mkdir()
     with recorded(folder):
         life(folder, seed=5)
-        life(folder, folder / "ckpt" / "step=3.ckpt", seed=5, noise_multiplier=2.0)
+        life(alone(folder), alone(folder) / "step=3.ckpt", seed=5, noise_multiplier=2.0)
     first, second = by_step(folder)[3:STEPS], by_step(folder)[STEPS:]
     assert [step for step, _ in first] == [step for step, _ in second]
     assert not {noise for _, noise in first} & {noise for _, noise in second}
@@ -265,7 +277,7 @@ def test_a_seeded_branch_with_the_same_numbers_is_the_same_release(tmp_path: Pat
     """Bit for bit: nothing can be subtracted that was not known before."""
     with recorded(tmp_path):
         life(tmp_path, seed=5)
-        life(tmp_path, tmp_path / "ckpt" / "step=3.ckpt", seed=5)
+        life(alone(tmp_path), alone(tmp_path) / "step=3.ckpt", seed=5)
     made = releases(tmp_path)
     assert made[3:STEPS] == made[STEPS:]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from lightning_dp.accounting import Ledger
 from lightning_dp.accounting.entry import Entry
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.records.checkpoint import Past, past_of, sealed, unsealed
-from lightning_dp.records.journal import Journal, JournalError, Lineage, count_lost
+from lightning_dp.records.journal import Journal, JournalError
+from lightning_dp.records.journal_line import FILE_NAME
+from lightning_dp.records.lineage import Lineage
+from lightning_dp.records.lost_steps import Places, count_lost
 from tests.hostile.values import STATES_TRIED, TRIED, as_many_as_promised, plain
 
 KEY = "DifferentialPrivacy"
@@ -37,6 +41,7 @@ def two_phases() -> dict[str, Any]:
 
 STATE = two_phases()
 PAST = Past(STATE, Lineage("training", "/nowhere/privacy.journal", {"fit": 4}), 1)
+LINEAGE = [field.name for field in fields(Lineage)]
 FIELDS = sorted(Entry.__dataclass_fields__)
 
 
@@ -118,37 +123,36 @@ def test_a_checkpoint_of_anything_is_refused(value: Any, place: str) -> None:
 def journal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Lineage]:
     folder = tmp_path_factory.mktemp("journal")
     one = Journal(folder, Ledger(plan()).numbers)
+    one.record(2)
+    checkpoint = one.lineage
     one.record(5)
-    one.close(ended=False)
-    return Path(one.lineage.file), Lineage(one.lineage.training, one.lineage.file)
+    one.close(ended=True)
+    return folder / FILE_NAME, checkpoint
 
 
 @settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_journal_changed_anywhere_is_refused_or_counts_what_it_says(
+def test_a_journal_changed_anywhere_is_refused_or_counts_all_or_says_that_it_may_not(
     journal: tuple[Path, Lineage], data: st.DataObject
 ) -> None:
     TRIED["journals"] += 1
     file, lineage = journal
     whole = file.read_text()
-    line = json.loads(whole)
-    changed = shaken(data, line)
     try:
-        file.write_text(json.dumps(changed) + "\n")
-        phases, _ = count_lost(lineage, None)
+        file.write_text(json.dumps(shaken(data, json.loads(whole))) + "\n")
+        phases, after = count_lost(lineage, Places([file.parent]))
         for phase in phases:
             Entry.read(phase)
-            assert phase["steps"] == changed["steps"]
+        counted = sum(phase["steps"] for phase in phases)
+        assert counted >= 3 or not (after.found and after.proved)
     except JournalError as error:
         assert "privacy.journal, line 1" in str(error)  # noqa: PT017 (either outcome is right)
-    except ValueError as error:
-        assert "ledger's state" in str(error)  # noqa: PT017 (either outcome is right)
     finally:
         file.write_text(whole)
 
 
 @settings(max_examples=700)
-@given(raw=st.one_of(plain, st.dictionaries(st.sampled_from(["training", "file", "counted", "lost", "found"]), plain)))
+@given(raw=st.one_of(plain, st.dictionaries(st.sampled_from(LINEAGE), plain)))
 def test_a_lineage_of_anything_is_refused(raw: Any) -> None:
     TRIED["lineages"] += 1
     try:
@@ -156,7 +160,7 @@ def test_a_lineage_of_anything_is_refused(raw: Any) -> None:
     except ValueError as error:
         assert "Resume from a whole one" in str(error)  # noqa: PT017 (either outcome is right)
     else:
-        assert set(raw) == {"training", "file", "counted", "lost", "found"}
+        assert set(raw) in (set(LINEAGE), set(LINEAGE[:5]))
         assert read.lost == raw["lost"]
 
 
