@@ -47,6 +47,7 @@ from lightning_dp.sizing.physical_batch import (
 )
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.trial_in_shards import select_in_shards
+from lightning_dp.user_step.batch_hooks import BatchHooks
 from lightning_dp.user_step.capture import StepCapture
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 from lightning_dp.user_step.seeded import forked_rng
@@ -91,6 +92,7 @@ class PrivateStep:
         unit: PrivacyUnit | None = None,
     ) -> None:
         self.batch_axis = batch_axis
+        self.batch_hooks: BatchHooks | None = None
         self._unit = unit
         self.units: Units | None = None
         self._public_optimizers = public_optimizers
@@ -148,6 +150,7 @@ class PrivateStep:
             next_step=lambda: ledger.steps + self.unused_samples,
             units=self.units,
         )
+        self.batch_hooks = BatchHooks(strategy, self._capture, self._loader)
         return self._loader
 
     def choose_engine(self, strategy: Strategy) -> Selection:
@@ -186,6 +189,10 @@ class PrivateStep:
         self._layers = start_layerwise(strategy, loader, self._selection, make_loss, self._with_views)
         return self._selection
 
+    def shown_to_hooks(self, sample: LogicalBatch) -> Any:
+        """What hooks and callbacks get for the batch of a step."""
+        return sample if self.batch_hooks is None else self.batch_hooks.shown(sample)
+
     def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
         """Sum this rank's clipped per-example gradients over the logical batch; keep them for :meth:`backward`.
 
@@ -199,6 +206,7 @@ class PrivateStep:
         assert capture is not None
         assert loader is not None
         assert self._selection is not None
+        batch = batch if self.batch_hooks is None else self.batch_hooks.sample_behind(batch)
         check_sample(batch, ledger.steps, self.unused_samples)
         some_rank_is_empty = 0 < batch.global_size < world_size_of(strategy)
         share = strategy.broadcast if some_rank_is_empty else None

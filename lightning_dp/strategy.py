@@ -75,7 +75,9 @@ class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        return batch if isinstance(batch, LogicalBatch) else super().batch_to_device(batch, device, dataloader_idx)
+        if isinstance(batch, LogicalBatch):
+            return _step(self).shown_to_hooks(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -132,7 +134,9 @@ class PrivateDDPStrategy(DDPStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        return batch if isinstance(batch, LogicalBatch) else super().batch_to_device(batch, device, dataloader_idx)
+        if isinstance(batch, LogicalBatch):
+            return _step(self).shown_to_hooks(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -236,7 +240,9 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        return batch if isinstance(batch, LogicalBatch) else super().batch_to_device(batch, device, dataloader_idx)
+        if isinstance(batch, LogicalBatch):
+            return _step(self).shown_to_hooks(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

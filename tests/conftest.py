@@ -69,6 +69,12 @@ def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     return L.Trainer(callbacks=list(callbacks), **{**quiet, **options})
 
 
+def sample_of(trainer: L.Trainer) -> Any:
+    """The sample of the step under way, which hooks do not see."""
+    step: Any = trainer.strategy
+    return step.private_step.batch_hooks.sample
+
+
 def weights(module: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ class LogicalBatchConsumedError(RuntimeError):
 
 @dataclass
 class LogicalBatch:
-    """One step's sample on this rank: what Lightning's loops see as *the* batch.
+    """One step's sample on this rank: what Lightning's loops fetch as *the* batch, up to the strategy.
 
     Attributes:
         step: number of the step in the run's life, from 0.
@@ -46,13 +46,6 @@ class LogicalBatch:
     indices: Tensor
     global_size: int
     source: _MicroBatchSource
-
-    def __getitem__(self, item: Any) -> NoReturn:
-        raise TypeError(
-            f"batch[{item!r}] of a LogicalBatch: under differential privacy a hook's batch is a whole private step, whose "
-            "examples are read piece by piece inside training_step: expected the hook to do without them. Its indices are "
-            "batch.indices, its size len(batch.indices); put per-example work into training_step or the dataset."
-        )
 
     def micro_batches(self) -> Iterator[tuple[Any, int]]:
         """Yield (collated micro-batch, number of examples, or users, in it), once.

@@ -19,7 +19,8 @@ def to_device(strategy: Strategy, batch: Any) -> Any:
     """Convert a micro-batch to the Trainer's precision and move it to the device, the user's hooks included.
 
     Containers of the user's own come back in parts (:mod:`lightning_dp.functional.opened`) and tensors with their
-    examples on the first axis (:mod:`lightning_dp.loading.batch_axis`), for the stages that follow.
+    examples on the first axis (:mod:`lightning_dp.loading.batch_axis`), for the stages that follow. What hooks at the start
+    of a batch change in it (:mod:`lightning_dp.user_step.batch_hooks`) is done to each example.
 
     Args:
         strategy: connected to the module; its precision plugin, device and the module's (or data module's)
@@ -31,7 +32,9 @@ def to_device(strategy: Strategy, batch: Any) -> Any:
     batch = strategy.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
-    return to_front(open_containers(batch), batch_axis_of(strategy))
+    batch = to_front(open_containers(batch), batch_axis_of(strategy))
+    hooks: Any = getattr(getattr(strategy, "private_step", None), "batch_hooks", None)
+    return batch if hooks is None else hooks.applied(batch)
 
 
 def batch_axis_of(strategy: Strategy) -> BatchAxis:

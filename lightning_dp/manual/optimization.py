@@ -22,6 +22,7 @@ from lightning_dp.functional.late import at_hand
 from lightning_dp.functional.real_parts import as_given
 from lightning_dp.functional.step import Accumulated
 from lightning_dp.functional.views import Views
+from lightning_dp.loading.placeholder import without_content
 from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
 from lightning_dp.manual.commands import Commands, intercepted
 from lightning_dp.manual.global_step import counting_steps, global_step
@@ -34,7 +35,6 @@ from lightning_dp.manual.rehearsal import (
     rehearse,
 )
 from lightning_dp.manual.same_draws import SameDraws
-from lightning_dp.manual.stand_in import without_content
 from lightning_dp.manual.step_sample import StepSample, TryEngines
 from lightning_dp.manual.values_over_steps import PutBackInTime, ValuesOverSteps
 from lightning_dp.preflight import PreflightError

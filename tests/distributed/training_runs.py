@@ -22,7 +22,7 @@ from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, HeldReco
 from lightning_dp.distributed import lost_ranks
 from lightning_dp.functional import step as functional_step
 from lightning_dp.records.journal import FILE_NAME
-from tests.conftest import Regressor, loader, regression_data, regressor, weights
+from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, weights
 from tests.distributed.ranks import Shift
 
 STEPS = 6
@@ -292,4 +292,4 @@ class Sampled(L.Callback):
         self.indices: list[list[int]] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.indices.append(batch.indices.tolist())
+        self.indices.append(sample_of(trainer).indices.tolist())

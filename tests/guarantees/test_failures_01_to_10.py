@@ -15,7 +15,7 @@ from torch.utils.data import WeightedRandomSampler
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.engines.select import ENGINES, EngineName
 from tests import test_loader as loaders
-from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
+from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, trainer, weights
 from tests.engines import oracle
 from tests.engines.family import case
 from tests.functional.laws import (
@@ -43,7 +43,8 @@ def sampling_p_values(steps: int = 150, expected: int = 24) -> dict[str, float]:
     private = DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=expected)
 
     def remember(batch: Any, batch_idx: int) -> None:
-        members[batch.step, batch.indices.numpy()] = True
+        sample = sample_of(module.trainer)
+        members[sample.step, sample.indices.numpy()] = True
 
     module.on_train_batch_start = remember
     trainer(private, max_steps=steps).fit(module, loader())

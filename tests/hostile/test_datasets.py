@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_dp import DifferentialPrivacy, PreflightError
-from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
+from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, trainer, weights
 
 
 class Items(Dataset[Any]):
@@ -139,7 +139,8 @@ def test_a_dataset_whose_length_changes_behind_ones_back_keeps_its_draws(now: in
 
     class Module(Regressor):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            largest.append(int(batch.indices.max()) if len(batch.indices) else 0)
+            drawn = sample_of(self.trainer).indices
+            largest.append(int(drawn.max()) if len(drawn) else 0)
             data.length = now
 
     private = DifferentialPrivacy(noise_multiplier=1.0, delta=1e-6)

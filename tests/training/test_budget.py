@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dp import BudgetExceededError, DifferentialPrivacy, PreflightError
 from lightning_dp.accounting import Phase, epsilon_bound
-from tests.conftest import loader, regressor, trainer, weights
+from tests.conftest import loader, regressor, sample_of, trainer, weights
 
 Q = 16 / 64
 pytestmark = [
@@ -253,7 +253,7 @@ def test_skipping_the_rest_of_an_epoch_keeps_sampling_and_ledger_in_step() -> No
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
             if batch_idx == 2:
                 return -1
-            used.append(tuple(batch.indices.tolist()))
+            used.append(tuple(sample_of(self.trainer).indices.tolist()))
             return None
 
     private = DifferentialPrivacy(noise_multiplier=1.0)

@@ -15,7 +15,7 @@ from lightning_dp.accounting.distance import truncation_probability
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import cut
 from tests import test_loader as loaders
-from tests.conftest import loader, regressor, trainer
+from tests.conftest import loader, regressor, sample_of, trainer
 from tests.functional.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
 from tests.training import test_refusals as refusals
 
@@ -29,7 +29,7 @@ class Sizes(L.Callback):
         self.steps: list[int] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
-        self.steps.append(len(batch.indices))
+        self.steps.append(len(sample_of(trainer).indices))
 
 
 def test_a_run_uses_no_more_than_the_bound_and_says_so() -> None:

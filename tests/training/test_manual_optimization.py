@@ -14,7 +14,7 @@ from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import poisson_sample
 from lightning_dp.manual import optimization as manual
-from tests.conftest import loader, regression_data, regressor, trainer, weights
+from tests.conftest import loader, regression_data, regressor, sample_of, trainer, weights
 from tests.guarantees.mutations import caught, patched
 from tests.training.manual_modules import Gan, ManualRegressor, gan, manual_regressor
 from tests.training.test_step_equals_loop import dp_sgd_by_hand
@@ -249,7 +249,7 @@ def test_every_nth_batch_and_a_batch_without_a_private_step() -> None:
 
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            seen.append(batch.step)
+            seen.append(sample_of(trainer).step)
 
     private = DifferentialPrivacy(noise_multiplier=1.0, public_optimizers=[0], engine="vmap")
     first = trainer(private, Watch(), max_steps=7)

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy
-from tests.conftest import Regressor, loader, regressor, trainer, weights
+from tests.conftest import Regressor, loader, regressor, sample_of, trainer, weights
 
 
 def train(seed: int | None = None, **options: int) -> Tensor:
@@ -29,7 +29,9 @@ def test_seed_everything_does_not_fix_the_samples_either() -> None:
     for _ in range(2):
         L.seed_everything(0, verbose=False)
         module, seen = regressor(), []
-        module.on_train_batch_start = lambda batch, batch_idx, seen=seen: seen.append(batch.indices.tolist())
+        module.on_train_batch_start = lambda batch, batch_idx, seen=seen, module=module: seen.append(
+            sample_of(module.trainer).indices.tolist()
+        )
         trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=3).fit(module, loader())
         drawn.append(seen)
     assert drawn[0] != drawn[1]

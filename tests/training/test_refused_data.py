@@ -165,12 +165,3 @@ def test_a_training_step_without_batch_idx() -> None:
     before = weights(module).clone()
     trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(module, loader())
     assert not torch.equal(before, weights(module))
-
-
-def test_a_hook_that_looks_into_the_logical_batch_is_told_what_it_is() -> None:
-    class Peeking(Regressor):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            _inputs, _targets = batch
-
-    with pytest.raises(TypeError, match=r"LogicalBatch.*expected.*batch\.indices"):
-        trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(Peeking(), loader())

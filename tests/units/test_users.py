@@ -27,7 +27,7 @@ from lightning_dp.functional.step import accumulate
 from lightning_dp.functional.transforms import Flip, ViewTransform
 from lightning_dp.functional.units import Grouped, Piece, Units, group, pieces, ungroup
 from lightning_dp.private_step import PrivateStep
-from tests.conftest import trainer, weights
+from tests.conftest import sample_of, trainer, weights
 from tests.functional.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
 from tests.guarantees.mutations import caught, patched
 from tests.units.data import OWNERS, USERS, WithUser, dict_regressor, dp_sgd_over_users_by_hand
@@ -188,7 +188,9 @@ def test_views_of_a_users_examples() -> None:
 def test_every_example_of_a_drawn_user_is_logged_and_counted() -> None:
     module = dict_regressor()
     sizes: list[int] = []
-    module.on_train_batch_start = lambda batch, batch_idx: sizes.append(sum(len(p.examples) for p in batch.pieces))  # type: ignore[method-assign]  # a hook
+    module.on_train_batch_start = lambda *_: sizes.append(
+        sum(len(p.examples) for p in sample_of(module.trainer).pieces)
+    )  # type: ignore[method-assign]  # a hook
     fit(module, DifferentialPrivacy(noise_multiplier=1.0, seed=5, privacy_unit="user_id"))
     assert float(module.seen.compute()) == sum(sizes) > 0
 
@@ -268,8 +270,9 @@ def test_users_are_drawn_with_all_their_examples_and_with_the_q_that_is_charged(
         private = DifferentialPrivacy(noise_multiplier=1.0, privacy_unit="user_id", max_examples_per_unit=most, seed=8)
 
         def remember(batch: Any, batch_idx: int) -> None:
-            for piece in batch.pieces:
-                seen[batch.step, piece.examples] = True
+            sample = sample_of(module.trainer)
+            for piece in sample.pieces:
+                seen[sample.step, piece.examples] = True
 
         module.on_train_batch_start = remember  # type: ignore[method-assign]  # a hook
         fit(module, private, steps=steps)

@@ -19,7 +19,7 @@ from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.audit import audit
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.privacy_unit import PrivacyUnit
-from tests.conftest import trainer
+from tests.conftest import sample_of, trainer
 from tests.units.data import OWNERS, WithUser, dict_regressor
 
 
@@ -133,7 +133,7 @@ def test_an_audit_is_refused() -> None:
 def test_one_giant_user_is_one_draw_with_the_examples_that_are_allowed() -> None:
     sizes: list[int] = []
     module = dict_regressor()
-    module.on_train_batch_start = lambda batch, batch_idx: sizes.extend(len(p.examples) for p in batch.pieces)  # type: ignore[method-assign]  # a hook
+    module.on_train_batch_start = lambda *_: sizes.extend(len(p.examples) for p in sample_of(module.trainer).pieces)  # type: ignore[method-assign]  # a hook
     private = DifferentialPrivacy(noise_multiplier=1.0, privacy_unit=[7] * len(OWNERS), max_examples_per_unit=5)
     trainer(private, max_steps=3).fit(module, DataLoader(WithUser(), batch_size=1))
     assert sizes == [5, 5, 5]
