@@ -19,6 +19,7 @@ from lightning_dp.engines.explain import explain
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.coverage import used_by_rules_alone
 from lightning_dp.engines.select import Selection
+from lightning_dp.functional.full_precision import full_precision
 from lightning_dp.functional.gradient import ClippedSum, LossFunction
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.preflight import PreflightError
@@ -51,7 +52,7 @@ def start_layerwise(
         return None
     module = module_of(strategy)
     engine = on_every_rank(strategy, lambda: _usable(strategy, loader, selection), PreflightError)
-    with isolate_rng():
+    with isolate_rng(), full_precision():
         most = min(gathered(strategy, loader.physical_batch_size))  # the ranks run the same examples
         batch, examples = trial_batch(strategy, loader, with_views, most)
 

@@ -23,6 +23,7 @@ from lightning_dp.engines.ghost.coverage import used_by_rules_alone
 from lightning_dp.engines.ghost.verification import inert
 from lightning_dp.engines.select import Selection
 from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
+from lightning_dp.functional.full_precision import full_precision
 from lightning_dp.functional.gradient import LossFunction, scalar_loss
 from lightning_dp.functional.microbatch import batch_of_one
 from lightning_dp.loading.loader import PoissonLoader
@@ -65,7 +66,7 @@ def select_in_shards(
     own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
     engine, buffers = GhostEngine(module), preflight.buffer_versions(module)
     kept = engine.keeper = Layerwise(strategy, own, used_by_rules_alone(module, {}) & own.keys())
-    with isolate_rng(), torch.enable_grad(), uncompiled(), inert(module):
+    with isolate_rng(), torch.enable_grad(), uncompiled(), full_precision(), inert(module):
         most = min(gathered(strategy, loader.physical_batch_size))  # the ranks run the same examples
         batch, examples = trial_batch(strategy, loader, with_views, most)
         failure = None

@@ -99,7 +99,7 @@ def test_derived_numbers_follow_from_the_fields(
                           "dataset_size": dataset_size, "expected_batch_size": expected})  # fmt: skip
     assert plan.sampling_probability * dataset_size == pytest.approx(expected)
     assert 0 < plan.sampling_probability <= 1
-    assert plan.noise_std == noise_multiplier * clip_norm
+    assert math.isclose(plan.noise_std, noise_multiplier * clip_norm, rel_tol=1e-12)
 
 
 def test_everything_in_every_step_is_a_valid_plan() -> None:

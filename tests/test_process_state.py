@@ -21,7 +21,7 @@ from lightning_dp.accounting import Phase
 from lightning_dp.accounting import prv as prv_module
 from lightning_dp.accounting.prv import PrivacyLossVariable, PrvGrid
 from lightning_dp.engines.draws import drawn_for_all
-from lightning_dp.engines.while_open import WhileOpen
+from lightning_dp.functional.while_open import WhileOpen
 from lightning_dp.recipe_cli import command_line
 from tests.conftest import loader, regressor, trainer
 

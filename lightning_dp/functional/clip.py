@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.clipping import Clipping, as_clipping
+from lightning_dp.functional.full_precision import full_precision
 
 NORM_BLOCK = 128
 """How many squares are added up one after the other before rounding errors are stopped from growing."""
@@ -111,6 +112,7 @@ class Factors:
         return cls({name: of_layer[layer] for name, layer in layers.items()}, total, broken)
 
 
+@full_precision()
 def clip_and_sum(
     gradients: Mapping[str, Tensor], clipping: Clipping | float, counted: int | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:

@@ -20,6 +20,7 @@ from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.engines.user_code import warn_user
+from lightning_dp.functional.full_precision import full_precision
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.microbatch import take
 from lightning_dp.functional.real_parts import in_real_parts
@@ -98,7 +99,7 @@ def _reductions(
         return []
     module = module_of(strategy)
     buffers = preflight.buffer_versions(module)
-    with isolate_rng(), torch.enable_grad(), uncompiled():  # a look is not worth a graph
+    with isolate_rng(), torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph
         found = [_look(strategy, loader, loss, in_real_parts(parameters), views) for loss, parameters in losses]
     preflight.check_buffers(module, buffers)
     return found

@@ -46,7 +46,9 @@ def test_a_run_uses_no_more_than_the_bound_and_says_so() -> None:
     assert len(sizes.steps) == 12
     assert max(sizes.steps) <= BOUND
     assert private.ledger is not None
-    assert private.ledger.distance(12).truncation == 12 * truncation_probability(64, 0.25, BOUND) > 0
+    cut = 12 * truncation_probability(64, 0.25, BOUND)
+    assert private.ledger.distance(12).truncation == pytest.approx(cut, rel=1e-9, abs=0)
+    assert cut > 0
     statement = json.loads(Path("privacy.json").read_text(encoding="utf-8"))
     assert statement["max_batch_size"] == BOUND
     assert statement["sampling"] == "truncated Poisson"

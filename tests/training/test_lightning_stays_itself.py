@@ -18,6 +18,7 @@ from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, Metric
 
 from lightning_dp import DifferentialPrivacy, PrivateSingleDeviceStrategy
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
+from tests.nearly import assert_nearly
 
 
 class Talkative(Regressor):
@@ -270,8 +271,8 @@ def test_by_name_and_by_conversion_are_the_same() -> None:
         fit.fit(module, loader())
         assert type(fit.strategy) is PrivateSingleDeviceStrategy
         results.append(weights(module))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for other in results[1:]:
+        assert_nearly(results[0], other, rtol=1e-5, atol=1e-6)  # float32, in another order of sums at most
 
 
 @pytest.mark.filterwarnings("ignore:The loss of a batch is neither the mean")

@@ -29,6 +29,7 @@ from tests.conftest import Regressor, loader, regression_data, regressor, traine
 from tests.distributed.ranks import Shift
 from tests.functional.laws import FALSE_ALARM, poisson_sampling_p_values
 from tests.functional.test_discrete_gaussian import large_noise_p_values
+from tests.nearly import assert_nearly
 from tests.training.manual_modules import manual_regressor
 
 SIGMA, CLIP, BATCH = 1.5, 0.5, 16
@@ -114,7 +115,7 @@ def test_two_runs_and_a_resumed_one_share_no_noise_and_no_draw(tmp_path: Path) -
     assert np.abs(correlations).max() < 6 / np.sqrt(len(noises[0]))
     assert resumed_by.ledger is not None
     assert resumed_by.ledger.steps == 4
-    assert resumed_by.statement().epsilon == again_by.statement().epsilon
+    assert_nearly(resumed_by.statement().epsilon, again_by.statement().epsilon)
 
 
 def test_no_key_is_in_a_checkpoint_or_a_callback(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lightning_dp.cli import main
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.simulation import as_if_real, simulated
 from tests.conftest import loader, regressor, trainer
+from tests.nearly import assert_nearly
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "digits"
 
@@ -30,22 +31,23 @@ def fitted(simulate: int = 1, ckpt_path: str | None = None, **options: Any) -> t
 
 def test_what_is_run_is_what_the_ledger_counts_and_no_target_is_claimed(tmp_path: Path) -> None:
     (real, _), (small, _) = fitted(), fitted(8, default_root_dir=str(tmp_path))
-    assert small.plan.noise_multiplier == real.plan.noise_multiplier / 8
-    assert small.plan.sampling_probability == real.plan.sampling_probability / 8
-    assert small.plan.noise_std / small.plan.expected_batch_size == real.plan.noise_std / real.plan.expected_batch_size
+    assert_nearly(small.plan.noise_multiplier, real.plan.noise_multiplier / 8)
+    assert_nearly(small.plan.sampling_probability, real.plan.sampling_probability / 8)
+    spreads = [plan.noise_std / plan.expected_batch_size for plan in (small.plan, real.plan)]
+    assert_nearly(*spreads)
     assert small.plan.steps == real.plan.steps
-    assert small.ledger.phases == (Phase(real.plan.noise_multiplier / 8, 32 / 64 / 8, 5),)
+    assert_nearly(small.ledger.phases, (Phase(real.plan.noise_multiplier / 8, 32 / 64 / 8, 5),))
     spent = epsilon_bound(small.ledger.phases, 1e-3).epsilon
     assert real.statement().epsilon <= 3.0 < spent
 
     statement = small.statement()
-    assert statement.epsilon == spent
+    assert_nearly(statement.epsilon, spent)
     assert statement.target_epsilon is None
     assert str(statement).startswith("SIMULATION, NOT PRIVATE as the run it stands for: 5 steps at 1/8 of the batch")
     assert "ε = 3" not in str(statement)
     written = json.loads((tmp_path / "privacy.json").read_text())
     assert written["simulation"] == written["caveats"][0] == statement.simulation
-    assert written["epsilon"] == spent
+    assert_nearly(written["epsilon"], spent)
     assert real.statement().simulation is None
     assert "SIMULATION" not in str(real.statement())
 
@@ -90,7 +92,7 @@ def test_a_resumed_simulation_goes_on_as_planned(tmp_path: Path) -> None:
     assert resumed.ledger.steps == 6
     assert len(resumed.ledger.phases) == 1
     assert resumed.plan.noise_multiplier == pytest.approx(half_sigma)
-    assert resumed.plan.sampling_probability == whole.plan.sampling_probability
+    assert_nearly(resumed.plan.sampling_probability, whole.plan.sampling_probability)
     assert resumed.statement().simulation is not None
 
 
@@ -109,8 +111,8 @@ def test_planning_sees_through_a_simulation(simulate: int) -> None:
     ledger = Ledger(simulated(plan, simulate))
     ledger.charge()
     (phase,) = Ledger.resume(plan, as_if_real(ledger.state_dict(), simulate)).phases
-    assert phase.sampling_probability == plan.sampling_probability
-    assert phase.noise_multiplier == pytest.approx(plan.noise_multiplier, rel=1e-15)
+    assert_nearly(phase.sampling_probability, plan.sampling_probability)
+    assert_nearly(phase.noise_multiplier, plan.noise_multiplier)
     assert simulated(plan, 1) is plan
 
 
@@ -125,15 +127,16 @@ def test_what_serves_a_guarantee_alone_is_not_simulated(options: dict[str, Any],
         return dp, runs
 
     small, runs = run(4)
-    assert small.plan.noise_multiplier == 2.0 / 8
+    assert_nearly(small.plan.noise_multiplier, 2.0 / 8)
     assert (small.plan.resolution, small.plan.max_batch_size, small.plan.target_epsilon) == (None, None, None)
     statement = small.statement()
     assert statement.noise == "Gaussian noise in floating point"
-    assert statement.epsilon == epsilon_bound(small.ledger.phases, 1e-3).epsilon < float("inf")
+    assert_nearly(statement.epsilon, epsilon_bound(small.ledger.phases, 1e-3).epsilon)
+    assert statement.epsilon < float("inf")
     assert str(statement).startswith("SIMULATION, NOT PRIVATE")
     runs.save_checkpoint(tmp_path / "half.ckpt")
     resumed, _ = run(6, tmp_path / "half.ckpt")
-    assert resumed.ledger.phases == (Phase(2.0 / 8, 16 / 64 / 8, 6),)
+    assert_nearly(resumed.ledger.phases, (Phase(2.0 / 8, 16 / 64 / 8, 6),))
     with pytest.raises(ValueError, match="expected"):  # what is impossible for the run simulated is still refused
         DifferentialPrivacy(noise_multiplier=0.0, simulate=8, secure=True)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy, PreflightError
 from tests.conftest import Regressor, loader, regressor, trainer, weights
+from tests.nearly import assert_nearly
 
 
 class Scheduled(Regressor):
@@ -61,7 +62,7 @@ def test_many_at_once_change_nothing_and_charge_each_step_once(tmp_path: Path) -
     with pytest.warns(UserWarning, match="flops_per_batch"):
         fit.fit(module, loader(), loader())
     assert callback.ledger.steps == fit.global_step == callback.plan.steps == 6
-    assert fit.optimizers[0].param_groups[0]["lr"] == 0.5**7
+    assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5**7)
     assert Path(best.best_model_path).exists()
     assert timer.time_elapsed("train") > 0
     text = (Path(fit.log_dir) / "metrics.csv").read_text()
@@ -70,7 +71,7 @@ def test_many_at_once_change_nothing_and_charge_each_step_once(tmp_path: Path) -
     torch.manual_seed(0)
     alone = Scheduled()
     trainer(private(), max_steps=6).fit(alone, loader())
-    assert torch.equal(weights(alone), weights(module))
+    assert_nearly(weights(alone), weights(module), rtol=1e-5, atol=1e-6)  # float32; one step of noise moves them by 0.1
 
     spent = callback.ledger.steps
     assert "val/loss" in fit.validate(module, loader(), verbose=False)[0]

@@ -22,6 +22,7 @@ from lightning_dp.functional.sample import poisson_sample
 from lightning_dp.functional.transforms import Compose, Crop, EachImage, Flip, ViewTransform
 from lightning_dp.functional.views import ViewError, Views, view_uniforms
 from tests.conftest import trainer, weights
+from tests.nearly import assert_nearly
 
 EXAMPLES, SIZE, CLASSES = 24, 6, 3
 
@@ -139,7 +140,9 @@ def test_k_0_is_no_augmentation() -> None:
     with_it, without = classifier(), classifier()
     fit(with_it, DifferentialPrivacy(noise_multiplier=1.0, seed=1), AugmentationMultiplicity(k=0))
     fit(without, DifferentialPrivacy(noise_multiplier=1.0, seed=1))
-    assert torch.equal(weights(with_it.net), weights(without.net))
+    assert_nearly(
+        weights(with_it.net), weights(without.net), rtol=1e-5, atol=1e-6
+    )  # float32, in another order of sums at most
 
 
 def test_views_of_an_image_that_has_only_one_view_are_no_views() -> None:

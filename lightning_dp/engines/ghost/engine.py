@@ -37,6 +37,7 @@ from lightning_dp.engines.groups import Groups, joined
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.functional.clip import Factors, accumulation_dtype
+from lightning_dp.functional.full_precision import full_precision
 from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
 from lightning_dp.functional.microbatch import batch_of_one
 
@@ -126,10 +127,19 @@ class GhostEngine:
             self._buffers.take_back()
             self._per_example |= books.escaped
         self._handled = {name: " + ".join(sorted(books.handled.get(name, {"not used"}))) for name in parameters}
+        gradient, factors = self._clipped(books, parameters, as_clipping(clipping), counted)
+        self._buffers.take_back()
+        return ClippedSum(gradient, factors.norms[:counted], books.losses[:counted], first_rows(books.outputs, counted))
+
+    @full_precision()
+    def _clipped(
+        self, books: _Books, parameters: Mapping[str, Tensor], clipping: Clipping, counted: int | None
+    ) -> tuple[dict[str, Tensor], Factors]:
+        """The sums of what is in the books, clipped, and by which factors."""
         contributions = {name: merged(books.by_name[name]) for name in parameters if name in books.by_name}
         books.by_name.clear()
         norms = {name: one.norms() for name, one in contributions.items()} or _no_norms(parameters, books.losses)
-        factors = Factors.of(norms, parameters, as_clipping(clipping), counted)
+        factors = Factors.of(norms, parameters, clipping, counted)
         if bool(factors.broken.any()):
             contributions = {name: one.without(factors.broken) for name, one in contributions.items()}
         gradient = {}
@@ -142,8 +152,7 @@ class GhostEngine:
             else:
                 gradient[name] = torch.zeros_like(parameter, dtype=dtype).detach() if total is None else total
             del one, total
-        self._buffers.take_back()
-        return ClippedSum(gradient, factors.norms[:counted], books.losses[:counted], first_rows(books.outputs, counted))
+        return gradient, factors
 
     def _run(
         self,

@@ -23,6 +23,7 @@ from lightning_dp.engines.ghost.convolution import Convolution
 from lightning_dp.engines.ghost.linear import Linear, Product
 from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm
 from lightning_dp.engines.ghost.standardisation import Recognised
+from lightning_dp.functional.full_precision import full_precision
 
 
 class Leaves:
@@ -61,12 +62,13 @@ class Leaves:
 
         def deliver(contribution: Contribution) -> None:
             parameters = {name: leaf.detach() for name, leaf in self.by_name.items()}
-            projection = self._recognised.projection(value.detach(), parameters, back, self._buffers)
-            if projection is None:
-                found = back(contribution.rows(), True)
-                shares: dict[str, Contribution] = {name: Written(g) for name, g in found.items()}
-            else:
-                shares = projection.contributions(contribution, {name: p.shape for name, p in parameters.items()})
+            with full_precision():
+                projection = self._recognised.projection(value.detach(), parameters, back, self._buffers)
+                if projection is None:
+                    found = back(contribution.rows(), True)
+                    shares: dict[str, Contribution] = {name: Written(g) for name, g in found.items()}
+                else:
+                    shares = projection.contributions(contribution, {name: p.shape for name, p in parameters.items()})
             for name, share in shares.items():
                 self._deliver(name)(share)
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lightning_dp.engines.ghost.engine import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.uncompiled import uncompiled
+from lightning_dp.functional.full_precision import full_precision
 from lightning_dp.functional.gradient import ClippedSum, LossFunction
 
 TOLERANCE = 1e-6
@@ -54,7 +55,7 @@ def check_agreement(
         torch.manual_seed(0)
         return loss_function(given, example)
 
-    with uncompiled(), inert(engine.module), _same_draws(engine):
+    with uncompiled(), full_precision(), inert(engine.module), _same_draws(engine):
         try:
             pair = _in_float64(engine, seeded, parameters, batch, examples)
         except Exception:  # a module that makes float32 tensors of its own; what else is wrong shows in float32 too
