@@ -17,6 +17,10 @@ settings.load_profile("ci")
 torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
 
+PATIENCE = 1500
+"""Seconds after which a process that a test has started is taken to hang. The slowest takes two minutes on two idle cores;
+under a load of ten it must not be taken for one that hangs. The limit of pytest-timeout lies above."""
+
 
 class Regressor(L.LightningModule):
     """A small smooth network; nothing in it knows about privacy."""

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import poisson_sample
 from lightning_dp.loading.loader import LogicalBatch, LogicalBatchConsumedError, PoissonLoader
+from tests.conftest import PATIENCE
 from tests.functional.laws import plan
 
 KEY = RandomKey.from_seed(51)
@@ -331,7 +332,7 @@ def counting_loader(file: Any, charged: list[int], **options: Any) -> PoissonLoa
 
 def read_so_far(file: Any, at_least: int) -> list[int]:
     """What the workers have read, once they have read that much."""
-    for _ in range(200):
+    for _ in range(PATIENCE * 20):
         found = [int(line) for line in file.read_text().split()] if file.exists() else []
         if len(found) >= at_least:
             break

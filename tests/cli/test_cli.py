@@ -6,12 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from lightning_dp.accounting import Phase, epsilon_bound
 from lightning_dp.cli import main
+from tests.conftest import PATIENCE
 from tests.nearly import assert_nearly
 
 ROOT = Path(__file__).parents[2]
@@ -115,67 +117,85 @@ def test_the_calculators_do_not_wait_for_pytorch() -> None:
         "main(['epsilon', '--noise-multiplier', '1', '--sampling-probability', '0.1', '--steps', '1', '--delta', '1e-5']); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=PATIENCE).returncode == 0
 
 
-def test_a_recipe_trains_and_ends_with_statement_and_metrics(tmp_path: Path) -> None:
-    """``python -m lightning_dp`` from an empty folder, as a new user would, with fewer steps."""
-    recipe = ROOT / "recipes" / "digits" / "cnn_eps8.yaml"
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_dp", "fit", "--config", str(recipe), "--trainer.max_steps", "4",
-         "--trainer.val_check_interval", "2", "--trainer.logger.init_args.save_dir", str(tmp_path)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert ")-DP, add/remove one example, Poisson sampling" in done.stderr + done.stdout
-    assert "Last validation, after 4 steps: val/accuracy = " in done.stdout
-    statement = json.loads(next(tmp_path.rglob("privacy.json")).read_text())
-    assert statement["epsilon"] <= 8.0
-    assert statement["steps"] == 4
-    assert "val/accuracy" in next(tmp_path.rglob("metrics.csv")).read_text()
+RECIPE = ROOT / "recipes" / "digits" / "cnn_eps8.yaml"
 
 
-def test_the_strategy_can_be_named_in_yaml(tmp_path: Path) -> None:
-    recipe = yaml.safe_load((ROOT / "recipes" / "digits" / "cnn_eps8.yaml").read_text())
-    recipe["trainer"].update(
+def commands(folder: Path) -> dict[str, list[str]]:
+    """Name of a run → its command line."""
+    named = yaml.safe_load(RECIPE.read_text())
+    named["trainer"].update(
         strategy="private", max_steps=2, logger=False, enable_checkpointing=False, accelerator="cpu"
     )
-    path = tmp_path / "named.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    (folder / "named.yaml").write_text(yaml.safe_dump(named))
+    misspelt = yaml.safe_load(RECIPE.read_text())
+    misspelt["trainer"]["callbacks"][0]["init_args"]["epsilom"] = 1.0
+    (folder / "misspelt.yaml").write_text(yaml.safe_dump(misspelt))
+    return {
+        "audit": ["audit", "--config", str(RECIPE), "--trainer.max_steps=3", "--json",
+                  "--gradient-canaries=200", "--input-canaries=4", "--seed=0"],
+        "misspelt": ["fit", "--config", str(folder / "misspelt.yaml")],
+        "named": ["fit", "--config", str(folder / "named.yaml")],
+        "trains": ["fit", "--config", str(RECIPE), "--trainer.max_steps", "4", "--trainer.val_check_interval", "2",
+                   "--trainer.logger.init_args.save_dir", "."],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Each of the commands, run from an empty folder in one fresh process: (code, stdout, stderr, the folder)."""
+    folder = tmp_path_factory.mktemp("commands")
+    for name, words in commands(folder).items():
+        (folder / name).mkdir()
+        (folder / name / "words.json").write_text(json.dumps(words))
     done = subprocess.run(
-        [sys.executable, "-m", "lightning_dp", "fit", "--config", str(path)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        [sys.executable, "-m", "tests.cli.served", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "privacy.json").read_text())["steps"] == 2
+
+    def of(name: str) -> tuple[int, str, str, Path]:
+        code, stdout, stderr = ((folder / name / file).read_text() for file in ("code", "stdout", "stderr"))
+        return int(code), stdout, stderr, folder / name / "here"
+
+    return of
 
 
-def test_an_unknown_key_in_a_recipe_is_an_error(tmp_path: Path) -> None:
-    recipe = yaml.safe_load((ROOT / "recipes" / "digits" / "cnn_eps8.yaml").read_text())
-    recipe["trainer"]["callbacks"][0]["init_args"]["epsilom"] = 1.0
-    path = tmp_path / "typo.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_dp", "fit", "--config", str(path)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "epsilom" in done.stderr
+def test_a_recipe_trains_and_ends_with_statement_and_metrics(ran: Any) -> None:
+    """``python -m lightning_dp`` from an empty folder, as a new user would, with fewer steps."""
+    code, stdout, stderr, folder = ran("trains")
+    assert code == 0, stderr[-3000:]
+    assert ")-DP, add/remove one example, Poisson sampling" in stderr + stdout
+    assert "Last validation, after 4 steps: val/accuracy = " in stdout
+    statement = json.loads(next(folder.rglob("privacy.json")).read_text())
+    assert statement["epsilon"] <= 8.0
+    assert statement["steps"] == 4
+    assert "val/accuracy" in next(folder.rglob("metrics.csv")).read_text()
 
 
-def test_a_recipe_is_audited(tmp_path: Path) -> None:
-    recipe = ROOT / "recipes" / "digits" / "cnn_eps8.yaml"
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_dp", "audit", "--config", str(recipe), "--trainer.max_steps=3", "--json",
-         "--gradient-canaries=200", "--input-canaries=4", "--seed=0"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_the_strategy_can_be_named_in_yaml(ran: Any) -> None:
+    code, _, stderr, folder = ran("named")
+    assert code == 0, stderr[-3000:]
+    (statement,) = folder.rglob("privacy*.json")
+    assert json.loads(statement.read_text())["steps"] == 2
+
+
+def test_an_unknown_key_in_a_recipe_is_an_error(ran: Any) -> None:
+    code, _, stderr, _ = ran("misspelt")
+    assert code == 2
+    assert "epsilom" in stderr
+
+
+def test_a_recipe_is_audited(ran: Any) -> None:
+    code, stdout, stderr, folder = ran("audit")
+    assert code == 0, stderr[-3000:]
+    found = json.loads(stdout.splitlines()[-1])
     assert found["verdict"] == "consistent"
     assert found["epsilon_lower"] < found["epsilon_claimed"] <= 8
     assert found["confidence"] == 0.95
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
 def test_an_audit_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:

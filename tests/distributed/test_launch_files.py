@@ -17,6 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from lightning_dp import DifferentialPrivacy, PrivateDDPStrategy
 from lightning_dp.recipe_cli import RecipeCLI
+from tests.conftest import PATIENCE
 from tests.distributed.cluster import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -72,14 +73,14 @@ def trained(file: str, folder: Path, steps: int, **told: str) -> str:
     path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", LAUNCH / file, *words],
-        cwd=folder, env={**os.environ, "PATH": path, **told}, capture_output=True, text=True, timeout=400,
+        cwd=folder, env={**os.environ, "PATH": path, **told}, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3 * PATIENCE)
 def test_torchrun_trains_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """The file itself, with two processes. Started again, it finds its checkpoint, and that the budget is spent."""
     for steps in (3, 6):
@@ -110,7 +111,7 @@ sys.exit(max(task.wait() for task in tasks))
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3 * PATIENCE)
 def test_slurm_trains_a_recipe_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """The file itself, as two nodes with a task each; only ``srun`` is ours, for this is no cluster."""
     srun = tmp_path / "srun"

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 
 from lightning_dp.functional.noise import BLOCK
+from tests.conftest import PATIENCE
 from tests.functional.laws import FALSE_ALARM, noise_p_values
 from tests.nearly import assert_nearly
 
@@ -27,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,users,secret,gan,raw,simulated,disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.ranks", str(folder), cases],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -13,6 +13,7 @@ import torch
 
 from lightning_dp import trial_in_shards
 from lightning_dp.functional.noise import BLOCK
+from tests.conftest import PATIENCE
 from tests.distributed import layerwise
 from tests.distributed.sharded import BUGS, ENGINES
 from tests.functional.laws import CAUGHT, FALSE_ALARM, noise_p_values
@@ -27,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("sharded")
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.sharded", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 

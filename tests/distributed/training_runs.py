@@ -222,9 +222,9 @@ class Dies(L.Callback):
 
 def lost(make_trainer: Any, which: int, how: int) -> dict[str, Any]:
     """One rank dies, or falls silent, in the middle of a run. Returns what the others end with."""
-    lost_ranks.PATIENCE = timedelta(seconds=3)
+    lost_ranks.PATIENCE = timedelta(seconds=8)
     module, callback = regressor(), private()
-    fit = make_trainer(callback, max_steps=STEPS, strategy=DDPStrategy(timeout=timedelta(seconds=4)))
+    fit = make_trainer(callback, max_steps=STEPS, strategy=DDPStrategy(timeout=timedelta(seconds=15)))
     if rank_here() == which:
         fit.callbacks.append(Dies(2, how))
     try:

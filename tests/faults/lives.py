@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import lightning_dp.functional.step as step_module
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.functional.randomness import Stream
-from tests.conftest import loader, regression_data, regressor, trainer
+from tests.conftest import PATIENCE, loader, regression_data, regressor, trainer
 
 RELEASES = "releases.jsonl"
 
@@ -54,7 +54,7 @@ def fork(life: Callable[[], None], folder: Path) -> int:
         os._exit(status)
 
 
-def wait(child: int, *, kill_after: float | None = None, send: int = signal.SIGKILL, within: float = 150) -> int:
+def wait(child: int, *, kill_after: float | None = None, send: int = signal.SIGKILL, within: float = PATIENCE) -> int:
     """The child's exit code (negative for a signal), after sending it a signal if it lives that long."""
     started, sent = time.monotonic(), False
     while True:

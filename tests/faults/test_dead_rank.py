@@ -18,10 +18,10 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.records.journal import FILE_NAME
-from tests.conftest import loader, regressor, trainer, weights
+from tests.conftest import PATIENCE, loader, regressor, trainer, weights
 from tests.faults.lives import StopAt, fork, kill_itself, wait
 
-TIMEOUT = 10.0
+TIMEOUT = 30.0
 """Seconds that a rank waits for another."""
 
 
@@ -56,10 +56,10 @@ def test_the_other_rank_stops_with_an_error_in_time(tmp_path: Path, way: str) ->
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    act: Callable[[L.Trainer], None] = kill_itself if way == "dies" else (lambda _: time.sleep(120))
+    act: Callable[[L.Trainer], None] = kill_itself if way == "dies" else (lambda _: time.sleep(PATIENCE))
     first, second = (fork(rank(number, port, tmp_path, act), tmp_path) for number in (0, 1))
     try:
-        ended = wait(first, within=150)
+        ended = wait(first, within=PATIENCE)
     finally:
         os.kill(second, signal.SIGKILL)
         assert wait(second) == -signal.SIGKILL

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from lightning_dp import DifferentialPrivacy
-from tests.conftest import loader, weights
+from tests.conftest import PATIENCE, loader, weights
 from tests.distributed.ranks import Mute, on_ranks
 from tests.guarantees import mutations
 
@@ -26,7 +26,7 @@ def noise_on_two_ranks(folder: Path) -> dict[str, npt.NDArray[np.float64]]:
     """The noise that moved the weights, in units of σC: of the right code, and of each planted bug."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.guarantees.on_ranks", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return {path.stem: torch.load(path, weights_only=True).double().numpy() for path in folder.glob("*.pt")}

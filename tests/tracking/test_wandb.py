@@ -15,7 +15,7 @@ from wandb.proto import wandb_internal_pb2
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.functional.randomness import RandomKey
-from tests.conftest import loader, regressor, trainer
+from tests.conftest import PATIENCE, loader, regressor, trainer
 
 BLOCK, HEADER = 32768, 7
 
@@ -40,12 +40,12 @@ def records(content: bytes) -> Iterator[bytes]:
 
 def whole_record(file: Path) -> list[wandb_internal_pb2.Record]:
     """All records, once W&B's own process, which outlives ``finish``, has written the last of them."""
-    for _ in range(200):
+    for _ in range(PATIENCE * 10):
         found = [wandb_internal_pb2.Record.FromString(data) for data in records(file.read_bytes())]
         if found and found[-1].WhichOneof("record_type") == "exit":
             return found
         time.sleep(0.1)
-    raise AssertionError("W&B did not finish its record within 20 s")
+    raise AssertionError(f"W&B did not finish its record within {PATIENCE} s")
 
 
 def read_back(folder: Path) -> dict[str, Any]:
