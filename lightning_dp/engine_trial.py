@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_dp import preflight
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.verification import TOLERANCE_FLOAT32, check_agreement
+from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.plain import check_nothing_is_lost
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
-from lightning_dp.functional.microbatch import check_batch_axis
+from lightning_dp.functional.microbatch import batch_of_one, check_batch_axis
 from lightning_dp.functional.opened import open_containers
 from lightning_dp.functional.real_parts import in_real_parts
 from lightning_dp.functional.units import of_two
@@ -26,6 +26,9 @@ from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
 from lightning_dp.mixing.transforms import check_rows_stay_apart
 from lightning_dp.strategy_facts import module_of, trainable
+from lightning_dp.user_step.contents import check_nothing_written
+from lightning_dp.user_step.one_example import check_one_example
+from lightning_dp.user_step.undone import undone
 
 TRIAL_EXAMPLES = 2
 TOLERANCE_BFLOAT16 = 5e-2
@@ -57,22 +60,27 @@ def try_engines(
 
     Raises:
         EngineError: the engine asked for cannot run this training_step.
-        PreflightError: training_step changes a buffer, or a hook mixes the examples.
+        PreflightError: training_step cannot take a batch of one or changes a tensor of the module, or a hook mixes the
+            examples.
     """
     module = module_of(strategy)
-    buffers = preflight.buffer_versions(module)
     given = in_real_parts(trainable(module) if parameters is None else parameters)
-    with isolate_rng(), torch.enable_grad():
+    with undone(module) as before, torch.enable_grad():
         on_device, examples = trial_batch(strategy, loader, with_views, most)
-        clipping = loader.plan.clipping_rule
+        check_batch_axis(on_device, examples)
+        with undone(module):
+            check_one_example(module, loss_function, given, on_device, examples, before)
+        one, clipping = batch_of_one(on_device, 0), loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:
+            if not isinstance(engine, LoopEngine):
+                check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(strategy))
             engine.clipped_sum(loss_function, given, on_device, examples, clipping)
             if isinstance(engine, GhostEngine):
                 check_agreement(engine, loss_function, given, on_device, examples)
 
         selection = select_engine(engine_name, trial, module)
-    preflight.check_buffers(module, buffers)
+        check_nothing_written(module, before)
     return selection
 
 

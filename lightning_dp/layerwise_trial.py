@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_dp.distributed.gathering import gathered, on_every_rank
 from lightning_dp.distributed.layerwise import Layerwise
-from lightning_dp.distributed.sharding import in_shards, whole
+from lightning_dp.distributed.sharding import in_shards, reshard, whole
 from lightning_dp.engine_trial import WithViews, tolerance, trial_batch
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.ghost import GhostEngine
@@ -25,6 +25,7 @@ from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.preflight import PreflightError
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
 from lightning_dp.user_step.spectral import SpectralNorms
+from lightning_dp.user_step.undone import undone
 
 MakeLoss = Callable[[Mapping[str, Tensor]], LossFunction]
 """From the parameters that are not differentiated and not brought, by name, to the loss function."""
@@ -52,7 +53,8 @@ def start_layerwise(
         return None
     module = module_of(strategy)
     engine = on_every_rank(strategy, lambda: _usable(strategy, loader, selection), PreflightError)
-    with isolate_rng(), full_precision():
+    reshard(module)  # an evaluation leaves some parts whole
+    with undone(module), full_precision():
         most = min(gathered(strategy, loader.physical_batch_size))  # the ranks run the same examples
         batch, examples = trial_batch(strategy, loader, with_views, most)
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -271,31 +271,6 @@ def check_batch_norms_rest(module: nn.Module) -> None:
         raise PreflightError(
             f"{len(mode)} BatchNorm layers were switched to train mode during training: expected eval mode. Do not "
             "call .train() on a frozen part; batch statistics mix the examples."
-        )
-
-
-def buffer_versions(module: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """The buffers of ``module`` and how often each has been written to, for :func:`check_buffers`."""
-    return {name: (buffer, buffer._version) for name, buffer in module.named_buffers()}
-
-
-def check_buffers(module: nn.Module, before: dict[str, tuple[Tensor, int]]) -> None:
-    """Refuse a training_step that has written to a buffer, or replaced one, since ``before`` was taken.
-
-    Raises:
-        PreflightError: see the message.
-    """
-    changed = [
-        name
-        for name, buffer in module.named_buffers()
-        if name not in before or before[name][0] is not buffer or before[name][1] != buffer._version
-    ]
-    if changed:
-        raise PreflightError(
-            f"training_step changes the buffers {', '.join(changed[:5])}: expected buffers that stay as they are. What a "
-            "buffer learns from private examples leaves with the checkpoint, without noise. Make it a parameter, update "
-            "it outside training_step from public values, or switch the tracking off. (Of spectral norms, the one of "
-            "torch.nn.utils.parametrizations is looked after.)"
         )
 
 

@@ -26,6 +26,7 @@ from lightning_dp.engine_trial import TRIAL_EXAMPLES, WithViews, try_engines
 from lightning_dp.engines.on_grid import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.parameter_hooks import put_gradient
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.real_parts import as_given, in_real_parts
 from lightning_dp.functional.step import Accumulated, accumulate
@@ -49,6 +50,7 @@ from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_siz
 from lightning_dp.trial_in_shards import select_in_shards
 from lightning_dp.user_step.batch_hooks import BatchHooks
 from lightning_dp.user_step.capture import StepCapture
+from lightning_dp.user_step.contents import Contents, check_nothing_written, tensors_of
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 from lightning_dp.user_step.seeded import forked_rng
 from lightning_dp.user_step.spectral import SpectralNorms
@@ -261,7 +263,7 @@ class PrivateStep:
         assert ledger is not None
         assert key is not None
         preflight.check_batch_norms_rest(module)
-        buffers = preflight.buffer_versions(module)
+        before = Contents.of(tensors_of(module))
         with forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
             total = accumulate(
                 selection.engine,
@@ -275,7 +277,7 @@ class PrivateStep:
             )
             if self._layers is not None:
                 self._layers.finish()
-        preflight.check_buffers(module, buffers)
+        check_nothing_written(module, before)
         self.not_finite += total.not_finite
         return total
 
@@ -322,7 +324,7 @@ class PrivateStep:
         reshard(module)  # a hook that called the module has left a part of it whole
         gradient = self.released(strategy, ledger.steps, total.gradient)
         for name, parameter in trainable(module).items():
-            parameter.grad = as_given(gradient[name], parameter)
+            put_gradient(parameter, as_given(gradient[name], parameter))
         closure_loss = strategy.precision_plugin.post_backward(closure_loss, module)
         strategy.post_backward(closure_loss)
         return closure_loss

@@ -8,11 +8,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_dp import preflight
 from lightning_dp.distributed.gathering import gathered
 from lightning_dp.distributed.layerwise import Layerwise
 from lightning_dp.distributed.sharding import in_shards, reshard
@@ -28,6 +26,8 @@ from lightning_dp.functional.gradient import LossFunction, scalar_loss
 from lightning_dp.functional.microbatch import batch_of_one
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
+from lightning_dp.user_step.contents import written
+from lightning_dp.user_step.undone import undone
 
 
 class DisagreementError(RuntimeError):
@@ -64,9 +64,9 @@ def select_in_shards(
         return None
     reshard(module)  # an evaluation leaves some parts whole
     own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
-    engine, buffers = GhostEngine(module), preflight.buffer_versions(module)
+    engine = GhostEngine(module)
     kept = engine.keeper = Layerwise(strategy, own, used_by_rules_alone(module, {}) & own.keys())
-    with isolate_rng(), torch.enable_grad(), uncompiled(), full_precision(), inert(module):
+    with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision(), inert(module):
         most = min(gathered(strategy, loader.physical_batch_size))  # the ranks run the same examples
         batch, examples = trial_batch(strategy, loader, with_views, most)
         failure = None
@@ -90,11 +90,13 @@ def select_in_shards(
             reshard(module)
             for parameter in module.parameters():
                 parameter.grad = None
+        changed = before.changed()
     failures = [told for told in gathered(strategy, failure) if told is not None]
     if failures:
         rank_zero_info(f"lightning_dp: engines are tried with whole parameters: {failures[0]}")
         return None
-    preflight.check_buffers(module, buffers)
+    if changed:
+        raise written(module, changed)
     return Selection(engine, uncompiled=tuple(compiled_parts(module)))
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_dp.engines.draws import drawn_for_all
+from lightning_dp.engines.draws import can_be_drawn_into, drawn_for_all, empty_for_all
 from lightning_dp.engines.recurrent import can_be_unrolled, unrolled
 from lightning_dp.engines.user_code import Line, line_of_the_caller
 from lightning_dp.functional.late import Late, at_hand
@@ -48,6 +49,7 @@ class _Answering(TorchFunctionMode):
 
     def __init__(self, witness: Tensor) -> None:
         super().__init__()
+        self._witness = witness
         while not _functorch.is_batchedtensor(witness):
             witness = _functorch.get_unwrapped(witness)  # a level of grad above vmap's
         self._level = _functorch.maybe_get_level(witness)
@@ -61,6 +63,15 @@ class _Answering(TorchFunctionMode):
             return self._value(func, args, kwargs)
         if can_be_unrolled(func, args, kwargs):
             return unrolled(func, *args)
+        if func in _ASSIGNMENTS and len(args) > 1 and _is_wrapped(args[1]) and not _is_wrapped(args[0]):
+            raise RuntimeError(
+                "it assigns what depends on the example, or on a weight, to the memory of a tensor that all examples share"
+            )
+        if func in _WITH_SPARSE_GRADIENTS:
+            kwargs = {**kwargs, "sparse": False} if len(args) <= _WITH_SPARSE_GRADIENTS[func] else kwargs
+            args = tuple(False if place == _WITH_SPARSE_GRADIENTS[func] else one for place, one in enumerate(args))
+        if func is torch.empty and can_be_drawn_into(kwargs):
+            return empty_for_all(self._witness, *args, **kwargs)
         settled = _SHAPES.get(func)
         if settled is not None:
             args, kwargs = settled(self._settled, *args, **kwargs)
@@ -142,6 +153,10 @@ def answered_for_all(witness: Tensor) -> Iterator[None]:
             raise answering.parting
 
 
+def _is_wrapped(one: Any) -> bool:
+    return isinstance(one, Tensor) and _functorch.is_functorch_wrapped_tensor(one)
+
+
 def part_ways(groups: list[list[int]], what: str, *, single: bool) -> NoReturn:
     """Give up the run of all examples at once; see :class:`PartingError`."""
     parting = PartingError(groups, what, line_of_the_caller(), single)
@@ -157,6 +172,13 @@ def _groups(answers: list[str]) -> list[list[int]]:
         by_answer.setdefault(answer, []).append(index)
     return list(by_answer.values())
 
+
+_ASSIGNMENTS = {vars(torch._C.TensorBase)[name].__set__ for name in ("data", "grad")} | {Tensor.set_}
+"""What gives a tensor the memory of another. One that got it from a tensor under vmap would be used after vmap is over, and torch
+would crash."""
+
+_WITH_SPARSE_GRADIENTS = {F.embedding: 6, F.embedding_bag: 7}
+"""What may bring a sparse gradient, and the place of the argument that asks for it. vmap cannot, and noise is dense anyway."""
 
 _VALUES = {
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__complex__, Tensor.__contains__,

@@ -11,13 +11,16 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.clipping import Clipping
 from lightning_dp.engines.groups import check_one_structure
+from lightning_dp.functional.backward import plain_gradient
 from lightning_dp.functional.clip import accumulation_dtype, clip_and_sum
-from lightning_dp.functional.gradient import ClippedSum, LossFunction, scalar_loss
+from lightning_dp.functional.gradient import ClippedSum, LossFunction
 from lightning_dp.functional.microbatch import batch_of_one, check_batch_axis
 
 
 class LoopEngine:
     """A batch-of-one backward pass per example: the oracle of the tests and the fallback for what vmap refuses.
+
+    It is the backward pass of training without privacy, on the module's own parameters, see :func:`plain_gradient`.
 
     Memory: one gradient of every parameter, whatever the micro-batch. Time: one forward and backward per example.
     """
@@ -37,25 +40,26 @@ class LoopEngine:
         """See :class:`lightning_dp.functional.gradient.Engine`."""
         check_batch_axis(batch, examples)
         total = {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters.items()}
-        leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        leaves = {name: as_leaf(parameter) for name, parameter in parameters.items()}
         norms, losses, outputs = [], [], []
         for index in range(examples if counted is None else counted):
-            with torch.enable_grad():
-                loss, output = loss_function(leaves, batch_of_one(batch, index))
-                loss = scalar_loss(loss)
-                gradients = (
-                    torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-                    if loss.requires_grad
-                    else [torch.zeros_like(leaf) for leaf in leaves.values()]
-                )
-            rows = {name: g.detach().unsqueeze(0) for name, g in zip(leaves, gradients, strict=True)}
+            loss, output, gradients = plain_gradient(loss_function, leaves, batch_of_one(batch, index))
+            rows = {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
             clipped, norm = clip_and_sum(rows, clipping)
             for name, gradient in clipped.items():
                 total[name] += gradient
             norms.append(norm)
-            losses.append(loss.detach())
+            losses.append(loss)
             outputs.append(pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output))
         return ClippedSum(total, torch.cat(norms), torch.stack(losses), _stack(outputs))
+
+
+def as_leaf(parameter: Tensor) -> Tensor:
+    """The parameter itself if a backward pass can bring it a gradient, else a leaf with its values.
+
+    With the parameter itself nothing differs from training without privacy, wherever the module may hold it.
+    """
+    return parameter if parameter.is_leaf and parameter.requires_grad else parameter.detach().requires_grad_()
 
 
 def _stack(outputs: list[Any]) -> Any:

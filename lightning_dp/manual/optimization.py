@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_dp.engines.select import Selection
 from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.late import at_hand
+from lightning_dp.functional.parameter_hooks import put_gradient
 from lightning_dp.functional.real_parts import as_given
 from lightning_dp.functional.step import Accumulated
 from lightning_dp.functional.views import Views
@@ -31,7 +32,6 @@ from lightning_dp.manual.rehearsal import (
     check_no_pieces,
     check_private_step,
     check_public_steps,
-    parameters_put_back,
     rehearse,
 )
 from lightning_dp.manual.same_draws import SameDraws
@@ -172,19 +172,9 @@ class ManualOptimization:
                 if place in self._public or key in self._selections:
                     continue
                 rest = (index,) if takes_batch_idx(module) else ()
-                before = {name: p.detach().clone() for name, p in module.named_parameters()}
-                with parameters_put_back(module):
-                    wanted = _Wanted(rest, number, place, parameters, global_step(module) + self._taken(index))
-                    loss_function = self._loss_function(wanted, self._views)
-                    self._selections[key] = try_engines(loss_function, parameters)
-                    changed = [name for name, p in module.named_parameters() if not torch.equal(p, before[name])]
-                if changed:
-                    raise PreflightError(
-                        f"training_step writes into {', '.join(changed[:5])} before the step of optimizer {place}: expected "
-                        "parameters that only optimizers change up to the last private step. Until there, training_step "
-                        "runs for each example. Move such updates (weight clipping, target networks) to the end of "
-                        "training_step or to on_train_batch_end."
-                    )
+                wanted = _Wanted(rest, number, place, parameters, global_step(module) + self._taken(index))
+                loss_function = self._loss_function(wanted, self._views)
+                self._selections[key] = try_engines(loss_function, parameters)
                 self._private_steps.append(wanted)
                 first = first or (self._selections[key], loss_function)
         assert first is not None, "rehearsal saw a private step"
@@ -290,7 +280,7 @@ class ManualOptimization:
             for parameter in group["params"]:
                 parameter.grad = None
         for name, parameter in parameters.items():
-            parameter.grad = as_given(gradient[name], parameter)
+            put_gradient(parameter, as_given(gradient[name], parameter))
         live.stepped.append(place)
         live.total = total
         live.logged = 0 if live.recording is None else len(live.recording.log_calls)

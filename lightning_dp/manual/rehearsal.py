@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_dp.manual.commands import Commands, intercepted
 from lightning_dp.manual.global_step import counting_steps, global_step
 from lightning_dp.preflight import PreflightError
-from lightning_dp.user_step.attributes import attributes_put_back
 from lightning_dp.user_step.capture import StepCapture
 from lightning_dp.user_step.example_loss import takes_batch_idx
+from lightning_dp.user_step.undone import undone
 
 REHEARSED = 8
 """So many batches' worth of training_step are rehearsed: some modules step an optimizer at every n-th batch only."""
-
-
-@contextmanager
-def parameters_put_back(module: pl.LightningModule) -> Iterator[None]:
-    """Undo, when it closes, what was written into parameters and buffers, and what was frozen or thawed."""
-    before = [(p, p.detach().clone(), p.requires_grad) for p in module.parameters()]
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value, requires_grad in before:
-                parameter.copy_(value)
-                parameter.requires_grad = requires_grad
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def check_private_step(place: int, losses: Sequence[Tensor], before: Sequence[int]) -> None:
@@ -197,10 +179,8 @@ def _steps_at(
 
     rest = (index,) if takes_batch_idx(module) else ()
     with (
-        isolate_rng(),
+        undone(module),
         torch.enable_grad(),
-        parameters_put_back(module),
-        attributes_put_back(module, report=False),
         counting_steps(module, global_step(module) + taken) as count,
         capture.listening(),
         intercepted(module, on_step) as notes,

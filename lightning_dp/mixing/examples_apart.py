@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_dp import preflight
@@ -42,7 +41,9 @@ from lightning_dp.mixing.padding import (
 from lightning_dp.mixing.transforms import seeded
 from lightning_dp.strategy_facts import module_of, trainable
 from lightning_dp.user_step.capture import StepCapture
+from lightning_dp.user_step.contents import check_nothing_written
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
+from lightning_dp.user_step.undone import undone
 
 Losses = Callable[[Views | None], Sequence[tuple[LossFunction, Mapping[str, Tensor]]]]
 """By how views are made, each loss whose gradients are clipped, and the parameters of which they are taken."""
@@ -98,10 +99,9 @@ def _reductions(
     if loader.physical_batch_size == 1:
         return []
     module = module_of(strategy)
-    buffers = preflight.buffer_versions(module)
-    with isolate_rng(), torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph
+    with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph
         found = [_look(strategy, loader, loss, in_real_parts(parameters), views) for loss, parameters in losses]
-    preflight.check_buffers(module, buffers)
+        check_nothing_written(module, before)
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.ghost.verification import double, inert
+from lightning_dp.functional.backward import plain_gradient
 from lightning_dp.functional.gradient import LossFunction, scalar_loss
 from lightning_dp.preflight import PreflightError
 from lightning_dp.user_step.attributes import attributes_put_back
@@ -123,11 +124,10 @@ class _Whole:
 
     def gradient(self, rows: list[int], seed: int) -> Tensor:
         """Some coordinates of its gradient, ``(P,)``."""
-        loss, given = self._call(rows, seed), list(self._given.values())
-        if not loss.requires_grad:
-            return torch.zeros(1, device=loss.device)
-        gradients = torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)
-        return torch.cat([g.flatten()[:: max(1, g.numel() // KEPT)] for g in gradients])
+        with isolate_rng():
+            torch.manual_seed(seed)
+            *_, gradient = plain_gradient(self._on_all, self._given, self._rows(rows))
+        return torch.cat([g.flatten()[:: max(1, g.numel() // KEPT)] for g in gradient.values()])
 
     def reduction(self, rows: list[int], together: float | None) -> Reduction:
         """Compare the loss of a batch, if it is known not to be random, with those of its rows, random layers being inert."""
@@ -145,11 +145,15 @@ class _Whole:
     def _call(self, rows: list[int], seed: int) -> Tensor:
         with isolate_rng():
             torch.manual_seed(seed)
-            batch = self._batch_of(rows)
-            if self.dtype == torch.float64:
-                batch = pytree.tree_map(double, batch)
-            loss, _ = self._loss_function({**self._fixed, **self._given}, batch)
+            loss, _ = self._on_all(self._given, self._rows(rows))
         return scalar_loss(loss)
+
+    def _on_all(self, given: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, Any]:
+        return self._loss_function({**self._fixed, **given}, batch)
+
+    def _rows(self, rows: list[int]) -> Any:
+        batch = self._batch_of(rows)
+        return pytree.tree_map(double, batch) if self.dtype == torch.float64 else batch
 
 
 SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)

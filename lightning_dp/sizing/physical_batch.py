@@ -11,10 +11,8 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_dp import preflight
 from lightning_dp.checked import shown, whole
 from lightning_dp.distributed.gathering import gathered
 from lightning_dp.engines.explain import explain
@@ -24,9 +22,12 @@ from lightning_dp.functional.real_parts import coordinates, in_real_parts
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.transfer import to_device
 from lightning_dp.plan import PrivacyPlan
+from lightning_dp.preflight import PreflightError
 from lightning_dp.sizing.batch_search import Found, measured, random_rows, search_size
 from lightning_dp.sizing.memory import room_for_micro_batches
 from lightning_dp.strategy_facts import module_of, trainable, world_size_of
+from lightning_dp.user_step.contents import check_nothing_written
+from lightning_dp.user_step.undone import undone
 
 WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
 """``(batch on the device, indices, seed)`` → the batch with its views."""
@@ -96,7 +97,7 @@ def settle_physical_batch_size(
         The size found, or what was given if that is not ``"auto"``.
 
     Raises:
-        PreflightError: training_step changes a buffer.
+        PreflightError: training_step changes a tensor of the module.
     """
     if given != "auto":
         gathered(strategy, None)
@@ -104,14 +105,15 @@ def settle_physical_batch_size(
     room, found, reason = room_for_micro_batches(strategy), None, "engine 'loop' takes one example at a time"
     if engine.name != "loop":
         module = module_of(strategy)
-        buffers = preflight.buffer_versions(module)
         try:
-            with isolate_rng(), torch.enable_grad():
+            with undone(module) as before, torch.enable_grad():
                 found = _search(strategy, loader, engine, loss_function, with_views, room)
+                check_nothing_written(module, before)
             reason = "a single example does not fit"
+        except PreflightError:
+            raise
         except Exception as error:  # whatever a training_step has against random data; the default is safe
             reason = f"random data cannot be trained on: {explain(error, module_of(strategy))}"
-        preflight.check_buffers(module, buffers)
         if strategy.root_device.type == "cuda":
             torch.cuda.empty_cache()
     size = found.examples if found else loader.physical_batch_size

@@ -9,17 +9,18 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
+from lightning_dp.functional.backward import backward_follows, gradients_kept, hooks_at_rest, in_place
 from lightning_dp.functional.gradient import LossFunction
-from lightning_dp.functional.late import at_hand
 from lightning_dp.functional.real_parts import put_together
 from lightning_dp.functional.units import ungroup
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.transfer import as_training_step_takes_it
 from lightning_dp.strategy_facts import module_of
+from lightning_dp.user_step.attributes import attributes_put_back
 from lightning_dp.user_step.capture import StepCapture
+from lightning_dp.user_step.in_place import replaced_tensors
 from lightning_dp.user_step.spectral import SpectralNorms
 
 
@@ -48,19 +49,25 @@ def example_loss(
         begin_with: from all parameters by name to the values with which training_step begins, where those are others.
     """
     module = module_of(strategy)
-    stepper, spectral_norms = _TrainingStep(module), SpectralNorms(module)
+    spectral_norms = SpectralNorms(module)
     complex_names = frozenset(name for name, parameter in module.named_parameters() if parameter.is_complex())
 
     def loss_function(parameters: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
         whole = put_together({**(fixed or {}), **parameters}, complex_names)
         if begin_with is not None:
             whole = dict(begin_with(whole))
-        named = {f"module.{name}": parameter for name, parameter in whole.items()}
         example = ungroup(example)
         example = as_training_step_takes_it(strategy, example if views is None else views.fold(example))
-        with spectral_norms.resting(), strategy.precision_plugin.train_step_context():
-            call = partial(functional_call, stepper, named, (example, *rest))
-            return capture.run(call if run is None else partial(run, call))
+        with in_place() as stack:
+            if backward_follows():  # it may reach any parameter, and run a part of training_step again
+                stack.enter_context(gradients_kept(module.parameters()))
+                stack.enter_context(hooks_at_rest(module.parameters()))
+                stack.enter_context(attributes_put_back(module, report=False))
+            stack.enter_context(spectral_norms.resting())
+            stack.enter_context(replaced_tensors(module, whole, may_move=begin_with is not None))
+            with strategy.precision_plugin.train_step_context():
+                call = partial(module.training_step, example, *rest)
+                return capture.run(call if run is None else partial(run, call))
 
     return loss_function
 
@@ -68,17 +75,3 @@ def example_loss(
 def takes_batch_idx(module: pl.LightningModule) -> bool:
     """Whether Lightning passes ``batch_idx`` to this module's training_step."""
     return is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-
-
-class _TrainingStep(nn.Module):
-    """``functional_call`` calls ``forward``; this makes that the module's ``training_step``."""
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any) -> Any:
-        output = self.module.training_step(*args)
-        if isinstance(output, Mapping):
-            at_hand(output.get("loss"))  # now, while the parameters are those of the call
-        return at_hand(output) if isinstance(output, Tensor) else output

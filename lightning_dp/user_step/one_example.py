@@ -1,0 +1,99 @@
+"""The user's training_step on one example, as training without privacy would run it: can it, and does it change its module?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.engines.explain import explain
+from lightning_dp.engines.loop import as_leaf
+from lightning_dp.functional.backward import plain_gradient
+from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.functional.microbatch import batch_of_one
+from lightning_dp.preflight import PreflightError
+from lightning_dp.user_step.contents import Contents, written
+from lightning_dp.user_step.writes import FindWrite
+
+ALONE = "lightning_dp runs training_step for each example on its own: it gets a batch of one, whose first axis has length 1."
+
+
+def check_one_example(
+    module: nn.Module,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    examples: int,
+    before: Contents,
+) -> None:
+    """Refuse a training_step that cannot take a batch of one, or writes into its module.
+
+    It runs twice: with the weights as they are, and with weights that are a little off, which shows a write that leaves
+    everything as it is at first, such as an average that starts as a copy. What it changes is for the caller to put back.
+
+    Args:
+        module: the user's.
+        loss_function: training_step on a batch of any number of examples.
+        parameters: the trainable parameters.
+        batch: a few examples.
+        examples: how many.
+        before: what the module's tensors hold.
+
+    Raises:
+        PreflightError: see the messages.
+        Exception: what training_step itself raises, with a note, if it cannot take several examples either.
+    """
+    one, leaves = batch_of_one(batch, 0), {name: as_leaf(parameter) for name, parameter in parameters.items()}
+    try:
+        plain_gradient(loss_function, leaves, one)
+    except PreflightError:
+        raise
+    except Exception as error:
+        _explain_one(module, loss_function, leaves, batch, examples, error)
+    changed = before.changed()
+    if not changed:
+        _move(leaves)
+        moved = Contents.of(before.tensors)
+        with suppress(Exception):
+            loss_function(leaves, one)
+        changed = moved.changed()
+    if changed:
+        with suppress(Exception), FindWrite(before.tensors[name] for name in changed) as found:
+            loss_function(leaves, one)
+        raise written(module, changed, found.line)
+
+
+def _explain_one(
+    module: nn.Module,
+    loss_function: LossFunction,
+    leaves: Mapping[str, Tensor],
+    batch: Any,
+    examples: int,
+    error: Exception,
+) -> None:
+    """Raise ``error``, or say that a batch of one is what is wrong, if several examples are no trouble."""
+    try:
+        if examples > 1:
+            plain_gradient(loss_function, leaves, batch)
+    except Exception:
+        examples = 1
+    if examples == 1:
+        error.add_note(ALONE)
+        raise error
+    raise PreflightError(
+        f"training_step cannot take a batch of one: {explain(error, module)}. Expected a step for any number of examples: under "
+        "differential privacy it runs for each example on its own, and the first axis of every tensor has length 1. Give squeeze() "
+        "the axis that it is for, as in squeeze(-1), and take sizes from the batch (x.chunk(2) of one row is one piece)."
+    ) from error
+
+
+def _move(leaves: Mapping[str, Tensor]) -> None:
+    """Add something to every weight, the same on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for leaf in leaves.values():
+            noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+            leaf.add_(noise.mul_(leaf.abs().add_(1e-2)), alpha=1e-2)
