@@ -66,7 +66,7 @@ def start_layerwise(
         before, engine.keeper, expected = engine.keeper, None, None
         names = set() if before is None else set(before.names)
         if before is None:
-            with whole(module):
+            with whole(module, strategy):
                 expected = summed(trainable(module), {})
                 names = used_by_rules_alone(module, engine.handled)
         own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}

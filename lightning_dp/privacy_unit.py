@@ -21,6 +21,7 @@ from lightning_dp.functional.opened import open_containers
 from lightning_dp.functional.units import Units
 from lightning_dp.loading.batch_axis import fields_of
 from lightning_dp.loading.held_records import HeldRecords
+from lightning_dp.loading.reading import item
 from lightning_dp.preflight import PreflightError
 
 DEFAULT_MOST = 32
@@ -96,7 +97,7 @@ class PrivacyUnit:
         told = time.monotonic()
         with isolate_rng():
             for index in range(len(dataset)):
-                found = fields_of(open_containers(dataset[index]))
+                found = fields_of(open_containers(item(dataset, index)))
                 if name not in found:
                     raise PreflightError(
                         f"privacy_unit={name!r} is no field of dataset[{index}], which has {', '.join(found) or 'none'}: "

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import preflight
 from lightning_dp.accounting import Ledger
-from lightning_dp.distributed.agreement import check_same_data_on_every_rank, check_same_parameters_on_every_rank
+from lightning_dp.distributed.agreement import check_same_parameters_on_every_rank
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.layerwise import Layerwise
+from lightning_dp.distributed.same_data import check_same_data_on_every_rank
 from lightning_dp.distributed.sharding import reshard, whole
 from lightning_dp.distributed.shared_key import shared_key
 from lightning_dp.engine_trial import TRIAL_EXAMPLES, WithViews, try_engines
@@ -142,6 +143,9 @@ class PrivateStep:
         size = self._physical_batch_size
         if not isinstance(size, int):
             size = default_physical_batch_size(module, ledger.plan, strategy, views, most)
+        check_same_data_on_every_rank(strategy, loader.dataset)
+        if self._loader is not None:
+            self._loader.close()
         self._loader = PoissonLoader(
             loader,
             ledger.plan,
@@ -153,6 +157,8 @@ class PrivateStep:
             units=self.units,
         )
         self.batch_hooks = BatchHooks(strategy, self._capture, self._loader)
+        if self._selection is not None:  # a loader of later epochs
+            self._check_examples_stay_apart(strategy, self._loader)
         return self._loader
 
     def choose_engine(self, strategy: Strategy) -> Selection:
@@ -171,11 +177,10 @@ class PrivateStep:
                 f"train_dataloader nested in a {type(given).__name__}: expected the DataLoader itself. Pass the loader "
                 "without a list, dict or CombinedLoader around it."
             )
-        check_same_data_on_every_rank(strategy, loader.dataset)
         check_same_parameters_on_every_rank(strategy, module)
         make_loss = partial(self._loss_function, strategy, (0,) if takes_batch_idx(module) else ())
         self._selection = select_in_shards(strategy, loader, self._engine_name, make_loss, self._with_views)
-        with whole(module):
+        with whole(module, strategy):
             if self._manual is not None:
                 self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
             else:
@@ -185,8 +190,7 @@ class PrivateStep:
             self._physical_batch_size = settle_physical_batch_size(
                 strategy, loader, self._physical_batch_size, self._selection.engine, loss_function, self._with_views
             )
-            losses = of_training_step(strategy, self._capture) if self._manual is None else self._manual.losses
-            check_examples_stay_apart(strategy, loader, losses, self._views)
+        self._check_examples_stay_apart(strategy, loader)
         self._tried = set(trainable(module))
         self._layers = start_layerwise(strategy, loader, self._selection, make_loss, self._with_views)
         return self._selection
@@ -194,6 +198,11 @@ class PrivateStep:
     def shown_to_hooks(self, sample: LogicalBatch) -> Any:
         """What hooks and callbacks get for the batch of a step."""
         return sample if self.batch_hooks is None else self.batch_hooks.shown(sample)
+
+    def _check_examples_stay_apart(self, strategy: Strategy, loader: PoissonLoader) -> None:
+        losses = of_training_step(strategy, self._capture) if self._manual is None else self._manual.losses
+        with whole(module_of(strategy), strategy):
+            check_examples_stay_apart(strategy, loader, losses, self._views)
 
     def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
         """Sum this rank's clipped per-example gradients over the logical batch; keep them for :meth:`backward`.
@@ -210,6 +219,7 @@ class PrivateStep:
         assert self._selection is not None
         batch = batch if self.batch_hooks is None else self.batch_hooks.sample_behind(batch)
         check_sample(batch, ledger.steps, self.unused_samples)
+        preflight.check_trainer(module.trainer)  # a callback may have changed it since the start
         some_rank_is_empty = 0 < batch.global_size < world_size_of(strategy)
         share = strategy.broadcast if some_rank_is_empty else None
         if self._manual is not None:
@@ -229,7 +239,7 @@ class PrivateStep:
         parameters, loss_function = trainable(module), self._loss_function(strategy, rest)
         if parameters.keys() != self._tried:  # thawed or frozen on the way, as by BackboneFinetuning
             check_same_parameters_on_every_rank(strategy, module)
-            with whole(module):
+            with whole(module, strategy):
                 self._selection = self.try_engines(strategy, loss_function, trainable(module))
             self._tried = set(parameters)
             make_loss = partial(self._loss_function, strategy, rest)

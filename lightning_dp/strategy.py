@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp.distributed.gathering import on_every_rank
-from lightning_dp.distributed.lost_ranks import naming_absent_nodes
+from lightning_dp.distributed.lost_ranks import naming_absent_nodes, naming_lost_ranks
 from lightning_dp.distributed.sharding import Gather, check_gather, check_sharding, in_shards, reshard, whole
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.preflight import PreflightError, check_strategy
@@ -122,11 +122,27 @@ class PrivateDDPStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Start all ranks from rank 0's parameters and buffers, which is all that is needed of the DDP wrapper."""
         assert self.model is not None
-        _sync_module_states(self.model)
+        with naming_lost_ranks(self):
+            _sync_module_states(self.model)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        with naming_lost_ranks(self):
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_lost_ranks(self):
+            return super().broadcast(*args, **kwargs)
+
+    @override
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_lost_ranks(self):
+            return super().reduce(*args, **kwargs)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -235,6 +251,21 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
         return read_checkpoint(super().load_checkpoint, path, weights_only, weights_apart=True)
 
     @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        with naming_lost_ranks(self):
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_lost_ranks(self):
+            return super().broadcast(*args, **kwargs)
+
+    @override
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        with naming_lost_ranks(self):
+            return super().reduce(*args, **kwargs)
+
+    @override
     def process_dataloader(self, dataloader: object) -> object:
         return _process_dataloader(self, dataloader)
 
@@ -246,7 +277,7 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        with in_shards(module_of(self)) if self.gather == "layer" else whole(module_of(self)):
+        with in_shards(module_of(self)) if self.gather == "layer" else whole(module_of(self), self):
             return _step(self).training_step(self, *args, **kwargs)
 
     @override

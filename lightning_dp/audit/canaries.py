@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dp.loading.reading import item
 from lightning_dp.preflight import CANARIES
 from lightning_dp.user_step.capture import split_output
 
@@ -63,14 +64,14 @@ class WithCanaries(Dataset[tuple[Any, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         place = index - len(self.dataset)
         if place < 0:
-            return self.dataset[index], NOT_A_CANARY
+            return item(self.dataset, index), NOT_A_CANARY
         if place < len(self._gradient):
-            return self.dataset[0], int(self._gradient[place])
+            return item(self.dataset, 0), int(self._gradient[place])
         return self.input_canary(int(self._inputs[place - len(self._gradient)])), NOT_A_CANARY
 
     def input_canary(self, number: int) -> Any:
         """The input-space canary of this number, in or out."""
-        first, second = (self.dataset[int(index)] for index in self.canaries.sources[number])
+        first, second = (item(self.dataset, int(index)) for index in self.canaries.sources[number])
         if isinstance(first, (tuple, list)) and len(first) > 1:
             return type(first)([*first[:-1], second[-1]])
         return first

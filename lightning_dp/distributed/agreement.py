@@ -6,33 +6,20 @@ none is left waiting.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import platform
-import random
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from itertools import zip_longest
-from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from lightning_dp.distributed.gathering import gathered
-from lightning_dp.functional.opened import open_containers
-from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.preflight import PreflightError
-from lightning_dp.strategy_facts import world_size_of
 from lightning_dp.version import __version__
-
-PROBES = 8
-"""So many examples, evenly spaced, are compared between ranks."""
 
 PACKAGES = ("lightning", "torch", "numpy", "prv-accountant")
 """What draws, computes and counts: another version of one of them may draw other examples or stop at another step."""
@@ -92,35 +79,6 @@ def check_same_on_every_rank(strategy: Strategy, facts: Mapping[str, object]) ->
                 )
 
 
-def check_same_data_on_every_rank(strategy: Strategy, dataset: Any) -> None:
-    """Compare digests of a few examples between the ranks. A collective call; nothing leaves the ranks.
-
-    Args:
-        strategy: whose ranks. With one there is nothing to do.
-        dataset: map-style, as long on every rank; examples are read with all global random generators seeded alike.
-
-    Raises:
-        PreflightError: a rank's examples differ from rank 0's, as after a random split with another seed.
-        HeldRecordsError: records are held that were not divided among these ranks.
-    """
-    if isinstance(dataset, HeldRecords):
-        dataset.check_ranks(world_size_of(strategy))  # it has compared them when it read them
-        return
-    if world_size_of(strategy) == 1:
-        return
-    indices = sorted({int(index) for index in np.linspace(0, len(dataset) - 1, PROBES)})
-    of_rank = gathered(strategy, [_digest(dataset, index) for index in indices])
-    for rank, theirs in enumerate(of_rank):
-        for index, own, reference in zip(indices, theirs, of_rank[0], strict=True):
-            if own != reference:
-                raise PreflightError(
-                    f"dataset[{index}] differs between rank 0 and rank {rank}: expected the same dataset in the same order "
-                    "on every rank. The step's one draw is divided among the ranks by index, so an example could be drawn "
-                    "twice. Give random_split (or whatever orders the data) a fixed generator, or call L.seed_everything "
-                    "before the data are set up."
-                )
-
-
 def check_same_parameters_on_every_rank(strategy: Strategy, module: nn.Module) -> None:
     """Compare names, shapes and trainability of the parameters between the ranks. A collective call.
 
@@ -143,24 +101,3 @@ def check_same_parameters_on_every_rank(strategy: Strategy, module: nn.Module) -
                 "frozen parts in the same order on every rank, whose gradients are added up. Build the module from the "
                 "same configuration everywhere, and order by lists rather than sets."
             )
-
-
-def _digest(dataset: Any, index: int) -> str:
-    with isolate_rng():
-        torch.manual_seed(index)
-        np.random.seed(index)  # noqa: NPY002 (the generator that people's datasets use is the legacy one)
-        random.seed(index)
-        example = dataset[index]
-    hashed = hashlib.sha256()
-    for leaf in pytree.tree_leaves(open_containers(example)):
-        hashed.update(_content(leaf))
-    return hashed.hexdigest()
-
-
-def _content(leaf: Any) -> bytes:
-    """What identifies a leaf on every rank; of an object without a comparable content, its type alone."""
-    if isinstance(leaf, Tensor):
-        leaf = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    if isinstance(leaf, np.ndarray):
-        return leaf.tobytes()
-    return repr(leaf).encode() if isinstance(leaf, (str, bytes, int, float)) else type(leaf).__name__.encode()

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 
 import torch
@@ -22,21 +23,31 @@ class RankLostError(RuntimeError):
     """A rank died or can no longer be reached, and this one ends too; nothing of the step is used."""
 
 
+_NAMING: ContextVar[bool] = ContextVar("naming_lost_ranks", default=False)
+"""Inside :func:`naming_lost_ranks` already."""
+
+
 @contextmanager
-def naming_lost_ranks(strategy: Strategy, step: int) -> Iterator[None]:
-    """Around a step's collective calls: turn the backend's error into one that says which ranks are missing.
+def naming_lost_ranks(strategy: Strategy, step: int | None = None) -> Iterator[None]:
+    """Around collective calls: turn the backend's error into one that says which ranks are missing.
 
     A rank whose call fails says so in the store through which the processes have met, and waits a while for the others
     to do the same. With gloo the call fails at once when a process dies, and after the process group's timeout
     (``DDPStrategy(timeout=...)``) when a machine goes silent. NCCL may end the process itself, with its own message.
 
+    Inside another of its kind it does nothing, so that the innermost call can be named by the outermost.
+
     Args:
         strategy: whose ranks.
-        step: of the run, so that an answer belongs to one failure.
+        step: of the run, if it is charged already; ``None`` before the first step and between steps.
 
     Raises:
         RankLostError: the call failed and some rank did not answer. If all do, the backend's own error.
     """
+    if _NAMING.get():
+        yield
+        return
+    token = _NAMING.set(True)
     try:
         yield
     except torch.OutOfMemoryError:
@@ -44,16 +55,21 @@ def naming_lost_ranks(strategy: Strategy, step: int) -> Iterator[None]:
     except RuntimeError as error:
         if world_size_of(strategy) == 1 or not dist.is_initialized():
             raise
-        silent = _silent(strategy, step)
+        silent = _silent(strategy)
         if not silent:
             raise
+        when, spent = ("outside a step's release", "What was released before is charged, and nothing else")
+        if step is not None:
+            when, spent = f"of step {step}", "The step is charged and nothing of it is used"
         raise RankLostError(
             f"{', '.join(f'rank {rank}' for rank in silent)} of {world_size_of(strategy)} did not answer within "
-            f"{PATIENCE.total_seconds():g} s after a collective call of step {step} failed on rank {rank_of(strategy)} "
-            f"({socket.gethostname()}): expected every rank to be there. The step is charged and nothing of it is used. Look "
+            f"{PATIENCE.total_seconds():g} s after a collective call {when} failed on rank {rank_of(strategy)} "
+            f"({socket.gethostname()}): expected every rank to be there. {spent}. Look "
             "into that rank's own log, and resume from the last checkpoint (ckpt_path='last'), as torchrun "
-            f"--max-restarts does. The backend said: {str(error).splitlines()[0]}"
+            f"--max-restarts does. The backend said: {next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from error
+    finally:
+        _NAMING.reset(token)
 
 
 @contextmanager
@@ -80,16 +96,19 @@ def naming_absent_nodes(nodes: int, devices: int) -> Iterator[None]:
         ) from error
 
 
-def _silent(strategy: Strategy, step: int) -> list[int]:
-    """The ranks that do not say that they are there; rank 0, if the store is gone with it."""
+def _silent(strategy: Strategy) -> list[int]:
+    """The ranks that do not say that they are there; rank 0, if the store is gone with it.
+
+    They need not have failed in the same call: what one rank could still finish, another could not.
+    """
     here = rank_of(strategy)
     silent: list[int] = []
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set(_name(step, here), "here")
+        store.set(_name(here), "here")
         for rank in range(world_size_of(strategy)):
             try:
-                store.wait([_name(step, rank)], PATIENCE if not silent else timedelta(seconds=1))
+                store.wait([_name(rank)], PATIENCE if not silent else timedelta(seconds=1))
             except dist.DistStoreError:
                 silent.append(rank)
     except dist.DistNetworkError:
@@ -97,5 +116,5 @@ def _silent(strategy: Strategy, step: int) -> list[int]:
     return silent
 
 
-def _name(step: int, rank: int) -> str:
-    return f"lightning_dp/here/{step}/{rank}"
+def _name(rank: int) -> str:
+    return f"lightning_dp/here/{rank}"

@@ -9,7 +9,7 @@ its shards again, and gets the sum over the ranks of its shards of the gradient 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dp.checked import shown
+from lightning_dp.distributed.lost_ranks import naming_lost_ranks
 from lightning_dp.functional.reduce import AllReduceSum, Unflatten, unflatten
 from lightning_dp.functional.shards import by_rank, of_rank
 from lightning_dp.preflight import PreflightError
@@ -88,7 +89,7 @@ _WHOLE: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def whole(module: nn.Module, strategy: Strategy | None = None) -> Iterator[None]:
     """The module with all its parameters whole, and without the hooks that would take them apart again.
 
     A collective call: every rank brings its shards. A module without shards is left as it is, and so is one that is whole
@@ -96,8 +97,10 @@ def whole(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: any module; its parts that ``fully_shard`` was called on are found.
+        strategy: whose ranks bring their shards, to name those that are gone.
 
     Raises:
+        RankLostError: a rank is gone.
         PreflightError: a ``mp_policy`` changed the parameters' type.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
@@ -108,8 +111,9 @@ def whole(module: nn.Module) -> Iterator[None]:
     stored = {name: parameter.dtype for name, parameter in module.named_parameters()}
     _WHOLE.add(module)
     try:
-        for part in parts:
-            part.unshard()
+        with nullcontext() if strategy is None else naming_lost_ranks(strategy):
+            for part in parts:
+                part.unshard()
         _check_dtypes(module, stored)
         with without_hooks(module):
             yield

@@ -21,6 +21,7 @@ from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import cut, exact_poisson_sample, poisson_sample, rank_slice
 from lightning_dp.functional.units import Piece, Units, pieces
 from lightning_dp.loading.held_records import HeldRecords
+from lightning_dp.loading.reading import order, read, record, together
 from lightning_dp.plan import PrivacyPlan
 
 Indices = npt.NDArray[np.int64]
@@ -103,6 +104,8 @@ class PoissonLoader:
         self._epoch = len(loader)
         self._next_step = next_step
         self._source: _MicroBatchSource | None = None
+        self._open: _MicroBatchSource | None = None
+        self._order = order(loader.dataset) if world_size > 1 else ""
         self.units = units
         self._draws = _Draws(loader.dataset, plan, key, rank, world_size, units)
         self._schedule = _Schedule(self._draws, physical_batch_size)
@@ -112,6 +115,12 @@ class PoissonLoader:
         return self._epoch
 
     def __iter__(self) -> Iterator[LogicalBatch]:
+        if self._order and order(self.dataset) != self._order:
+            raise ValueError(
+                f"dataset={type(self.dataset).__name__} has other indices than when its loader was made: expected them to stay, "
+                "since the ranks compare their data once for each loader. Return a new loader from train_dataloader, with "
+                "Trainer(reload_dataloaders_every_n_epochs=1)."
+            )
         first = self._next_step()
         source, self._source = self._source, None
         if source is None or not source.goes_on(first, self.physical_batch_size):
@@ -127,16 +136,20 @@ class PoissonLoader:
         self._schedule.steps = itertools.count(first) if last is None else range(first, last)
         self._schedule.physical_batch_size = self.physical_batch_size
         self._draws.forget()
+        if self._open is not None and not self._micro_batch_loader.persistent_workers:
+            self._open.close()
         iterator = iter(self._micro_batch_loader)
-        return _MicroBatchSource(iterator, self._draws, self.physical_batch_size, first, self._note_wait)
+        self._open = _MicroBatchSource(iterator, self._draws, self.physical_batch_size, first, self._note_wait)
+        return self._open
 
     def _note_wait(self, seconds: float) -> None:
         self.waited += seconds
 
     def close(self) -> None:
         """End the workers. What they have read ahead is dropped: it was neither released nor charged."""
-        self._source = None
-        self._micro_batch_loader._iterator = None
+        if self._open is not None:
+            self._open.close()
+        self._source = self._open = self._micro_batch_loader._iterator = None
 
     def resize(self, physical_batch_size: int) -> None:
         """Work on at most so many examples at once from the next epoch on. Which examples are drawn does not change."""
@@ -144,16 +157,21 @@ class PoissonLoader:
 
     def first_examples(self, count: int) -> tuple[Any, int]:
         """The dataset's first ``count`` examples (fewer if it is smaller), collated: for trying an engine out."""
-        examples = [self.dataset[int(index)] for index in self._readable[:count]]
-        return self.collate_fn(examples), len(examples)
+        indices = self._readable[:count]
+        return self.collate_fn(read(self.dataset, indices)), len(indices)
 
     def evenly_spaced(self, count: int) -> list[Any]:
-        """``count`` of the examples that the plan counts (fewer if there are), not collated.
+        """``count`` of the examples that the plan counts (fewer if there are), for :meth:`collated`.
 
         An audit's canaries come behind those: they are planted to be odd.
         """
         size = len(self._readable) if self.units else min(len(self._readable), self.plan.dataset_size)
-        return [self.dataset[int(self._readable[int(place)])] for place in np.linspace(0, size - 1, min(count, size))]
+        indices = [int(self._readable[int(place)]) for place in np.linspace(0, size - 1, min(count, size))]
+        return [record(self.dataset, index) for index in indices]
+
+    def collated(self, records: list[Any]) -> Any:
+        """A batch of some of the records that :meth:`evenly_spaced` gave, as the user's loader would make it."""
+        return self.collate_fn(together(self.dataset, records))
 
     @property
     def _readable(self) -> Any:
@@ -234,6 +252,12 @@ class _MicroBatchSource:
         self._iterator, self._draws, self._physical_batch_size = iterator, draws, physical_batch_size
         self._step, self._note_wait = first, note_wait
         self._unread: Iterator[tuple[Any, int]] = iter(())
+
+    def close(self) -> None:
+        """End the workers at once: an iterator that somebody still holds would keep them."""
+        end = getattr(self._iterator, "_shutdown_workers", None)
+        if end is not None:
+            end()
 
     def goes_on(self, step: int, physical_batch_size: int) -> bool:
         """Whether ``step`` comes next, in pieces of that size."""

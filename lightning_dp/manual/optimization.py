@@ -24,6 +24,7 @@ from lightning_dp.functional.real_parts import as_given
 from lightning_dp.functional.step import Accumulated
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.placeholder import without_content
+from lightning_dp.loading.reading import record, together
 from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
 from lightning_dp.manual.commands import Commands, intercepted
 from lightning_dp.manual.global_step import counting_steps, global_step
@@ -133,11 +134,11 @@ class ManualOptimization:
         most = physical_batch_size if isinstance(physical_batch_size, int) else batch_size
         rows = min(batch_size, most) if self._public else 1
         collate: Any = loader.collate_fn
-        record = loader.dataset[0]
+        first = record(loader.dataset, 0)
 
         def batch_of(rows: int, emptied: Callable[[Any], Any] = without_content) -> Any:
             return as_training_step_takes_it(
-                self._strategy, emptied(to_device(self._strategy, collate([record] * rows)))
+                self._strategy, emptied(to_device(self._strategy, collate(together(loader.dataset, [first] * rows))))
             )
 
         self._stand_in = batch_of(rows)

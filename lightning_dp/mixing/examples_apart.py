@@ -116,7 +116,7 @@ def _look(
     records = loader.evenly_spaced(PROBES if at_once >= PROBES else PROBES // 2)
 
     def collate(some: list[Any]) -> Any:
-        return to_device(strategy, loader.collate_fn(some))
+        return to_device(strategy, loader.collated(some))
 
     check_collate_keeps_examples_apart(collate, records, at_once)
     if views is None:

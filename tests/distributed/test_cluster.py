@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dp.distributed.agreement import PROBES
+from lightning_dp.distributed.same_data import PROBES, READS
 from tests.conftest import PATIENCE, regression_data, regressor
 from tests.distributed.by_hand import sgd
 from tests.distributed.cluster import CHARGED
@@ -111,7 +111,7 @@ def test_a_rank_reads_its_part_of_each_sample_once_and_nothing_else(results: Any
         here = results("uneven", ranks, rank)
         drawn = [index for step in here["sampled"] for index in step]
         assert here["read"][len(here["read"]) - len(drawn) :] == drawn
-        assert len(here["read"]) - len(drawn) <= LOOKED_AT + PROBES
+        assert len(here["read"]) - len(drawn) <= LOOKED_AT + PROBES * READS
         for step, indices in zip(together, here["sampled"], strict=True):
             step += indices
     assert [sorted(step) for step in together] == results("uneven", 1)["sampled"]
