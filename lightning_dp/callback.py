@@ -21,7 +21,7 @@ from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.homecoming import register, send_home
 from lightning_dp.engines.select import EngineName
 from lightning_dp.engines.user_code import warn_user
-from lightning_dp.epochs import Progress, check_draws_in_an_epoch, planned_steps
+from lightning_dp.epochs import Progress, check_draws_in_an_epoch, check_end_was_given, planned_steps
 from lightning_dp.functional.real_parts import coordinates
 from lightning_dp.loading.batch_axis import Axis
 from lightning_dp.manual.public_optimizers import check_places, check_public_optimizers
@@ -319,6 +319,7 @@ class DifferentialPrivacy(pl.Callback):
             return self.ledger
         preflight.check_delta_for(plan)
         check_draws_in_an_epoch(trainer, real, loader)
+        check_end_was_given(trainer, plan)
         check_batch_after_resume(
             plan, spent, self.expected_batch_size, self._past.world_size if self._past else None, trainer.world_size
         )

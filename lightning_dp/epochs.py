@@ -104,3 +104,26 @@ def check_draws_in_an_epoch(trainer: pl.Trainer, plan: PrivacyPlan, loader: Data
         f"len(train_dataloader) = {steps} steps, in which each {plan.unit} is drawn {draws:.3g} times on average: expected about "
         f"once. Give the loader batch_size={fitting}, or say the end in steps, as in Trainer(max_steps=...)."
     )
+
+
+LIGHTNINGS_EPOCHS = 1000
+"""What Lightning takes for ``max_epochs`` if neither ``max_steps`` nor ``max_epochs`` nor ``max_time`` is given."""
+
+
+def check_end_was_given(trainer: pl.Trainer, plan: PrivacyPlan) -> None:
+    """Warn where the run is planned for the thousand epochs of a Trainer that was told no end.
+
+    Lightning does not keep whether it was told. Who wants a thousand epochs can say so in steps.
+
+    Args:
+        trainer: its ``max_steps`` and ``max_epochs`` are read.
+        plan: of this fit.
+    """
+    if trainer.max_steps != -1 or trainer.max_epochs != LIGHTNINGS_EPOCHS or plan.steps is None:
+        return
+    noise = "was found for" if plan.target_epsilon is not None else "is added in"
+    rank_zero_only(warn_user)(
+        f"max_epochs={LIGHTNINGS_EPOCHS}, which Lightning sets when neither max_steps nor max_epochs is given: the plan is T = "
+        f"{plan.steps} steps, and the noise σ = {plan.noise_multiplier:.4g} {noise} all of them. Expected the end that is meant, "
+        f"in Trainer(max_steps=...) or Trainer(max_epochs=...). If it is this one, give max_steps={plan.steps}."
+    )

@@ -104,6 +104,13 @@ def agreed_plan(
         )
 
     def probe() -> PrivacyPlan:
+        if expected_batch_size is None and batch > size:
+            ranks = "" if world_size == 1 else f" on each of {world_size} ranks"
+            raise PreflightError(
+                f"batch_size={loader.batch_size}{ranks} with {size} {'examples' if units is None else 'users'}: expected at most "
+                f"{size // world_size}. A step draws batch_size of them on average, so it cannot be more than there are. Lower the "
+                f"loader's batch_size; DifferentialPrivacy(expected_batch_size={size}) takes all of them in every step."
+            )
         if max_batch_size is not None and size < length:
             raise PreflightError(
                 f"dataset_size={size} with max_batch_size={max_batch_size}: expected at least the dataset's length, of "

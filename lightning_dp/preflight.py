@@ -26,6 +26,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from lightning_dp.checked import whole
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.plan import PrivacyPlan
 
@@ -45,6 +46,13 @@ def check_trainer(trainer: pl.Trainer) -> None:
     Raises:
         PreflightError: see the message.
     """
+    for name in ("max_steps", "max_epochs"):
+        try:
+            whole(name, -1 if (limit := getattr(trainer, name)) is None else limit, low=-1)
+        except ValueError as error:
+            raise PreflightError(
+                f"{error} The noise is planned for all steps to come: give a whole number, or -1 for no limit."
+            ) from None
     if trainer.gradient_clip_val:
         raise PreflightError(
             f"gradient_clip_val={trainer.gradient_clip_val}: expected None. It would clip the gradient that is already "

@@ -223,3 +223,28 @@ def test_a_resume_with_longer_or_shorter_epochs_is_planned_as_lightning_takes_it
 
 def test_a_checkpoint_without_loops_has_done_nothing_of_an_epoch() -> None:
     assert Progress.in_checkpoint({"global_step": 14, "epoch": 2}) == Progress(14, 2, 0)
+
+
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set. Setting it to 1000 epochs")
+@pytest.mark.parametrize("given", [{"epsilon": 8.0}, {"noise_multiplier": 1.0}], ids=["epsilon", "noise_multiplier"])
+def test_a_trainer_that_was_told_no_end_says_what_was_planned(given: dict[str, float]) -> None:
+    class Ended(Exception):  # noqa: N818 (it is no error)
+        pass
+
+    class Ends(L.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            raise Ended
+
+    private = DifferentialPrivacy(**given)
+    fit = trainer(private, Ends(), max_steps=-1, max_epochs=None)
+    with pytest.warns(UserWarning, match=r"max_epochs=1000, which Lightning sets") as told, pytest.raises(Ended):
+        fit.fit(regressor(), loader())
+    assert private.plan is not None
+    assert private.plan.steps == 4000
+    (said,) = [str(one.message) for one in told if "max_epochs=1000" in str(one.message)]
+    assert "T = 4000 steps" in said
+    assert f"σ = {private.plan.noise_multiplier:.4g}" in said
+    assert "max_steps=4000" in said
+    Path("privacy.json").unlink(missing_ok=True)
+    with pytest.raises(Ended):  # the way out: without a warning
+        trainer(DifferentialPrivacy(**given), Ends(), max_steps=4000, max_epochs=None).fit(regressor(), loader())

@@ -51,6 +51,11 @@ def test_bad_arguments(options: dict[str, Any], words: list[str]) -> None:
     ("options", "words"),
     [
         ({"gradient_clip_val": 1.0}, ["gradient_clip_val=1.0", "clip_norm"]),
+        ({"max_epochs": 1.5, "max_steps": -1}, ["max_epochs=1.5", "whole number", "-1 for no limit"]),
+        ({"max_epochs": "3", "max_steps": -1}, ["max_epochs='3'", "whole number"]),
+        ({"max_epochs": True}, ["max_epochs=True", "whole number"]),
+        ({"max_steps": 2.5}, ["max_steps=2.5", "whole number"]),
+        ({"data": loader(batch_size=65)}, ["batch_size=65 with 64 examples", "at most 64", "expected_batch_size=64"]),
         ({"accumulate_grad_batches": 4}, ["accumulate_grad_batches=4", "physical_batch_size"]),
         ({"callbacks": (GradientAccumulationScheduler({0: 2}),)}, ["GradientAccumulationScheduler"]),
         ({"overfit_batches": 2}, ["overfit_batches=2", "Subset"]),
