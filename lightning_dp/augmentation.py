@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_dp.checked import whole
+from lightning_dp.functional.instead import Instead
 from lightning_dp.functional.transforms import Compose, Crop, Flip, ViewTransform
 from lightning_dp.functional.views import Views
 
@@ -86,7 +87,7 @@ class AugmentationMultiplicity(pl.Callback):
             uniforms = torch.rand(examples, views.k, views.transform.draws, generator=generator)
             return step(views.fold(views.expand(batch, examples, uniforms)), *rest, **named)
 
-        pl_module.__dict__["training_step"] = with_views
+        pl_module.__dict__["training_step"] = Instead(pl_module, "training_step", with_views)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -18,21 +18,20 @@ from lightning_dp.augmentation import views_of
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
 from lightning_dp.distributed.agreement import check_same_on_every_rank, facts
 from lightning_dp.distributed.gathering import on_every_rank
-from lightning_dp.distributed.homecoming import register, send_home
 from lightning_dp.engines.select import EngineName
-from lightning_dp.engines.user_code import warn_user
 from lightning_dp.epochs import Progress, check_draws_in_an_epoch, check_end_was_given, planned_steps
 from lightning_dp.functional.real_parts import coordinates
 from lightning_dp.loading.batch_axis import Axis
 from lightning_dp.manual.public_optimizers import check_places, check_public_optimizers
 from lightning_dp.plan import PrivacyPlan
-from lightning_dp.planning import agreed_plan, check_batch_after_resume, on_rank_zero
+from lightning_dp.planning import agreed_plan, check_batch_after_resume, check_plan_stays, on_rank_zero, warn_spent
 from lightning_dp.privacy_unit import unit_from
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.records.checkpoint import Past, lost_since, past_of, sealed, unsealed, with_lost_steps
+from lightning_dp.records.checkpoint import Past, lost_since, of_a_copy, past_of, sealed, unsealed, with_lost_steps
 from lightning_dp.records.journal import Journal
 from lightning_dp.records.lost_steps import Places, places, uncounted_strangers
 from lightning_dp.records.report import Report
+from lightning_dp.records.spawned import ToParent, forget, from_child, in_a_child, register
 from lightning_dp.records.witness import Witness
 from lightning_dp.secure import resolution
 from lightning_dp.simulation import as_if_real, simulated
@@ -145,7 +144,7 @@ class DifferentialPrivacy(pl.Callback):
         check_arguments(self)
         self.public_optimizers = check_places(public_optimizers)
         self.privacy_unit = unit_from(privacy_unit, max_examples_per_unit, static_shapes)
-        self.ledger: Ledger | None = None
+        self._ledger: Ledger | None = None
         self._report: Report | None = None
         self._past: Past | None = None
         self._journal: Journal | None = None
@@ -156,14 +155,35 @@ class DifferentialPrivacy(pl.Callback):
         self._unused_samples = 0
         self._sigma: float | None = None  # of the run simulated, if it is a simulation
         self._address = register(self)
+        self._to_parent: ToParent | None = None
+        self._heard: bytes | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy goes on from all that is spent; what a fit holds open stays with the original."""
+        past = self._now()
+        return {**self.__dict__, "_past": past, "_journal": None, "_to_parent": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._address = register(self, self._address)
+        address = register(self, self._address)
+        self._past = self._past if address == self._address else of_a_copy(self._past)  # not in a child
+        self._address = address
 
-    def receive(self, news: dict[str, Any]) -> None:
-        """Take over what was spent by processes that the Trainer started (``ddp_spawn``, ``ddp_notebook``)."""
-        self.__dict__.update(news)
+    @property
+    def ledger(self) -> Ledger | None:
+        """What is spent, once the training data are known; also by processes that the Trainer started (``ddp_spawn``, …)."""
+        self._hear()
+        return self._ledger
+
+    def _hear(self, trainer: pl.Trainer | None = None) -> None:
+        """Take over what children have spent, if they have told anything since; given the Trainer, write it down too."""
+        news = None if self._to_parent is not None else from_child(self._address, self._heard)
+        if news is not None:
+            self._heard, self._past, self._journal, self._report = news.raw, news.past, None, news.report
+            self._ledger, self._world_size = news.report.ledger, news.past.world_size
+            self._unused_samples = news.past.unused_samples
+            if trainer is not None and news.past.lineage is not None:
+                news.report.write_for_child(trainer, news.past.lineage.counted)
 
     @property
     def plan(self) -> PrivacyPlan | None:
@@ -176,18 +196,23 @@ class DifferentialPrivacy(pl.Callback):
         Raises:
             RuntimeError: training has not been set up yet.
         """
-        if self._report is None:
-            raise RuntimeError("statement() before fit: expected a run whose data are known. Call trainer.fit first.")
-        return self._report.statement()
+        self._hear()
+        if self._report is not None:
+            return self._report.statement()
+        raise RuntimeError("statement() before fit: expected a run whose data are known. Call trainer.fit first.")
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        on_every_rank(trainer.strategy, lambda: _check(trainer, pl_module), preflight.PreflightError)
+        on_every_rank(
+            trainer.strategy, lambda: preflight.check_before_setup(trainer, pl_module), preflight.PreflightError
+        )
         check_same_on_every_rank(trainer.strategy, facts(self, trainer))
         strategy = make_private(trainer.strategy)
         self._past = self._now()
+        if not in_a_child(trainer):
+            forget(self._address)
         self._at_start = Progress.of(trainer)
         self._planned = False
         strategy.private_step = PrivateStep(
@@ -228,7 +253,7 @@ class DifferentialPrivacy(pl.Callback):
         selection = strategy.private_step.choose_engine(strategy)
         self._report.open(trainer)
         self._begin_journal(trainer)
-        self._report.start(trainer, strategy.private_step, selection, self._fits)
+        self._report.start(trainer, strategy.private_step, selection, self._journal)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -236,36 +261,42 @@ class DifferentialPrivacy(pl.Callback):
         step = make_private(trainer.strategy).private_step
         self._unused_samples = 0 if step is None else step.unused_samples
         waited = None if step is None else step.waited
-        settings: Any = trainer  # Lightning sets log_every_n_steps where type checkers do not see it
-        for name, value in self._report.metrics(settings.log_every_n_steps, waited).items():
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where type checkers do not see it
+        for name, value in self._report.metrics(every, waited).items():
             pl_module.log(name, value, prog_bar=name == "dp/epsilon", batch_size=1)
         self._report.tell_if_more_is_allowed(trainer)
+        if self._to_parent is not None:
+            self._to_parent.unused(self._unused_samples)
         self._stop_if_spent(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._report is not None:
             step = make_private(trainer.strategy).private_step
-            self._report.write(trainer, self._fits, "ended", broken=0 if step is None else step.not_finite)
+            self._report.write(trainer, self._journal, "ended", broken=0 if step is None else step.not_finite)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._report is not None:
-            self._report.write(trainer, self._fits, "ended")  # if there was no step left to take
+            self._report.write(trainer, self._journal, "ended")  # if there was no step left to take
             rank_zero_info(str(self._report.statement()))
         if self._journal is not None and self.ledger is not None:
             planned = self.ledger.plan.steps
             self._journal.close(ended=planned is not None and self.ledger.steps >= planned)
-        if self._report is not None:
-            spent = ("ledger", "_report", "_unused_samples", "_world_size")
-            send_home(trainer, self._address, {name: getattr(self, name) for name in spent})
+        if self._to_parent is not None:
+            self._to_parent.close()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._report is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._report.write(trainer, self._fits, "interrupted")  # what was released is spent, however the run ended
-        if self._journal is not None:
-            self._journal.close(ended=False)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._hear(trainer)
+            if self._report is not None:
+                self._report.write(
+                    trainer, self._journal, "interrupted"
+                )  # what was released is spent, however it ended
+        for written in (self._journal, self._to_parent):
+            if written is not None:
+                written.close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -310,12 +341,7 @@ class DifferentialPrivacy(pl.Callback):
         )
         real, sigma, plan = plan, plan.noise_multiplier, simulated(plan, self.simulate)
         if self._planned and self.ledger is not None:  # reload_dataloaders_every_n_epochs
-            if self.ledger.plan != plan:
-                raise preflight.PreflightError(
-                    f"the training data changed during the run: planned {self.ledger.plan}, now {plan}: expected the same "
-                    "dataset size, batch size and number of steps throughout. Keep them fixed, or give dataset_size, "
-                    "expected_batch_size and, since an epoch is len(train_dataloader), Trainer(max_steps=...)."
-                )
+            check_plan_stays(self.ledger.plan, plan)
             return self.ledger
         preflight.check_delta_for(plan)
         check_draws_in_an_epoch(trainer, real, loader)
@@ -324,16 +350,16 @@ class DifferentialPrivacy(pl.Callback):
             plan, spent, self.expected_batch_size, self._past.world_size if self._past else None, trainer.world_size
         )
         self._world_size = trainer.world_size
-        self.ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
-        self._steps_at_start = self.ledger.steps
-        lineage, numbers = None if self._past is None else self._past.lineage, self.ledger.numbers
+        ledger = self._ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
+        self._steps_at_start = ledger.steps
+        lineage = None if self._past is None else self._past.lineage
         notes = () if self._past is None else self._past.notes
-        notes += on_rank_zero(strategy, lambda: uncounted_strangers(lineage, numbers, where))
-        self._report = Report(self.ledger, "secret" if self.seed is None else "reproducible", notes)
+        notes += on_rank_zero(strategy, lambda: uncounted_strangers(lineage, ledger.numbers, where))
+        self._report = Report(ledger, "secret" if self.seed is None else "reproducible", notes)
         if strategy.private_step is not None:
             strategy.private_step.unused_samples = self._unused_samples  # a resumed run goes on behind them
         self._planned, self._sigma = True, sigma
-        return self.ledger
+        return ledger
 
     def _planned_steps(self, trainer: pl.Trainer, per_epoch: int) -> int | None:
         step = make_private(trainer.strategy).private_step
@@ -342,17 +368,16 @@ class DifferentialPrivacy(pl.Callback):
 
     def _begin_journal(self, trainer: pl.Trainer) -> None:
         """From here on every step is written down before it is released."""
-        assert self.ledger is not None
+        assert self._ledger is not None
         assert self._report is not None
         if trainer.is_global_zero:
             past = None if self._past is None else self._past.lineage
-            self._journal = Journal(self._report.folder, self.ledger.numbers, past)
-            self.ledger.witness = Witness(self._report, self._journal)
-
-    @property
-    def _fits(self) -> dict[str, int]:
-        """Name of each fit that led here → how many of its steps are counted."""
-        return {} if self._journal is None else self._journal.lineage.counted
+            self._journal = Journal(self._report.folder, self._ledger.numbers, past)
+        if in_a_child(trainer) and trainer.local_rank == 0:
+            now = self._now()
+            assert now is not None
+            self._to_parent = ToParent(self._address, self._report, now, self._journal)
+        self._ledger.witness = Witness(self._report, self._journal, self._to_parent)
 
     def _now(self) -> Past | None:
         """What this and all earlier fits have spent so far, for a checkpoint or the next fit."""
@@ -371,13 +396,4 @@ class DifferentialPrivacy(pl.Callback):
         if planned is not None and self.ledger.steps - self._steps_at_start >= planned:
             return
         trainer.should_stop = True
-        rank_zero_only(warn_user)(
-            f"The privacy budget is spent: one more step would pass ε = {self.epsilon} at δ = {self.delta} "
-            f"({self.ledger.steps} steps are charged). Training stops here. A new model needs a DifferentialPrivacy of its "
-            "own."
-        )
-
-
-def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    preflight.check_trainer(trainer)
-    preflight.check_module(module, complete=False)
+        warn_spent(self.epsilon, self.delta, self.ledger.steps)

@@ -7,12 +7,14 @@ from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Ledger, check_distance_is_affordable, noise_multiplier_for, noise_with_reserve
 from lightning_dp.clipping import Clipping
 from lightning_dp.distributed.agreement import check_same_on_every_rank
 from lightning_dp.distributed.gathering import on_every_rank
+from lightning_dp.engines.user_code import warn_user
 from lightning_dp.plan import EXAMPLE, PrivacyPlan
 from lightning_dp.preflight import PreflightError
 from lightning_dp.privacy_unit import units_of
@@ -182,3 +184,27 @@ def on_rank_zero(strategy: Strategy, make: Callable[[], T]) -> T:
         raise outcome
     assert outcome is not None
     return outcome
+
+
+def check_plan_stays(before: PrivacyPlan, now: PrivacyPlan) -> None:
+    """Refuse other training data in mid-run, as by ``reload_dataloaders_every_n_epochs``.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    if now != before:
+        raise PreflightError(
+            f"the training data changed during the run: planned {before}, now {now}: expected the same "
+            "dataset size, batch size and number of steps throughout. Keep them fixed, or give dataset_size, "
+            "expected_batch_size and, since an epoch is len(train_dataloader), Trainer(max_steps=...)."
+        )
+
+
+@rank_zero_only
+def warn_spent(epsilon: float | None, delta: float, steps: int) -> None:
+    """Say why training stops before its end."""
+    warn_user(
+        f"The privacy budget is spent: one more step would pass ε = {epsilon} at δ = {delta} "
+        f"({steps} steps are charged). Training stops here. A new model needs a DifferentialPrivacy of its "
+        "own."
+    )

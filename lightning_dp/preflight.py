@@ -40,6 +40,12 @@ class PreflightError(ValueError):
     """Training cannot be private as configured. The message names the value, the expectation and the remedy."""
 
 
+def check_before_setup(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """:func:`check_trainer`, and :func:`check_module` as far as its layers are there."""
+    check_trainer(trainer)
+    check_module(module, complete=False)
+
+
 def check_trainer(trainer: pl.Trainer) -> None:
     """Refuse Trainer settings that differential privacy cannot honour. Called when ``fit`` is being set up.
 

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 
+from lightning_dp.functional.instead import Instead
 from lightning_dp.functional.opened import close_containers, open_containers
 from lightning_dp.loading.batch_axis import BatchAxis, as_given, to_front
 from lightning_dp.loading.loader import LogicalBatch
@@ -55,7 +56,7 @@ def let_logical_batches_through(module: pl.LightningModule) -> None:
     def hook(batch: Any, dataloader_idx: int = 0) -> Any:
         return batch if isinstance(batch, LogicalBatch) else original(module, batch, dataloader_idx)
 
-    module.__dict__[HOOK] = hook
+    module.__dict__[HOOK] = Instead(module, HOOK, hook)
 
 
 def stop_letting_through(module: pl.LightningModule) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_dp.functional.instead import Instead
 from lightning_dp.functional.late import at_hand
 from lightning_dp.preflight import PreflightError
 
@@ -85,8 +86,9 @@ def substituted(replacements: list[tuple[Any, str, Any]]) -> Iterator[None]:
     """Set instance attributes, given as (owner, name, value), while open."""
     found = [(owner, name, owner.__dict__.get(name, _ABSENT)) for owner, name, _ in replacements]
     try:
-        for owner, name, value in replacements:
-            owner.__dict__[name] = value
+        for (owner, name, value), (_, _, before) in zip(replacements, found, strict=True):
+            before = None if before is _ABSENT else before
+            owner.__dict__[name] = Instead(owner, name, value, before) if isinstance(owner, nn.Module) else value
         yield
     finally:
         for owner, name, value in reversed(found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -47,6 +48,17 @@ class Past:
     def notes(self) -> tuple[str, ...]:
         """Caveats for the statement."""
         return () if self.lineage is None else self.lineage.notes
+
+
+def of_a_copy(past: Past | None) -> Past | None:
+    """What a copy of a callback goes on from: all that is spent, as a training of its own from here on.
+
+    What the original does later is not the copy's, and the other way round.
+    """
+    if past is None or past.lineage is None:
+        return past
+    own = replace(past.lineage, training=secrets.token_hex(8), counted={}, heads={}, last="")
+    return replace(past, lineage=own)
 
 
 def sealed(past: Past) -> dict[str, Any]:

@@ -71,6 +71,10 @@ class Journal:
                 self._descriptor = open_plain(self._file, os.O_RDWR)
         self._head = self._line.head
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows what is counted and writes nothing: the open file stays with the original."""
+        return {**self.__dict__, "_descriptor": None}
+
     @property
     def lineage(self) -> Lineage:
         """What a checkpoint written now has to know."""
@@ -96,7 +100,7 @@ class Journal:
             with _told(self._file):
                 self._write()
 
-    def close(self, *, ended: bool) -> None:
+    def close(self, *, ended: bool = False) -> None:
         """Write nothing more.
 
         Args:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from lightning_dp.engines.select import Selection
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.plan import EXAMPLE
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.records.journal import Journal
 from lightning_dp.records.loggers import tell_plan, tell_statement
 from lightning_dp.records.run_folder import RunFolder
 from lightning_dp.records.run_record import RunRecord
@@ -50,6 +52,10 @@ class Report:
         self._every, self._allowed, self._told, self._waited = 1, 0, 0, 0.0
         self._over = True
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy knows what was spent when it was made, and writes into nobody's record."""
+        return {**self.__dict__, "_records": [], "_over": True}
+
     def open(self, trainer: pl.Trainer) -> None:
         """Find the run's folder. Called on every rank, before anything is written."""
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to the other ranks
@@ -63,16 +69,14 @@ class Report:
             logs = [logger.log_dir for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
             self._records = [RunRecord(RunFolder(place)) for place in dict.fromkeys([str(folder), *map(str, logs)])]
 
-    def start(
-        self, trainer: pl.Trainer, step: PrivateStep, selection: Selection, fits: Mapping[str, int] | None = None
-    ) -> None:
+    def start(self, trainer: pl.Trainer, step: PrivateStep, selection: Selection, journal: Journal | None) -> None:
         """Announce the plan to people and loggers, and write the record. Called on every rank before training.
 
         Args:
             trainer: whose loggers to tell.
             step: the private step.
             selection: the engine it takes.
-            fits: name of each fit that led here → how many of its steps the ledger counts.
+            journal: of this fit, on the rank that keeps one.
         """
         self._waited, self._allowed, self._told = 0.0, -1, -1
         plan = self.ledger.plan
@@ -91,7 +95,7 @@ class Report:
             trainer,
             {**dataclasses.asdict(plan), "engine": selection.engine.name, "world_size": trainer.world_size},
         )
-        self._allow(self._ahead(self.ledger.steps + 1), fits or {})
+        self._allow(self._ahead(self.ledger.steps + 1), _fits(journal))
         self.tell_if_more_is_allowed(trainer)
 
     def allow_charged(self, fits: Mapping[str, int]) -> None:
@@ -101,7 +105,7 @@ class Report:
         and at least a tenth more than are taken. So it is written seldom, and is true whenever the process is killed.
 
         Args:
-            fits: as in :meth:`start`.
+            fits: name of each fit that led here → how many of its steps the ledger counts.
 
         Raises:
             JournalError: a record that says too little can be neither replaced nor removed.
@@ -184,14 +188,14 @@ class Report:
         caveats = CAVEATS if self.ledger.plan.resolution is None else (*secure.CAVEATS, *CAVEATS[1:])
         return Statement.of(self.ledger, randomness=self.randomness, caveats=(*caveats, *self.notes))
 
-    def write(self, trainer: pl.Trainer, fits: Mapping[str, int], state: str, broken: int = 0) -> None:
+    def write(self, trainer: pl.Trainer, journal: Journal | None, state: str, broken: int = 0) -> None:
         """Write the record of a fit that is over, once, and give it to the loggers.
 
         Nothing happens in a process that has not trained.
 
         Args:
             trainer: whose loggers to tell.
-            fits: as in :meth:`start`.
+            journal: as in :meth:`start`.
             state: ``"ended"`` or ``"interrupted"``.
             broken: how many gradients were not finite (private: it is told to whoever watches, and not written).
         """
@@ -205,7 +209,7 @@ class Report:
         self._over, statement = True, self.statement()
         for record in self._records:
             try:
-                record.write(statement.to_dict(), state, fits)
+                record.write(statement.to_dict(), state, _fits(journal))
             except OSError as error:  # the training is done, and what it spent has to be known
                 rank_zero_only(warn_user)(
                     f"{record.place} cannot be written ({error}): expected a folder with room. Make room, and save "
@@ -213,8 +217,29 @@ class Report:
                 )
         tell_statement(trainer, statement, state, json.dumps({**statement.to_dict(), "state": state}, indent=2) + "\n")
 
+    def write_for_child(self, trainer: pl.Trainer, fits: Mapping[str, int]) -> None:
+        """Bring the record of a fit up to date that ran in processes of its own, and did not end well there.
+
+        It is looked for where this process would have it; a logger that numbers its folders may have it elsewhere, and there
+        it stays the upper bound that it is.
+
+        Args:
+            trainer: in the process that started the others.
+            fits: as in :meth:`allow_charged`.
+        """
+        self.open(trainer)
+        self._records = [record for record in self._records if record.is_there(fits)]
+        for record in self._records:
+            with suppress(OSError):
+                record.write(self.statement().to_dict(), "interrupted", fits)
+        self._over = True
+
     def _foreseen(self) -> str:
         plan = self.ledger.plan
         if plan.noise_multiplier == 0:
             return "no noise, so ε = ∞ (no privacy)"
         return "ε grows" if plan.steps is None else f"ε = {self.ledger.epsilon(plan.steps).epsilon:.3g} at the end"
+
+
+def _fits(journal: Journal | None) -> Mapping[str, int]:
+    return {} if journal is None else journal.lineage.counted

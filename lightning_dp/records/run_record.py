@@ -76,6 +76,14 @@ class RunRecord:
             )
         self._number, self._written = number, text
 
+    def is_there(self, fits: Mapping[str, int]) -> bool:
+        """Whether a process that this one started has left a record that a statement about ``fits`` may replace."""
+        for number in count(1):
+            found = self._found(name_of(number))
+            if found is None or _counts_all_of(fits, found):
+                return found is not None
+        return False
+
     def withdraw(self, reason: OSError) -> None:
         """Remove what this run has written, since it says too little now and cannot be replaced.
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from lightning_dp.records.journal import Journal
 from lightning_dp.records.report import Report
+from lightning_dp.records.spawned import ToParent
 
 
 class Witness:
-    """Has a charge written down in the run's record and its journal.
+    """Has a charge written down: for the process that started this one, in the run's record, and in its journal.
 
     Args:
         report: keeps ``privacy.json``.
-        journal: keeps ``privacy.journal``.
+        journal: keeps ``privacy.journal``; ``None`` on the ranks that keep none.
+        parent: is told of the steps, if the Trainer has started this process.
     """
 
-    def __init__(self, report: Report, journal: Journal) -> None:
-        self._report, self._journal = report, journal
+    def __init__(self, report: Report, journal: Journal | None, parent: ToParent | None) -> None:
+        self._report, self._journal, self._parent = report, journal, parent
 
     def __call__(self, steps: int) -> None:
         """``steps`` steps of this fit are charged.
@@ -23,5 +25,8 @@ class Witness:
         Raises:
             JournalError: it cannot be written down, so the step must not be released.
         """
-        self._report.allow_charged(self._journal.lineage.counted)
-        self._journal.record(steps)
+        if self._parent is not None:
+            self._parent.charged(steps)
+        if self._journal is not None:
+            self._report.allow_charged(self._journal.lineage.counted)
+            self._journal.record(steps)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
+from lightning_dp.functional.instead import Instead
 from lightning_dp.functional.late import Late, at_hand
 from lightning_dp.user_step.attributes import attributes_put_back, leave, numbers_as_tensors
 from lightning_dp.user_step.metrics import (
@@ -181,8 +182,9 @@ class StepCapture:
         replaced: list[tuple[Any, str, Any]] = []
 
         def replace(owner: Any, name: str, function: Any) -> None:
-            replaced.append((owner, name, owner.__dict__.get(name)))
-            object.__setattr__(owner, name, function)
+            before = owner.__dict__.get(name)
+            replaced.append((owner, name, before))
+            object.__setattr__(owner, name, function and Instead(owner, name, function, before))
 
         try:
             for path, child in self.module.named_modules():

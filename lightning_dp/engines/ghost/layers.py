@@ -16,6 +16,7 @@ from lightning_dp.engines.ghost.embedding import Embedding
 from lightning_dp.engines.ghost.keeper import Keeper, stand_in
 from lightning_dp.engines.ghost.linear import Linear
 from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm, RMSNorm
+from lightning_dp.functional.instead import Instead
 
 Forward = Callable[..., Any]
 
@@ -101,7 +102,7 @@ def replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     before = {layer: layer.__dict__.get("forward") for layer in forwards}
     try:
         for layer, forward in forwards.items():
-            layer.__dict__["forward"] = forward
+            layer.__dict__["forward"] = Instead(layer, "forward", forward, before[layer])
         yield
     finally:
         for layer, original in before.items():
