@@ -142,9 +142,8 @@ def with_lost_steps(past: Past, lost: tuple[list[dict[str, Any]], Lineage | None
     if not phases:
         return replace(past, lineage=lineage)
     rank_zero_only(warn_user)(
-        f"An interrupted fit took {sum(phase['steps'] for phase in phases)} steps after the checkpoint, or one that went on from "
-        "it or from an earlier one did: they are counted as spent, since what came of them may have been seen. Save checkpoints "
-        "more often, and go on from the last one, to lose fewer."
+        f"An interrupted fit took {sum(phase['steps'] for phase in phases)} steps after the checkpoint: they are counted as "
+        "spent, since what was logged of them may have been seen. Save checkpoints more often to lose fewer."
     )
     return replace(past, ledger={**past.ledger, "phases": [*past.ledger["phases"], *phases]}, lineage=lineage)
 

@@ -10,7 +10,16 @@ from lightning_dp.plan import MOST_STEPS
 from lightning_dp.records.journal_line import FILE_NAME
 
 _FIRST = {"training": str, "file": str, "counted": dict, "lost": int, "found": bool}
-_SINCE = {"heads": dict, "last": str, "unclosed": list, "proved": bool, "resumed": bool, "course": str, "facts": str}
+_SINCE = {
+    "heads": dict,
+    "last": str,
+    "unclosed": list,
+    "proved": bool,
+    "resumed": bool,
+    "course": str,
+    "facts": str,
+    "beside": dict,
+}
 _MOST_FITS, _LONGEST = 10_000, 4096
 
 
@@ -32,6 +41,7 @@ class Lineage:
         course: what makes the randomness after a resume another than it would have been without, see
             :func:`lightning_dp.records.course.course_of`.
         facts: digest of what can be seen of the mechanism beside the ledger's numbers.
+        beside: name of a fit that went another way and took all the steps it had planned → how many of these are not counted.
     """
 
     training: str
@@ -46,6 +56,7 @@ class Lineage:
     resumed: bool = False
     course: str = ""
     facts: str = ""
+    beside: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, raw: object) -> Lineage:
@@ -60,7 +71,8 @@ class Lineage:
                 f"journal={str(raw)[:400]} in the checkpoint: expected {sorted({**_FIRST, **_SINCE})}. Resume from a whole one."
             )
         counted, heads, unclosed = raw["counted"], raw.get("heads", {}), raw.get("unclosed", [])
-        if any(type(name) is not str or not _is_count(steps) for name, steps in counted.items()):
+        beside = raw.get("beside", {})
+        if any(type(name) is not str or not _is_count(steps) for name, steps in [*counted.items(), *beside.items()]):
             raise ValueError(
                 f"counted={str(counted)[:400]} in the checkpoint: expected step counts. Resume from a whole one."
             )
@@ -80,8 +92,16 @@ class Lineage:
         notes = []
         if self.lost:
             notes.append(
-                f"{self.lost} of the steps are in no checkpoint that was resumed from, since training was interrupted or went on "
-                "from an earlier one: they are counted, since what came of them may have been seen"
+                f"training was interrupted: {self.lost} of the steps are in no checkpoint that was resumed from and are "
+                "counted, since what was logged of them may have been seen"
+            )
+        if self.beside:
+            number, steps = len(self.beside), sum(self.beside.values())
+            fits = "another fit" if number == 1 else f"{number} other fits"
+            notes.append(
+                f"{fits} went on from a checkpoint of this training to a planned end: {steps} of {'its' if number == 1 else 'their'} "
+                "steps are not counted here but in a statement of their own; whoever has seen anything of both has to add what "
+                "these have spent"
             )
         if not self.found:
             notes.append(

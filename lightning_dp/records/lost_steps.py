@@ -73,8 +73,9 @@ def _inside(root: Path) -> list[Path]:
 def count_lost(lineage: Lineage, where: Places, *, resumed: bool = True) -> tuple[list[dict[str, Any]], Lineage]:
     """The steps that fits of this training took and the ledger of the checkpoint does not hold.
 
-    These are the steps of interrupted fits after their last checkpoint, and all steps of fits that went on from the same
-    checkpoint or an earlier one: their weights, and what was logged of them, are releases of the same data.
+    These are the steps of interrupted fits after their last checkpoint: their weights, and what was logged of them, are
+    releases of the same data. A fit that took all the steps it had planned has a statement of its own; going back behind its
+    end makes a second continuation, and the lineage keeps how many steps that leaves uncounted, to say so.
 
     Args:
         lineage: of the checkpoint, or of the fit before in this process.
@@ -82,7 +83,7 @@ def count_lost(lineage: Lineage, where: Places, *, resumed: bool = True) -> tupl
         resumed: whether the lineage was read from a checkpoint.
 
     Returns:
-        Phases for the ledger, and the lineage in which they are counted.
+        Phases for the ledger of the interrupted fits' steps, and the lineage in which they are counted.
 
     Raises:
         JournalError: a line of a journal was edited or damaged.
@@ -90,15 +91,17 @@ def count_lost(lineage: Lineage, where: Places, *, resumed: bool = True) -> tupl
     journals = list(where.journals())
     mine = [journal for journal in journals if any(line.training == lineage.training for line in journal.lines)]
     fits = _furthest(line for journal in mine for line in journal.lines if line.training == lineage.training)
-    counted, phases, heads = dict(lineage.counted), [], dict(lineage.heads)
+    counted, phases, heads, beside = dict(lineage.counted), [], dict(lineage.heads), dict(lineage.beside)
     for line in fits.values():
         missing = line.steps - counted.get(line.fit, 0)
-        if missing > 0:
+        if missing > 0 and line.state == "ended":
+            beside[line.fit] = missing
+        elif missing > 0:
             phases.append({**line.phase, "steps": missing})
             counted[line.fit] = line.steps
         heads.setdefault(line.fit, line.head)
     if not resumed:  # what this process did itself it knows
-        return phases, replace(lineage, counted=counted, lost=lineage.lost + _steps(phases), heads=heads)
+        return phases, replace(lineage, counted=counted, lost=lineage.lost + _steps(phases), heads=heads, beside=beside)
     last = fits.get(lineage.last)
     proved = all(line.sealed and line.head == heads[line.fit] for line in fits.values()) and all(
         journal.whole for journal in mine
@@ -114,6 +117,7 @@ def count_lost(lineage: Lineage, where: Places, *, resumed: bool = True) -> tupl
         proved=lineage.proved and bool(lineage.last) and proved and not behind,
         unclosed=sorted(unclosed),
         resumed=True,
+        beside=beside,
     )
 
 
