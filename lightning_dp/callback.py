@@ -156,7 +156,7 @@ class DifferentialPrivacy(pl.Callback):
         self._sigma: float | None = None  # of the run simulated, if it is a simulation
         self._address = register(self)
         self._to_parent: ToParent | None = None
-        self._heard: bytes | None = None
+        self._at_home, self._heard = True, b""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy goes on from all that is spent; what a fit holds open stays with the original."""
@@ -177,7 +177,7 @@ class DifferentialPrivacy(pl.Callback):
 
     def _hear(self, trainer: pl.Trainer | None = None) -> None:
         """Take over what children have spent, if they have told anything since; given the Trainer, write it down too."""
-        news = None if self._to_parent is not None else from_child(self._address, self._heard)
+        news = from_child(self._address, self._heard) if self._at_home else None
         if news is not None:
             self._heard, self._past, self._journal, self._report = news.raw, news.past, None, news.report
             self._ledger, self._world_size = news.report.ledger, news.past.world_size
@@ -211,7 +211,8 @@ class DifferentialPrivacy(pl.Callback):
         check_same_on_every_rank(trainer.strategy, facts(self, trainer))
         strategy = make_private(trainer.strategy)
         self._past = self._now()
-        if not in_a_child(trainer):
+        self._at_home = not in_a_child(trainer)
+        if self._at_home:
             forget(self._address)
         self._at_start = Progress.of(trainer)
         self._planned = False

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 
 from lightning_dp.records.journal_line import FILE_NAME, JournalError, Line, Lines, read_lines
 from lightning_dp.records.lineage import Lineage
+from lightning_dp.records.run_folder import journal_folder
 
 _MOST_RUNS = 1000
 
@@ -54,10 +55,8 @@ def places(trainer: pl.Trainer, ckpt_path: object) -> Places:
         ckpt_path: where the checkpoint is that is resumed, if any: its folder and the one above are looked into, and if that
             one is a ``version_N``, the versions beside it.
     """
-    own = [
-        Path(folder) for folder in (trainer.log_dir, trainer.default_root_dir) if folder
-    ]  # log_dir talks to all ranks
-    parents = list(Path(str(ckpt_path)).parents[:2]) if ckpt_path else []
+    own = [journal_folder(folder) for folder in (trainer.log_dir, trainer.default_root_dir) if folder]  # on all ranks
+    parents = list(Path(str(ckpt_path)).parents[:2]) if ckpt_path and "://" not in str(ckpt_path) else []
     roots = [Path(root) for logger in trainer.loggers if isinstance(root := getattr(logger, "root_dir", None), str)]
     roots += [folder.parent for folder in parents if folder.name.startswith("version_")]
     return Places(own, parents, [folder for root in dict.fromkeys(roots) for folder in _inside(root)])

@@ -22,7 +22,7 @@ from lightning_dp.plan import EXAMPLE
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.records.journal import Journal
 from lightning_dp.records.loggers import tell_plan, tell_statement
-from lightning_dp.records.run_folder import RunFolder
+from lightning_dp.records.run_folder import RunFolder, journal_folder
 from lightning_dp.records.run_record import RunRecord
 
 SIMULATION = "SIMULATION at 1/{} of batch and noise, NOT PRIVATE as the run it stands for. Spent here"
@@ -64,7 +64,12 @@ class Report:
         self._every = settings.log_every_n_steps or 50  # type: ignore[attr-defined]
         if settings.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.folder = RunFolder(folder).path or Path.cwd()
+        self.folder = journal_folder(folder)
+        if RunFolder(folder).path is None:
+            rank_zero_info(
+                f"privacy.journal is kept in {self.folder}, since it is written in place at every step, which {folder} does not "
+                "allow. Keep it if you mean to resume: a resume that does not find it says so in its statement."
+            )
         if trainer.is_global_zero:
             logs = [logger.log_dir for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
             self._records = [RunRecord(RunFolder(place)) for place in dict.fromkeys([str(folder), *map(str, logs)])]

@@ -17,6 +17,18 @@ LONGEST = 2**20
 """Bytes of the longest file that is read: a statement has some two thousand."""
 
 
+def journal_folder(address: str | Path) -> Path:
+    """Where the journal of a run in ``address`` is: there, or in the working directory if that is on no disk of this machine.
+
+    A journal is written in place at every step, which no store behind an address can do. The record, which is written seldom,
+    is kept there.
+
+    Raises:
+        PreflightError: nothing that is installed can write to ``address``.
+    """
+    return RunFolder(address).path or Path.cwd()
+
+
 class RunFolder:
     """Small text files in one folder, each there whole or not at all.
 

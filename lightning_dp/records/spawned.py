@@ -142,7 +142,7 @@ class News:
     past: Past
 
 
-def from_child(address: str, known: bytes | None) -> News | None:
+def from_child(address: str, known: bytes) -> News | None:
     """The parent's side: what children have told, or ``None`` if there is nothing that is not ``known``.
 
     Raises:

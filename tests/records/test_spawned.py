@@ -89,6 +89,21 @@ def test_an_error_in_a_spawned_child_is_counted_at_home(how: str, tmp_path: Path
     spent_by_a_child_that_ends(how, 2, tmp_path, "ddp_spawn")
 
 
+@pytest.mark.nightly
+def test_several_children_count_as_one(tmp_path: Path) -> None:
+    """Only one of them tells, and none of them listens."""
+    callback = private()
+    trainer(callback, max_steps=2, default_root_dir=tmp_path).fit(regressor(), loader())
+    one = trainer(callback, EndsAt(4, "raise"), strategy="ddp_fork", devices=2, max_steps=6, default_root_dir=tmp_path)
+    with pytest.raises(ProcessRaisedException):
+        one.fit(regressor(), loader(batch_size=8))
+    assert callback.statement().steps == 6
+    again = trainer(callback, strategy="ddp_fork", devices=2, max_steps=3, default_root_dir=tmp_path)
+    again.fit(regressor(), loader(batch_size=8))
+    assert callback.statement().steps == 9
+    assert json.loads((tmp_path / "privacy.json").read_text())["steps"] == 9
+
+
 def test_one_fit_after_another_in_children(tmp_path: Path) -> None:
     callback = private()
     in_children(callback, max_steps=2)
