@@ -33,8 +33,23 @@ def full_precision() -> Iterator[None]:
         yield
 
 
+class _OneForAll:
+    """The setting of PyTorch 2.8, which is one for all backends."""
+
+    @property
+    def fp32_precision(self) -> str:
+        precision = torch.get_float32_matmul_precision()
+        return "ieee" if precision == "highest" else precision
+
+    @fp32_precision.setter
+    def fp32_precision(self, precision: str) -> None:
+        torch.set_float32_matmul_precision("highest" if precision == "ieee" else precision)
+
+
 def _backends() -> tuple[Any, ...]:
     backends: Any = torch.backends
+    if not hasattr(backends.mkldnn, "matmul"):
+        return (_OneForAll(),)
     return backends.cuda.matmul, backends.mkldnn.matmul
 
 
