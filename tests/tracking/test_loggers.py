@@ -110,10 +110,11 @@ def two_fits_and_a_resume(logger: Logger, tmp_path: Path) -> DifferentialPrivacy
     first = private()
     one = trainer(first, logger=logger, max_steps=3)
     one.fit(regressor(), loader())
-    one.save_checkpoint(tmp_path / "third.ckpt")
-    trainer(first, logger=logger, max_steps=2).fit(regressor(), loader())
+    one.fit_loop.epoch_loop.max_steps = 5
+    one.fit(regressor(), loader())
+    one.save_checkpoint(tmp_path / "fifth.ckpt")
     second = private(noise_multiplier=2.0)
-    trainer(second, logger=logger, max_steps=8).fit(regressor(), loader(), ckpt_path=tmp_path / "third.ckpt")
+    trainer(second, logger=logger, max_steps=8).fit(regressor(), loader(), ckpt_path=tmp_path / "fifth.ckpt")
     return second
 
 
