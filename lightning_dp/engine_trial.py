@@ -69,7 +69,7 @@ def try_engines(
         on_device, examples = trial_batch(strategy, loader, with_views, most)
         check_batch_axis(on_device, examples)
         with undone(module):
-            check_one_example(module, loss_function, given, on_device, examples, before)
+            check_one_example(module, loss_function, given, on_device, before)
         one, clipping = batch_of_one(on_device, 0), loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:

@@ -156,6 +156,11 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[torch.optim.Op
             "optimizer=LBFGS: expected one that evaluates its closure once per step. Every further evaluation would be "
             "an unaccounted release. Use SGD or Adam."
         )
+    if any(isinstance(optimizer, torch.optim.SparseAdam) for optimizer in optimizers):
+        raise PreflightError(
+            "optimizer=SparseAdam: expected one that takes dense gradients. Noise falls on every row of an embedding, so a private "
+            "gradient is never sparse. Use Adam or AdamW."
+        )
     known = {id(parameter) for parameter in module.parameters()}
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     strangers = len(held - known)

@@ -24,6 +24,7 @@ from lightning_dp.distributed.same_data import check_same_data_on_every_rank
 from lightning_dp.distributed.sharding import reshard, whole
 from lightning_dp.distributed.shared_key import shared_key
 from lightning_dp.engine_trial import TRIAL_EXAMPLES, WithViews, try_engines
+from lightning_dp.engines.fall_back import FallBack
 from lightning_dp.engines.on_grid import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.functional.gradient import LossFunction
@@ -53,6 +54,7 @@ from lightning_dp.user_step.batch_hooks import BatchHooks
 from lightning_dp.user_step.capture import StepCapture
 from lightning_dp.user_step.contents import Contents, check_nothing_written, tensors_of
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
+from lightning_dp.user_step.never_moved import NeverMoved
 from lightning_dp.user_step.seeded import forked_rng
 from lightning_dp.user_step.spectral import SpectralNorms
 
@@ -112,6 +114,7 @@ class PrivateStep:
         self._loader: PoissonLoader | None = None
         self._selection: Selection | None = None
         self._layers: Layerwise | None = None
+        self._never_moved = NeverMoved()
         self._ledger: Ledger | None = None
         self._key: RandomKey | None = None
         self._capture: StepCapture | None = None
@@ -276,7 +279,7 @@ class PrivateStep:
         before = Contents.of(tensors_of(module))
         with forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
             total = accumulate(
-                selection.engine,
+                FallBack(selection, module, (preflight.PreflightError,)),
                 loss_function,
                 in_real_parts(parameters),
                 micro_batches,
@@ -289,6 +292,7 @@ class PrivateStep:
                 self._layers.finish()
         check_nothing_written(module, before)
         self.not_finite += total.not_finite
+        self._never_moved.look(total.gradient, total.examples)
         return total
 
     def released(

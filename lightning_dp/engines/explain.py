@@ -6,6 +6,9 @@ from torch import nn
 
 from lightning_dp.engines.user_code import layer_of_error, line_of_error
 
+ALONE = "lightning_dp runs training_step for each example on its own: it gets a batch of one, whose first axis has length 1."
+"""A note on what the user's own code raises."""
+
 CAUSES = {
     "data-dependent control flow": "it takes an example's value into Python, which must be the same for all at once",
     "calling .item() on a tensor": "it takes an example's value into Python, which must be the same for all at once",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torch import nn
@@ -31,11 +31,23 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Selection:
-    """The engine chosen, the reason if it is not the first choice, and the parts it will run uncompiled."""
+    """The engine chosen, the reason if it is not the first choice, and the parts it will run uncompiled.
+
+    Attributes:
+        engine: the one that runs a step.
+        reason: why it is not the first choice.
+        uncompiled: parts that it runs without ``torch.compile``.
+        slower: engines that run what it cannot, see :mod:`lightning_dp.engines.fall_back`.
+        failures: how often in a row each engine has met what it cannot run.
+        told: of which of them that was said.
+    """
 
     engine: Engine
     reason: str | None = None
     uncompiled: tuple[str, ...] = ()
+    slower: tuple[Engine, ...] = ()
+    failures: dict[str, int] = field(default_factory=dict, compare=False)
+    told: set[str] = field(default_factory=set, compare=False)
 
     def describe(self) -> str:
         """What will run, and why, for people: the engine, the rule of each kind of layer, the reason for a fallback."""
@@ -110,7 +122,8 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
             reason = f"would run one by one: training_step {alone[0].what} ({alone[0].line})"
             reasons.setdefault(reason, []).append(candidate)
     texts = [f"{' and '.join(candidates)} {reason}" for reason, candidates in reasons.items()]
-    return Selection(engine, "; ".join(texts) or None, _uncompiled(engine, module))
+    slower = () if isinstance(engine, LoopEngine) else (make_engine("loop", module),)
+    return Selection(engine, "; ".join(texts) or None, _uncompiled(engine, module), slower)
 
 
 def _partings(engine: Engine) -> list[PartingError]:

@@ -43,6 +43,7 @@ from lightning_dp.strategy_facts import module_of, world_size_of
 from lightning_dp.user_step.attributes import attributes_put_back
 from lightning_dp.user_step.capture import Recording, StepCapture
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
+from lightning_dp.user_step.one_example import raise_explained
 
 MOST_TOGETHER = 64
 """At most so many rows tell whether training_step takes a batch in pieces."""
@@ -142,7 +143,12 @@ class ManualOptimization:
             )
 
         self._stand_in = batch_of(rows)
-        self._scripts = rehearse(module, self._capture, self._stand_in, self._private)
+        try:
+            self._scripts = rehearse(module, self._capture, self._stand_in, self._private)
+        except PreflightError:
+            raise
+        except Exception as error:
+            raise_explained(error, module, lambda: rehearse(module, self._capture, batch_of(rows + 1), self._private))
         if not any(place in script for script in self._scripts for place in self._private):
             raise PreflightError(
                 f"no private optimizer steps in the first {len(self._scripts)} batches: expected training_step to call "

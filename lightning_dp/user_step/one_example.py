@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.engines.explain import explain
+from lightning_dp.engines.explain import ALONE, explain
 from lightning_dp.engines.loop import as_leaf
 from lightning_dp.functional.backward import plain_gradient
 from lightning_dp.functional.gradient import LossFunction
-from lightning_dp.functional.microbatch import batch_of_one
+from lightning_dp.functional.microbatch import batch_of_one, take
 from lightning_dp.preflight import PreflightError
 from lightning_dp.user_step.contents import Contents, written
 from lightning_dp.user_step.writes import FindWrite
-
-ALONE = "lightning_dp runs training_step for each example on its own: it gets a batch of one, whose first axis has length 1."
 
 
 def check_one_example(
@@ -26,7 +24,6 @@ def check_one_example(
     loss_function: LossFunction,
     parameters: Mapping[str, Tensor],
     batch: Any,
-    examples: int,
     before: Contents,
 ) -> None:
     """Refuse a training_step that cannot take a batch of one, or writes into its module.
@@ -39,7 +36,6 @@ def check_one_example(
         loss_function: training_step on a batch of any number of examples.
         parameters: the trainable parameters.
         batch: a few examples.
-        examples: how many.
         before: what the module's tensors hold.
 
     Raises:
@@ -52,7 +48,7 @@ def check_one_example(
     except PreflightError:
         raise
     except Exception as error:
-        _explain_one(module, loss_function, leaves, batch, examples, error)
+        raise_explained(error, module, lambda: plain_gradient(loss_function, leaves, take(batch, [0, 0])))
     changed = before.changed()
     if not changed:
         _move(leaves)
@@ -66,23 +62,23 @@ def check_one_example(
         raise written(module, changed, found.line)
 
 
-def _explain_one(
-    module: nn.Module,
-    loss_function: LossFunction,
-    leaves: Mapping[str, Tensor],
-    batch: Any,
-    examples: int,
-    error: Exception,
-) -> None:
-    """Raise ``error``, or say that a batch of one is what is wrong, if several examples are no trouble."""
+def raise_explained(error: Exception, module: nn.Module, with_two: Callable[[], object]) -> NoReturn:
+    """Raise what training_step has raised for a batch of one, or say that the batch of one is what is wrong.
+
+    Args:
+        error: what it has raised.
+        module: the user's.
+        with_two: runs training_step on a batch of two.
+
+    Raises:
+        PreflightError: a batch of two is no trouble.
+        Exception: ``error``, with a note, otherwise.
+    """
     try:
-        if examples > 1:
-            plain_gradient(loss_function, leaves, batch)
+        with_two()
     except Exception:
-        examples = 1
-    if examples == 1:
         error.add_note(ALONE)
-        raise error
+        raise error from None
     raise PreflightError(
         f"training_step cannot take a batch of one: {explain(error, module)}. Expected a step for any number of examples: under "
         "differential privacy it runs for each example on its own, and the first axis of every tensor has length 1. Give squeeze() "

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, normal
 from torch.func import functional_call
+from torchvision.ops import stochastic_depth
 
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.vmap import VmapEngine
@@ -45,3 +46,22 @@ def test_each_example_draws_by_the_law(distribution: Any, engine: Any) -> None:
     assert len(set(drawn.tolist())) == EXAMPLES
     assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-6
     assert normal._standard_normal is original
+
+
+@pytest.mark.parametrize("engine", [GhostEngine, lambda _: VmapEngine()], ids=["ghost", "vmap"])
+@pytest.mark.parametrize(
+    "coin",
+    [
+        lambda x: stochastic_depth(x + 1.0, 0.25, "row"),
+        lambda x: stochastic_depth(x + 1.0, 0.25, "batch"),
+        lambda x: torch.empty(1, 1).bernoulli_(0.75) / 0.75 + 0 * x,
+        lambda x: torch.empty([1, 1], dtype=torch.float64).uniform_().lt(0.75).to(x) / 0.75 + 0 * x,
+    ],
+    ids=["rows", "batches", "bernoulli", "uniform"],
+)
+def test_each_example_has_a_coin_of_its_own(coin: Any, engine: Any) -> None:
+    """torchvision's stochastic depth fills an empty tensor; a quarter of the examples is dropped, the others are scaled."""
+    drawn = draws(coin, engine)
+    kept = int((drawn > 0).sum())
+    torch.testing.assert_close(drawn[drawn > 0], torch.full((kept,), 1 / 0.75))
+    assert stats.binomtest(kept, EXAMPLES, 0.75).pvalue > 1e-6

@@ -260,6 +260,54 @@ def test_a_training_step_without_a_loss(value: Any, error: type[Exception], word
     refused(error, word, module=_returns(value))
 
 
+class Squeezes(NeverStepped):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch[0].squeeze(), batch[1]
+        return nn.functional.mse_loss(self.net(inputs)[:, 0], targets)
+
+
+class Halves(NeverStepped):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        one, other = self.net(batch[0]).chunk(2)
+        return one.mean() + other.mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"physical_batch_size": 1}, {"engine": "vmap"}])
+@pytest.mark.parametrize("module", [Squeezes, Halves])
+def test_a_training_step_that_cannot_take_a_batch_of_one(module: Any, options: Any) -> None:
+    with pytest.raises(
+        PreflightError, match=r"cannot take a batch of one: .*test_refusals\.py:\d+ in training_step.*squeeze"
+    ):
+        trainer(DifferentialPrivacy(noise_multiplier=1.0, **options)).fit(module(), loader())
+
+
+@pytest.mark.parametrize("module", [Squeezes, Halves])
+def test_nor_by_hand(module: Any) -> None:
+    class ByHand(module):  # type: ignore[misc]  # a class that is given
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    with pytest.raises(
+        PreflightError, match=r"cannot take a batch of one: .*test_refusals\.py:\d+ in training_step.*squeeze"
+    ):
+        trainer(DifferentialPrivacy(noise_multiplier=1.0)).fit(ByHand(), loader())
+
+
+def test_an_optimizer_for_sparse_gradients() -> None:
+    class Sparse(NeverStepped):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SparseAdam(self.parameters())
+
+    refused(PreflightError, "optimizer=SparseAdam", "Adam", module=Sparse())
+
+
 def test_a_training_step_that_learns_through_a_buffer() -> None:
     class Remembering(NeverStepped):
         def __init__(self) -> None:
