@@ -18,7 +18,7 @@ from lightning_dp.augmentation import views_of
 from lightning_dp.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
 from lightning_dp.distributed.agreement import check_same_on_every_rank, facts
 from lightning_dp.distributed.gathering import on_every_rank
-from lightning_dp.engines.select import EngineName
+from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.epochs import Progress, check_draws_in_an_epoch, check_end_was_given, planned_steps
 from lightning_dp.functional.real_parts import coordinates
 from lightning_dp.loading.batch_axis import Axis
@@ -151,7 +151,7 @@ class DifferentialPrivacy(pl.Callback):
         self._world_size: int | None = None
         self._at_start = Progress()
         self._steps_at_start = 0
-        self._planned = False
+        self._planned = self._begun = False
         self._unused_samples = 0
         self._sigma: float | None = None  # of the run simulated, if it is a simulation
         self._address = register(self)
@@ -215,7 +215,7 @@ class DifferentialPrivacy(pl.Callback):
         if self._at_home:
             forget(self._address)
         self._at_start = Progress.of(trainer)
-        self._planned = False
+        self._planned = self._begun = False
         strategy.private_step = PrivateStep(
             lambda loader: self._plan(trainer, strategy, loader),
             seed=self.seed,
@@ -227,6 +227,7 @@ class DifferentialPrivacy(pl.Callback):
             public_optimizers=self.public_optimizers,
             batch_axis=self.batch_axis,
             unit=self.privacy_unit,
+            begin=lambda selection: self._begin(trainer, selection),
         )
 
     @override
@@ -236,25 +237,37 @@ class DifferentialPrivacy(pl.Callback):
         check_public_optimizers(pl_module, trainer.optimizers, self.public_optimizers)
         check_decisions(trainer, pl_module)
         if not trainer.strategy.restore_checkpoint_after_setup:
-            self._begin(trainer)
+            self._set_up(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.strategy.restore_checkpoint_after_setup:  # only now is the checkpoint's ledger known
-            self._begin(trainer)
+            self._set_up(trainer)
         self._stop_if_spent(trainer)
 
-    def _begin(self, trainer: pl.Trainer) -> None:
+    def _set_up(self, trainer: pl.Trainer) -> None:
         trainer.fit_loop.setup_data()  # plans, calibrates and refuses before the first (validation) batch
-        if not self._planned:
-            return  # limit_train_batches=0: nothing will be trained
-        strategy = make_private(trainer.strategy)
-        assert strategy.private_step is not None
+        step = make_private(trainer.strategy).private_step if self._planned else None
+        if step is not None:  # with limit_train_batches=0 nothing will be trained
+            step.check_data(trainer.strategy)
+
+    def _begin(self, trainer: pl.Trainer, selection: Selection | None = None) -> None:
+        """From here on every step is written down before it is released; an engine was tried, if there is any step."""
+        assert self._ledger is not None
         assert self._report is not None
-        selection = strategy.private_step.choose_engine(strategy)
+        self._begun = True
         self._report.open(trainer)
-        self._begin_journal(trainer)
-        self._report.start(trainer, strategy.private_step, selection, self._journal)
+        if trainer.is_global_zero:
+            past = None if self._past is None else self._past.lineage
+            self._journal = Journal(self._report.folder, self._ledger.numbers, past)
+        if in_a_child(trainer) and trainer.local_rank == 0:
+            now = self._now()
+            assert now is not None
+            self._to_parent = ToParent(self._address, self._report, now, self._journal)
+        self._ledger.witness = Witness(self._report, self._journal, self._to_parent)
+        step = make_private(trainer.strategy).private_step
+        if step is not None and selection is not None:
+            self._report.start(trainer, step, selection, self._journal)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -279,7 +292,9 @@ class DifferentialPrivacy(pl.Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._report is not None:
-            self._report.write(trainer, self._journal, "ended")  # if there was no step left to take
+            if self._planned and not self._begun:  # there was no step left to take
+                self._begin(trainer)
+            self._report.write(trainer, self._journal, "ended")
             rank_zero_info(str(self._report.statement()))
         if self._journal is not None and self.ledger is not None:
             planned = self.ledger.plan.steps
@@ -292,9 +307,8 @@ class DifferentialPrivacy(pl.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._hear(trainer)
             if self._report is not None:
-                self._report.write(
-                    trainer, self._journal, "interrupted"
-                )  # what was released is spent, however it ended
+                # what was released is spent, however it ended
+                self._report.write(trainer, self._journal, "interrupted")
         for written in (self._journal, self._to_parent):
             if written is not None:
                 written.close()
@@ -366,19 +380,6 @@ class DifferentialPrivacy(pl.Callback):
         step = make_private(trainer.strategy).private_step
         per_batch = 1 if step is None else step.optimizer_steps_per_batch
         return planned_steps(trainer, per_epoch, self._at_start, per_batch)
-
-    def _begin_journal(self, trainer: pl.Trainer) -> None:
-        """From here on every step is written down before it is released."""
-        assert self._ledger is not None
-        assert self._report is not None
-        if trainer.is_global_zero:
-            past = None if self._past is None else self._past.lineage
-            self._journal = Journal(self._report.folder, self._ledger.numbers, past)
-        if in_a_child(trainer) and trainer.local_rank == 0:
-            now = self._now()
-            assert now is not None
-            self._to_parent = ToParent(self._address, self._report, now, self._journal)
-        self._ledger.witness = Witness(self._report, self._journal, self._to_parent)
 
     def _now(self) -> Past | None:
         """What this and all earlier fits have spent so far, for a checkpoint or the next fit."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.verification import TOLERANCE_FLOAT32, check_agreement
@@ -23,6 +24,7 @@ from lightning_dp.functional.real_parts import in_real_parts
 from lightning_dp.functional.units import of_two
 from lightning_dp.loading.batch_axis import has_lists, to_front
 from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.loading.placeholder import without_content
 from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
 from lightning_dp.mixing.transforms import check_rows_stay_apart
 from lightning_dp.strategy_facts import module_of, trainable
@@ -82,6 +84,31 @@ def try_engines(
         selection = select_engine(engine_name, trial, module)
         check_nothing_written(module, before)
     return selection
+
+
+class WithoutData:
+    """Runs training_step on an example that has the form of the data and nothing of their content.
+
+    Args:
+        strategy: whose module is run, on its device.
+        loader: of whose first example the form is taken, once, when it is first asked for.
+        with_views: gives each example its K views, or ``None`` without any.
+    """
+
+    def __init__(self, strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None) -> None:
+        self._of_one: Callable[[], tuple[Any, int]] = partial(trial_batch, strategy, loader, with_views, 1)
+        self._example: Any = None
+
+    def __call__(self, loss_function: LossFunction, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        """What the loss function gives.
+
+        Raises:
+            TypeError: the batch holds objects whose content nobody can remove.
+        """
+        if self._example is None:
+            self._example = batch_of_one(without_content(self._of_one()[0]), 0)
+        with torch.enable_grad():
+            return loss_function(parameters, self._example)
 
 
 def tolerance(strategy: Strategy) -> float:

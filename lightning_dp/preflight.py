@@ -265,6 +265,23 @@ def check_loader(loader: object) -> DataLoader[Any]:
     return loader
 
 
+def check_not_nested(given: object, loader: object) -> None:
+    """Refuse a training loader in a list, dict or ``CombinedLoader``.
+
+    Args:
+        given: the Trainer's ``train_dataloader``.
+        loader: the private one, made of the loader that was found.
+
+    Raises:
+        PreflightError: they are not the same.
+    """
+    if given is not loader:
+        raise PreflightError(
+            f"train_dataloader nested in a {type(given).__name__}: expected the DataLoader itself. Pass the loader "
+            "without a list, dict or CombinedLoader around it."
+        )
+
+
 def check_delta_for(plan: PrivacyPlan) -> None:
     """Warn when δ is so large that publishing one whole record would satisfy it."""
     if plan.delta >= 1 / plan.dataset_size:

@@ -23,7 +23,7 @@ from lightning_dp.distributed.layerwise import Layerwise
 from lightning_dp.distributed.same_data import check_same_data_on_every_rank
 from lightning_dp.distributed.sharding import reshard, whole
 from lightning_dp.distributed.shared_key import shared_key
-from lightning_dp.engine_trial import TRIAL_EXAMPLES, WithViews, try_engines
+from lightning_dp.engine_trial import TRIAL_EXAMPLES, WithoutData, WithViews, try_engines
 from lightning_dp.engines.fall_back import FallBack
 from lightning_dp.engines.on_grid import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
@@ -65,7 +65,8 @@ Planner = Callable[[DataLoader[Any]], Ledger]
 class PrivateStep:
     """From a logical batch to a noisy gradient in ``p.grad``, in the order in which Lightning asks for it.
 
-    :meth:`process_dataloader` → :meth:`choose_engine` → for each step :meth:`training_step`, then :meth:`backward`.
+    :meth:`process_dataloader` → :meth:`check_data` → before the first step, when all hooks have prepared the module,
+    :meth:`choose_engine` → for each step :meth:`training_step`, then :meth:`backward`.
     The step itself is :mod:`lightning_dp.functional.step`; this class only feeds it and carries its result home.
 
     Args:
@@ -80,6 +81,7 @@ class PrivateStep:
         public_optimizers: under manual optimization, places of the optimizers that see no private data.
         batch_axis: where a batch has its examples, see :mod:`lightning_dp.loading.batch_axis`.
         unit: who is protected, if not each example alone.
+        begin: called once the engine is chosen, before the first step.
     """
 
     def __init__(
@@ -95,9 +97,11 @@ class PrivateStep:
         public_optimizers: Sequence[int] = (),
         batch_axis: BatchAxis = 0,
         unit: PrivacyUnit | None = None,
+        begin: Callable[[Selection], None] = lambda _: None,
     ) -> None:
         self.batch_axis = batch_axis
         self.batch_hooks: BatchHooks | None = None
+        self._begin = begin
         self._unit = unit
         self.units: Units | None = None
         self._public_optimizers = public_optimizers
@@ -120,7 +124,7 @@ class PrivateStep:
         self._capture: StepCapture | None = None
         self._pending: Accumulated | None = None
         self._tried: set[str] = set()
-        self._told, self.not_finite = False, 0
+        self.not_finite = 0
 
     def process_dataloader(self, strategy: Strategy, dataloader: object) -> PoissonLoader:
         """Replace the user's training loader by one of Poisson-sampled logical batches.
@@ -138,7 +142,7 @@ class PrivateStep:
         self._capture = self._capture or StepCapture(module)
         if not module.automatic_optimization and self._manual is None:
             self._manual = ManualOptimization(strategy, self._capture, self._views, self._public_optimizers)
-            self.optimizer_steps_per_batch = self._manual.rehearse(loader, self._physical_batch_size)
+            self.optimizer_steps_per_batch = self._manual.rehearse_early(loader, self._physical_batch_size)
         self.units = read_units(strategy, self._unit, loader.dataset)
         ledger = self._ledger = self._planner(loader)
         key = self._key = self._key or shared_key(strategy, self._seed, ledger.changed)
@@ -164,27 +168,26 @@ class PrivateStep:
             self._check_examples_stay_apart(strategy, self._loader)
         return self._loader
 
-    def choose_engine(self, strategy: Strategy) -> Selection:
-        """Try engines on two examples and keep the one to train with. Nothing of the trial is kept or released.
+    def check_data(self, strategy: Strategy) -> None:
+        """Refuse a nested loader before the first hook or validation batch."""
+        let_logical_batches_through(module_of(strategy))
+        preflight.check_not_nested(module_of(strategy).trainer.train_dataloader, self._loader)
 
-        Raises:
-            EngineError: the engine asked for cannot run this training_step.
-            PreflightError: training_step changes a buffer, or returns no loss.
-        """
+    def on_train_batch_start(self, strategy: Strategy) -> None:
+        """Choose an engine before the first step, after all hooks that may set what training_step reads; on every rank."""
+        if self._selection is None:
+            self._begin(self.choose_engine(strategy))
+
+    def choose_engine(self, strategy: Strategy) -> Selection:
+        """Try engines on two examples, or refuse, and keep the one to train with. Nothing of the trial is kept or released."""
         module, loader = module_of(strategy), self._loader
         assert loader is not None
-        let_logical_batches_through(module)
-        given: Any = module.trainer.train_dataloader
-        if given is not loader:
-            raise preflight.PreflightError(
-                f"train_dataloader nested in a {type(given).__name__}: expected the DataLoader itself. Pass the loader "
-                "without a list, dict or CombinedLoader around it."
-            )
         check_same_parameters_on_every_rank(strategy, module)
         make_loss = partial(self._loss_function, strategy, (0,) if takes_batch_idx(module) else ())
         self._selection = select_in_shards(strategy, loader, self._engine_name, make_loss, self._with_views)
         with whole(module, strategy):
             if self._manual is not None:
+                self.optimizer_steps_per_batch = self._manual.rehearse_late(self.optimizer_steps_per_batch)
                 self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
             else:
                 loss_function = make_loss({})
@@ -194,6 +197,7 @@ class PrivateStep:
                 strategy, loader, self._physical_batch_size, self._selection.engine, loss_function, self._with_views
             )
         self._check_examples_stay_apart(strategy, loader)
+        self._without_data = WithoutData(strategy, loader, self._with_views)
         self._tried = set(trainable(module))
         self._layers = start_layerwise(strategy, loader, self._selection, make_loss, self._with_views)
         return self._selection
@@ -236,7 +240,7 @@ class PrivateStep:
             )
             output: STEP_OUTPUT = self._manual.training_step(sample, rest, share, self._log_train_metrics)
             self.unused_samples += not sample.charged
-            self._say_once_that_metrics_are_private(capture.logged_names)
+            capture.say_once_that_logs_are_private(self._log_train_metrics)
             return output
         SpectralNorms(module).advance()
         parameters, loss_function = trainable(module), self._loss_function(strategy, rest)
@@ -257,8 +261,9 @@ class PrivateStep:
         micro_batches = self._micro_batches(strategy, batch, key)
         total = self.clipped_sum(strategy, batch.step, self._selection, loss_function, given, micro_batches)
         self._pending = total
-        extras = capture.replay(total.outputs, total.examples, share, log=self._log_train_metrics)
-        self._say_once_that_metrics_are_private(capture.logged_names)
+        alone = partial(self._without_data, loss_function, in_real_parts(given))
+        extras = capture.replay(total.outputs, total.examples, share, log=self._log_train_metrics, without_data=alone)
+        capture.say_once_that_logs_are_private(self._log_train_metrics)
         loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
         return {"loss": loss, **extras} if extras else loss
 
@@ -388,15 +393,6 @@ class PrivateStep:
             rows = to_device(strategy, micro_batch)
             rows = rows if self._with_views is None else self._with_views(rows, examples, seed)
             yield group(rows, size, len(examples) // size), size
-
-    def _say_once_that_metrics_are_private(self, names: list[str]) -> None:
-        if names and self._log_train_metrics and not self._told:
-            self._told = True
-            rank_zero_info(
-                f"lightning_dp: training_step logs {', '.join(names[:5])}: computed from private examples without noise, so "
-                "the guarantee does not cover them. Keep such logs private, or use "
-                "DifferentialPrivacy(log_train_metrics=False)."
-            )
 
     def _loss_function(self, strategy: Strategy, rest: Any, fixed: Mapping[str, Tensor] | None = None) -> LossFunction:
         assert self._capture is not None

@@ -80,6 +80,11 @@ class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        _step(self).on_train_batch_start(self)
+        super().on_train_batch_start(batch, batch_idx)
+
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         return _step(self).training_step(self, *args, **kwargs)
 
@@ -153,6 +158,11 @@ class PrivateDDPStrategy(DDPStrategy):
         if isinstance(batch, LogicalBatch):
             return _step(self).shown_to_hooks(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        _step(self).on_train_batch_start(self)
+        super().on_train_batch_start(batch, batch_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
@@ -274,6 +284,11 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
         if isinstance(batch, LogicalBatch):
             return _step(self).shown_to_hooks(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        _step(self).on_train_batch_start(self)
+        super().on_train_batch_start(batch, batch_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

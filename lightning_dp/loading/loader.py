@@ -152,8 +152,14 @@ class PoissonLoader:
         self._source = self._open = self._micro_batch_loader._iterator = None
 
     def resize(self, physical_batch_size: int) -> None:
-        """Work on at most so many examples at once from the next epoch on. Which examples are drawn does not change."""
+        """Work on at most so many examples at once from the next step on. Which examples are drawn does not change."""
+        if physical_batch_size == self.physical_batch_size:
+            return
         self.physical_batch_size = physical_batch_size
+        reading = self._open
+        if reading is not None:  # what was read ahead is read again, in pieces of the new size
+            reading.go_on_as(self._start(reading.step))
+            self._open = reading
 
     def first_examples(self, count: int) -> tuple[Any, int]:
         """The dataset's first ``count`` examples (fewer if it is smaller), collated: for trying an engine out."""
@@ -262,6 +268,15 @@ class _MicroBatchSource:
     def goes_on(self, step: int, physical_batch_size: int) -> bool:
         """Whether ``step`` comes next, in pieces of that size."""
         return self._step == step and self._physical_batch_size == physical_batch_size
+
+    @property
+    def step(self) -> int:
+        """The step whose examples are read next."""
+        return self._step
+
+    def go_on_as(self, other: _MicroBatchSource) -> None:
+        """Read the next steps as ``other`` would, for those who hold this one."""
+        self.__dict__.update(other.__dict__)
 
     def take(self, step: int) -> Iterator[tuple[Any, int]]:
         if step < self._step:

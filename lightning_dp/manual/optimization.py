@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -44,6 +47,9 @@ from lightning_dp.user_step.attributes import attributes_put_back
 from lightning_dp.user_step.capture import Recording, StepCapture
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 from lightning_dp.user_step.one_example import raise_explained
+
+PREPARING_HOOKS = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
+"""Hooks of a LightningModule that run before its first training_step, and may set what that reads."""
 
 MOST_TOGETHER = 64
 """At most so many rows tell whether training_step takes a batch in pieces."""
@@ -113,6 +119,7 @@ class ManualOptimization:
         self._selections: dict[tuple[int, frozenset[str]], Selection] = {}
         self._private_steps: list[_Wanted] = []
         self._scripts: list[list[int]] = []
+        self._rehearse_again: Callable[[], int] = lambda: 1
         self._stand_in: Any = None
         self._live: _Live | None = None
         self._default_dtype = torch.get_default_dtype()
@@ -162,6 +169,39 @@ class ManualOptimization:
             at = [(index, self._taken(index)) for index, script in enumerate(self._scripts) if place in script][:1]
             check_public_steps(module, self._capture, [place], self._stand_in, batch_of(rows, lambda batch: batch), at)
         return max(1, min(len(script) for script in self._scripts if script))
+
+    def rehearse_early(self, loader: DataLoader[Any], physical_batch_size: int | str | None) -> int:
+        """:meth:`rehearse`, before the plan is made; a training_step that fails is rehearsed once its hooks have run.
+
+        Returns:
+            The fewest optimizer steps in a batch, or 1 as long as nobody knows: then the plan has batches to spare.
+        """
+        self._rehearse_again = partial(self.rehearse, loader, physical_batch_size)
+        try:
+            return self.rehearse(loader, physical_batch_size)
+        except PreflightError:
+            raise
+        except Exception:  # if it is not for want of a hook, rehearse_late has the same error
+            self._scripts = []
+            return 1
+
+    def rehearse_late(self, planned: int) -> int:
+        """:meth:`rehearse` after the hooks that may prepare the module, where it has any.
+
+        Args:
+            planned: the fewest optimizer steps in a batch, as the plan was made.
+        """
+        module = module_of(self._strategy)
+        if self._scripts and not any(is_overridden(hook, module) for hook in PREPARING_HOOKS):
+            return planned
+        found = self._rehearse_again()
+        if found != planned and module.trainer.max_steps != -1:
+            rank_zero_warn(
+                f"{found} optimizer steps in a batch after the module's hooks have run, and {planned} before: the plan turned "
+                f"max_steps={module.trainer.max_steps} into batches with {planned}. Set what training_step needs in "
+                "__init__ or configure_model, or give max_epochs in the place of max_steps."
+            )
+        return found
 
     def choose_engines(self, try_engines: TryEngines) -> tuple[Selection, LossFunction]:
         """Try engines for each private optimizer seen in rehearsal; the first one's, and its loss, are returned.

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from lightning_dp.functional.instead import Instead
 from lightning_dp.functional.late import Late, at_hand
-from lightning_dp.user_step.attributes import attributes_put_back, leave, numbers_as_tensors
+from lightning_dp.user_step.attributes import (
+    Place,
+    attributes_put_back,
+    keep_public,
+    leave,
+    may_be_public,
+    numbers_as_tensors,
+    values_of_one,
+)
 from lightning_dp.user_step.metrics import (
     METHODS,
     AnyMetric,
@@ -111,6 +123,8 @@ class StepCapture:
         self._recording: Recording | None = None
         self._structures: dict[int, Any] = {}
         self._metrics: list[AnyMetric] | None = None
+        self._public: set[Place] | None = None
+        self._told = False
 
     def run(self, call: Callable[[], Any]) -> tuple[Tensor, list[Tensor]]:
         """Call ``training_step`` and split what it did into the loss and the tensors it logged, counted or returned."""
@@ -127,6 +141,16 @@ class StepCapture:
         """What training_step logs, as seen in the last pass through it."""
         return [] if self._recording is None else [call.name for call in self._recording.log_calls]
 
+    def say_once_that_logs_are_private(self, reaches_loggers: bool) -> None:
+        """Tell people what the guarantee does not cover, if training_step logs anything that reaches the loggers."""
+        if self.logged_names and reaches_loggers and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"lightning_dp: training_step logs {', '.join(self.logged_names[:5])}: computed from private examples without "
+                "noise, so the guarantee does not cover them. Keep such logs private, or use "
+                "DifferentialPrivacy(log_train_metrics=False)."
+            )
+
     def replay(
         self,
         outputs: list[list[Tensor]],
@@ -134,6 +158,7 @@ class StepCapture:
         share: Callable[[Any], Any] | None = None,
         *,
         log: bool = True,
+        without_data: Callable[[], object] | None = None,
     ) -> dict[str, Any]:
         """Hand the captured calls of a whole step to Lightning.
 
@@ -144,6 +169,8 @@ class StepCapture:
             share: given when some rank has no example while others have: takes a rank's list of log calls and returns
                 rank 0's, so that every rank makes the same (possibly collective) log calls.
             log: ``False`` sets the attributes that training_step sets, and nothing else.
+            without_data: runs training_step on a batch without anybody's data, by :meth:`run`. Called only where attributes
+                have to be compared with what it sets.
 
         Returns:
             The extra keys that training_step returned beside the loss, concatenated over examples.
@@ -157,13 +184,19 @@ class StepCapture:
             sources = {call.source for call in recording.log_calls if call.source is not None}
             wanted = _places([arguments, attributes, extras]) | sources if log else _places(attributes)
             results = self._replay_metrics(recording, [_rows(each) for each in arguments], wanted, log)
-            leave(self.module, _with_results(attributes, results), recording.kinds)
+            given = _with_results(attributes, results)
+            kept = leave(self.module, given, recording.kinds, partial(self._set_without_data, without_data))
+            self._public = kept if self._public is None else kept | self._public
             extras = _with_results({name: _rows(value) for name, value in extras.items()}, results)
             log_calls = [
                 LogCall(call.path, call.name, self._logged_value(call, value, results), call.options)
                 for call, value in zip(recording.log_calls, values, strict=True)
                 if log
             ]
+        elif recording is not None:
+            public = may_be_public(recording.kinds) if self._public is None else self._public
+            found = self._set_without_data(without_data) if public else None
+            keep_public(self.module, {place: value for place, value in (found or {}).items() if place in public})
         if not log:
             return {}
         if share is not None:
@@ -172,6 +205,23 @@ class StepCapture:
         for call in log_calls:
             self.log(call, max(examples, 1))
         return extras
+
+    def _set_without_data(self, run: Callable[[], object] | None) -> dict[Place, Any] | None:
+        """What training_step does to attributes without anybody's data; ``None`` if there is no such batch, or it fails."""
+        recording = self._recording
+        if run is None:
+            return None
+        try:
+            with isolate_rng(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                run()
+            assert self._recording is not None
+            found = values_of_one(self._recording.attributes, self._recording.kinds)
+        except Exception:  # a batch of zeros is not one that it takes
+            return None
+        finally:
+            self._recording = recording
+        return found
 
     @contextmanager
     def listening(self) -> Iterator[Recording]:

@@ -1,4 +1,4 @@
-"""A fit that must be refused before its first batch."""
+"""A fit that must be refused before its first step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.conftest import Regressor, loader, trainer, weights
 
 
 class NeverStepped(Regressor):
-    """Fails the test if a training batch is reached or a parameter moves."""
+    """Fails the test if a training_step has been followed by anything."""
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        raise AssertionError("a batch was reached")
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        raise AssertionError("a step was reached")
 
 
 def refused(
@@ -28,7 +28,7 @@ def refused(
     private: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    """Assert that fit raises ``error`` whose text holds all ``words``, before any batch, leaving the weights alone."""
+    """Assert that fit raises ``error`` whose text holds all ``words``, before any step, leaving the weights alone."""
     module = NeverStepped() if module is None else module
     before = weights(module).clone()
     callback = DifferentialPrivacy(**(private or {"noise_multiplier": 1.0}))
@@ -37,3 +37,4 @@ def refused(
     for word in (*words, "expected"):
         assert word in str(caught.value), f"{word!r} not in: {caught.value}"
     assert torch.equal(before, weights(module))
+    assert callback.ledger is None or callback.ledger.steps == 0
