@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 from lightning_dp.checked import whole
-from lightning_dp.engines.user_code import warn_user
+from lightning_dp.engines.user_code import library_that_calls, warn_user
 from lightning_dp.plan import PrivacyPlan
 
 CANARIES = "dp_audit_canaries"
@@ -60,9 +60,18 @@ def check_trainer(trainer: pl.Trainer) -> None:
                 f"{error} The noise is planned for all steps to come: give a whole number, or -1 for no limit."
             ) from None
     if trainer.gradient_clip_val:
+        library = library_that_calls()
+        where = (
+            f"Here {library} makes or runs the Trainer: have it pass gradient_clip_val=None on to it, as with "
+            "trainer_kwargs={'gradient_clip_val': None}"
+            if library
+            else "Leave it out of Trainer(...), or give None; where a library makes the Trainer, as GluonTS's estimators do, give "
+            "trainer_kwargs={'gradient_clip_val': None} or what it calls that"
+        )
         raise PreflightError(
-            f"gradient_clip_val={trainer.gradient_clip_val}: expected None. It would clip the gradient that is already "
-            "clipped per example and noisy. Remove it; the clip norm is DifferentialPrivacy(clip_norm=...)."
+            f"gradient_clip_val={trainer.gradient_clip_val}, an argument of the Trainer: expected None or 0. It would clip the "
+            f"gradient that is already clipped per example and noisy. {where}. The clip norm is "
+            "DifferentialPrivacy(clip_norm=...)."
         )
     if trainer.accumulate_grad_batches != 1 or _has(trainer, GradientAccumulationScheduler):
         raise PreflightError(

@@ -62,6 +62,18 @@ def line_of_error(error: BaseException) -> Line | None:
     return _line([(frame, number) for frame, number in reversed(list(_of_error(error)))])
 
 
+def library_that_calls() -> str | None:
+    """The package that stands between the user's program and Lightning in the call under way, ``None`` if none does."""
+    for frame, _ in _outwards(sys._getframe(1)):
+        file = frame.f_code.co_filename
+        if _is_another_package(file):
+            root = next(root for root in _PACKAGES if file.startswith(root))
+            return Path(file).relative_to(root).parts[0].removesuffix(".py")
+        if _is_nobodys_package(file):
+            return None
+    return None
+
+
 def layer_of_error(error: BaseException) -> nn.Module | None:
     """The innermost ``torch.nn.Module`` in whose method ``error`` was raised, or ``None``."""
     for frame, _ in reversed(list(_of_error(error))):

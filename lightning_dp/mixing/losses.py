@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_dp.engines.ghost.verification import double, inert
 from lightning_dp.functional.backward import plain_gradient
 from lightning_dp.functional.gradient import LossFunction, scalar_loss
+from lightning_dp.mixing.kinds import SIGNS, Kind, kind_of_coupling
 from lightning_dp.preflight import PreflightError
 from lightning_dp.user_step.attributes import attributes_put_back
 
@@ -90,12 +91,11 @@ def check_loss_keeps_examples_apart(
         for seed in range(SEEDS[examples] if is_random else 1):
             gradients = torch.stack([whole.gradient(pair, seed) for pair in pairs])
             if not _apart(gradients.double(), TOLERANCE[whole.dtype]):
+                kind = whole.kind(gradients.double(), examples)
                 raise PreflightError(
-                    "training_step couples examples: the gradient of one example of a batch changed with the others, as "
-                    "with in-batch negatives (contrastive losses), MixUp, balancing of experts or statistics of the batch: "
-                    "expected a loss that is a sum or a mean over examples. Under differential privacy training_step sees "
-                    "one example at a time, so that part of the loss would silently be gone. Let every record of the "
-                    "dataset bring its own pair or negatives, or leave that part out."
+                    f"training_step couples examples: the loss of a batch {kind.what}: expected a loss that is a sum or a mean "
+                    "over examples. Under differential privacy training_step sees one example at a time, so that part of the "
+                    f"loss would silently be gone. {kind.remedy}"
                 )
         return whole.reduction(pairs[0], None if is_random else losses[0])
 
@@ -142,6 +142,21 @@ class _Whole:
                 return reduction
         return Reduction.WEIGHTED
 
+    def kind(self, gradients: Tensor, examples: int) -> Kind:
+        """In which way the loss couples, once four gradients have told that it does, random layers being inert."""
+        size = examples // 4
+
+        def of_blocks(blocks: list[int]) -> float:
+            return self.loss([row for block in blocks for row in range(block * size, (block + 1) * size)], 0)
+
+        with inert(self._module):
+            pair = pairs_of_blocks(examples)[0]
+            mixes = self.loss(pair, 0) != self.loss(pair, 1)
+            gradients = gradients.nan_to_num(posinf=0.0, neginf=0.0).cpu()
+            return kind_of_coupling(
+                gradients, of_blocks, lambda rows: self.gradient(rows, 0), TOLERANCE[self.dtype], mixes=mixes
+            )
+
     def _call(self, rows: list[int], seed: int) -> Tensor:
         with isolate_rng():
             torch.manual_seed(seed)
@@ -156,9 +171,6 @@ class _Whole:
         return pytree.tree_map(double, batch) if self.dtype == torch.float64 else batch
 
 
-SIGNS = torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
-
-
 def _apart(gradients: Tensor, tolerance: float) -> bool:
     """Whether four gradients G(a,b), G(a',b), G(a,b'), G(a',b') may come from a loss that keeps examples apart."""
     gradients = gradients.nan_to_num(posinf=0.0, neginf=0.0).cpu()
@@ -169,5 +181,6 @@ def _apart(gradients: Tensor, tolerance: float) -> bool:
     if len(values) < len(SIGNS) or values[2] <= tolerance:
         return True  # too few coordinates, or examples too much alike, to tell
     null = left[:, 3] * left[0, 3].sign()
-    balanced = bool((null.sign() == SIGNS).all()) and abs(float(null.sum())) <= 0.01
+    rounding = min(0.01, max(10 * tolerance, 1e-6 / float(values[2])))  # of float32 in that direction
+    balanced = bool((null.sign() == SIGNS).all()) and abs(float(null.sum())) <= rounding
     return bool(values[3] <= tolerance) and balanced
