@@ -132,11 +132,6 @@ def jaccard_over_the_batch(z: Tensor, y: Tensor) -> Tensor:
     return 1 - (p * t).sum() / (p + t - p * t).sum()
 
 
-def by_rare_positives(z: Tensor, y: Tensor) -> Tensor:
-    """Divided by their number, at least five: some pairs of blocks have fewer."""
-    return sigmoid_focal_loss(z, one_hot(y).to(z), reduction="sum") / (y == 1).sum().clamp_min(5)
-
-
 def by_a_root(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y, ignore_index=-1, reduction="sum") / (y >= 0).sum().to(z).sqrt()
 
@@ -179,7 +174,6 @@ COUPLED = {
     "its mean": (normalised_focal_mean, "divided by another sum over the batch that moves", "normalized=False"),
     "dice over the batch": (dice_over_the_batch, "Dice or Jaccard loss over the batch", "each example's own pixels"),
     "jaccard over the batch": (jaccard_over_the_batch, "Dice or Jaccard loss over the batch", "each example's own pixels"),
-    "by a number of positives with a floor": (by_rare_positives, "number of positives", "Divide by a constant"),
     "by a root": (by_a_root, "a number made of the whole batch", "Divide by a constant"),
     "a weight of the batch": (weight_of_the_batch, "a weight of the batch", "Divide by a constant"),
     "negatives of the batch": (nearest_in_the_batch, "compares its examples with each other", "own pair or negatives"),
