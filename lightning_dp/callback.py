@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -82,9 +82,10 @@ class DifferentialPrivacy(pl.Callback):
         static_shapes: ``True`` pads every micro-batch to ``physical_batch_size`` with rows that count in nothing, so that
             shapes do not vary with the draw. Changes speed, never the result.
         batch_axis: the axis of the batch's tensors on which the examples are, 0 for the first; or by field, as in
-            ``{"inputs": 1, "positions": None}``, where ``None`` marks a tensor that all examples share. Such a tensor
-            enters every example's gradient and must be public: the same whatever the examples are. ``"list"`` is for lists
-            with one element for each example, as of images that differ in size.
+            ``{"inputs": 1, "positions": None}``, where ``None`` marks a part that all examples share. It enters every
+            example's gradient and must be public: the same whatever the examples are. ``"list"`` is for lists with one
+            element for each example, as of images that differ in size. ``"each"`` calls ``collate_fn`` for every example
+            alone, whatever it makes: slow, and always right.
         privacy_unit: who is protected, if one person has several examples: the field with the user (``"user_id"``), a file,
             or the users themselves. Users are then drawn, and counted in ``expected_batch_size`` and ``dataset_size``.
         max_examples_per_unit: the most examples of a user in a step, chosen at random; ``None`` for 32.
@@ -120,7 +121,7 @@ class DifferentialPrivacy(pl.Callback):
         log_train_metrics: bool = True,
         public_optimizers: list[int] | None = None,
         static_shapes: bool = False,
-        batch_axis: Axis | dict[str, Axis | None] = 0,
+        batch_axis: Axis | Literal["each"] | dict[str, Axis | None] = 0,
         privacy_unit: str | list[Any] | dict[int, Any] | None = None,
         max_examples_per_unit: int | None = None,
     ) -> None:

@@ -35,6 +35,7 @@ from lightning_dp.functional.step import Accumulated, accumulate
 from lightning_dp.functional.units import Units, group
 from lightning_dp.functional.views import Views
 from lightning_dp.layerwise_trial import start_layerwise
+from lightning_dp.loading.apart import collate_each_if_needed
 from lightning_dp.loading.batch_axis import BatchAxis
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader, check_sample
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through, to_device
@@ -162,6 +163,7 @@ class PrivateStep:
             physical_batch_size=size,
             next_step=lambda: ledger.steps + self.unused_samples,
             units=self.units,
+            settle=partial(collate_each_if_needed, strategy),
         )
         self.batch_hooks = BatchHooks(strategy, self._capture, self._loader)
         if self._selection is not None:  # a loader of later epochs
@@ -201,10 +203,6 @@ class PrivateStep:
         self._tried = set(trainable(module))
         self._layers = start_layerwise(strategy, loader, self._selection, make_loss, self._with_views)
         return self._selection
-
-    def shown_to_hooks(self, sample: LogicalBatch) -> Any:
-        """What hooks and callbacks get for the batch of a step."""
-        return sample if self.batch_hooks is None else self.batch_hooks.shown(sample)
 
     def _check_examples_stay_apart(self, strategy: Strategy, loader: PoissonLoader) -> None:
         losses = of_training_step(strategy, self._capture) if self._manual is None else self._manual.losses

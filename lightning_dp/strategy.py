@@ -76,7 +76,7 @@ class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, LogicalBatch):
-            return _step(self).shown_to_hooks(batch)
+            return _shown_to_hooks(self, batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
@@ -156,7 +156,7 @@ class PrivateDDPStrategy(DDPStrategy):
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, LogicalBatch):
-            return _step(self).shown_to_hooks(batch)
+            return _shown_to_hooks(self, batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
@@ -282,7 +282,7 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, LogicalBatch):
-            return _step(self).shown_to_hooks(batch)
+            return _shown_to_hooks(self, batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
@@ -345,6 +345,12 @@ def _step(strategy: PrivateStrategy) -> PrivateStep:
             "plan. Add lightning_dp.DifferentialPrivacy(...) to Trainer(callbacks=[...]), or use a stock strategy."
         )
     return strategy.private_step
+
+
+def _shown_to_hooks(strategy: PrivateStrategy, sample: LogicalBatch) -> Any:
+    """What hooks and callbacks get for the batch of a step."""
+    hooks = _step(strategy).batch_hooks
+    return sample if hooks is None else hooks.shown(sample)
 
 
 def _forget(strategy: PrivateStrategy) -> None:

@@ -22,6 +22,28 @@ class Element:
     content: Any
 
 
+@dataclass(frozen=True)
+class Shared:
+    """Something that all examples share, because the user says so: an object, a list, a text. Nothing looks into it."""
+
+    content: Any
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A batch whose examples were collated one by one: each element holds what training_step takes for one example."""
+
+    elements: list[Element]
+
+
+pytree.register_pytree_node(
+    Apart,
+    lambda apart: ([apart.elements], None),
+    lambda parts, _: Apart(*parts),
+    flatten_with_keys_fn=lambda apart: ([(pytree.GetAttrKey("elements"), apart.elements)], None),
+)
+
+
 class BatchAxisError(ValueError):
     """A batch whose tensors do not have one row per drawn example."""
 
@@ -49,7 +71,8 @@ def check_batch_axis(batch: Any, examples: int) -> None:
     - tensors with ``examples`` rows,
     - lists and tuples of ``examples`` strings, numbers or objects (what PyTorch's default collate makes of strings), and of
       :class:`Element`,
-    - ``None`` and single strings and numbers, which all examples share and which must not depend on the data,
+    - ``None`` and single strings and numbers, which all examples share and which must not depend on the data, and
+      :class:`Shared`,
 
     in any nest of dicts, lists, tuples and named tuples, and of what :mod:`lightning_dp.functional.opened` takes apart.
 
@@ -57,46 +80,67 @@ def check_batch_axis(batch: Any, examples: int) -> None:
         >>> import torch
         >>> check_batch_axis({"image": torch.zeros(4, 3), "name": ["a", "b", "c", "d"]}, 4)
     """
-    leaves = pytree.tree_leaves_with_path(batch, is_leaf=is_list_of_values)
-    for path, leaf in leaves:
-        where = f"batch{pytree.keystr(path)}"
+    for where, leaf in unclear_parts(batch, examples):
+        if leaf is batch and holds_no_tensor(batch) and not _is_value(batch):
+            break  # texts, say
         if isinstance(leaf, Tensor):
-            if leaf.ndim == 0 or leaf.shape[0] != examples:
-                raise BatchAxisError(
-                    f"{where} has shape {tuple(leaf.shape)}: expected {examples} rows, one for each of the {examples} "
-                    "examples drawn. Let collate_fn put the examples on the first axis, one row each, or say "
-                    "where they are with DifferentialPrivacy(batch_axis=...): 1 for the second axis, 'list' for a list with one "
-                    "element for each example."
-                )
-        elif is_list_of_values(leaf):
-            if len(leaf) != examples:
-                raise BatchAxisError(
-                    f"{where} is a {type(leaf).__name__} of {len(leaf)} strings or numbers: expected {examples}, one for "
-                    f"each of the {examples} examples drawn. Let collate_fn return one each, or a tensor with one row "
-                    "each; keep constants on the module."
-                )
-        elif not (leaf is None or isinstance(leaf, _VALUES)):
             raise BatchAxisError(
-                f"{where} is of type {type(leaf).__name__}: expected tensors with {examples} rows in dicts, lists and "
-                "tuples. Nobody can tell which example a part of it belongs to; let collate_fn turn it into tensors, or "
-                "leave it out."
+                f"{where} has shape {tuple(leaf.shape)}: expected {examples} rows, one for each of the {examples} "
+                "examples drawn. Let collate_fn put the examples on the first axis, one row each, or say "
+                "where they are with DifferentialPrivacy(batch_axis=...): 1 for the second axis, 'list' for a list with one "
+                "element for each example, 'each' to have collate_fn called for every example alone."
             )
-    if not any(isinstance(leaf, Tensor) or is_list_of_elements(leaf) for _, leaf in leaves):
+        if is_list_of_values(leaf):
+            raise BatchAxisError(
+                f"{where} is a {type(leaf).__name__} of {len(leaf)} strings or numbers: expected {examples}, one for "
+                f"each of the {examples} examples drawn. Let collate_fn return one each, or a tensor with one row "
+                "each; keep constants on the module, or name them in DifferentialPrivacy(batch_axis={'name': None})."
+            )
+        raise BatchAxisError(
+            f"{where} is of type {type(leaf).__name__}: expected tensors with {examples} rows in dicts, lists and "
+            "tuples. Nobody can tell which example a part of it belongs to; let collate_fn turn it into tensors, or "
+            "leave it out. With DifferentialPrivacy(batch_axis='each') collate_fn is called for every example alone."
+        )
+    if holds_no_tensor(batch):
         raise BatchAxisError(
             f"batch={type(batch).__name__} holds no tensor: expected at least one tensor with {examples} rows. "
-            "Let the dataset or collate_fn return tensors."
+            "Let the dataset or collate_fn return tensors, or give DifferentialPrivacy(batch_axis='each')."
         )
+
+
+def unclear_parts(batch: Any, examples: int) -> list[tuple[str, Any]]:
+    """The parts of ``batch``, by their places, of which :func:`check_batch_axis` does not know whose they are."""
+    leaves = pytree.tree_leaves_with_path(batch, is_leaf=is_list_of_values)
+
+    def is_clear(leaf: Any) -> bool:
+        if isinstance(leaf, Tensor):
+            return leaf.ndim > 0 and leaf.shape[0] == examples
+        if is_list_of_values(leaf):
+            return len(leaf) == examples
+        return leaf is None or isinstance(leaf, (*_VALUES, Shared))
+
+    unclear = [(f"batch{pytree.keystr(path)}", leaf) for path, leaf in leaves if not is_clear(leaf)]
+    return unclear or ([("batch", batch)] if holds_no_tensor(batch) else [])
+
+
+def holds_no_tensor(batch: Any) -> bool:
+    """Whether there is neither a tensor nor a list of :class:`Element` in ``batch``."""
+    leaves = pytree.tree_leaves(batch, is_leaf=is_list_of_values)
+    return not any(isinstance(leaf, Tensor) or is_list_of_elements(leaf) for leaf in leaves)
 
 
 def batch_of_one(batch: Any, index: int) -> Any:
     """The ``index``-th example of ``batch`` as a batch of one: tensors keep their first axis, with length 1.
 
     A list of strings or numbers becomes a list of one; ``None`` and single strings and numbers are shared by all
-    examples. See :func:`check_batch_axis` for what a batch may hold.
+    examples. See :func:`check_batch_axis` for what a batch may hold. Tensors are copies, so that a training_step that
+    writes into its batch writes into nobody else's, and finds the example unchanged if it is run again.
     """
 
     def one(leaf: Any) -> Any:
-        return leaf[index : index + 1] if isinstance(leaf, Tensor) or is_list_of_values(leaf) else leaf
+        if isinstance(leaf, Tensor):
+            return leaf[index : index + 1].clone()
+        return leaf[index : index + 1] if is_list_of_values(leaf) else leaf
 
     return pytree.tree_map(one, batch, is_leaf=is_list_of_values)
 
@@ -157,4 +201,4 @@ def is_list_of_elements(node: Any) -> bool:
 def _is_value(item: Any) -> bool:
     if isinstance(item, _VALUES):
         return True
-    return item is not None and not isinstance(item, Tensor) and pytree.tree_is_leaf(item)
+    return item is not None and not isinstance(item, (Tensor, Shared)) and pytree.tree_is_leaf(item)

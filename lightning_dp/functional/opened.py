@@ -123,6 +123,21 @@ def close_containers(nest: Any) -> Any:
     return nest
 
 
+def own_copy(batch: Any) -> Any:
+    """A copy of a batch, or of a part of one, that can be written into without anybody else seeing it.
+
+    Raises:
+        TypeError: an object in it cannot be copied.
+    """
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        return leaf if isinstance(leaf, _PLAIN) else copy.deepcopy(leaf)
+
+    return close_containers(pytree.tree_map(copied, open_containers(batch)))
+
+
 def _is_node(nest: Any) -> bool:
     return pytree._get_node_type(nest) in pytree.SUPPORTED_NODES
 
@@ -135,6 +150,8 @@ def _places_of(container: Any) -> list[_Place] | None:
     """The parts of a container, or ``None`` if it is none."""
     if isinstance(container, (Tensor, *_PLAIN, type)):
         return None
+    if callable(getattr(type(container), "to_data_list", None)):
+        return None  # graphs joined into one: its tensors have no rows of examples
     if isinstance(container, MutableMapping):
         attributes = _attributes(container)
         inner = [name for name in attributes if not isinstance(getattr(container, name), _PLAIN) and name != "data"]

@@ -10,13 +10,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dp.checked import shown
-from lightning_dp.functional.microbatch import BatchAxisError, Element
+from lightning_dp.functional.microbatch import BatchAxisError, Element, Shared
+from lightning_dp.functional.opened import own_copy
 
 Axis = int | Literal["list"]
 """The axis of the examples, or ``"list"``: a list or tuple whose i-th element is all that belongs to the i-th example."""
 
-BatchAxis = Axis | Mapping[str, Axis | None]
-"""The axis of the examples: of all tensors, or by field (``"inputs"``, ``"inputs.mask"``, ``"0"``); ``None`` if shared."""
+BatchAxis = Axis | Literal["each"] | Mapping[str, Axis | None]
+"""The axis of the examples: of all tensors, or by field (``"inputs"``, ``"inputs.mask"``, ``"0"``); ``None`` if shared.
+
+``"each"`` has every example collated by itself, so that nothing needs to be said about the batch."""
 
 
 def check_batch_axis_argument(batch_axis: object) -> None:
@@ -27,19 +30,20 @@ def check_batch_axis_argument(batch_axis: object) -> None:
     """
     values = list(batch_axis.values()) if isinstance(batch_axis, Mapping) else [batch_axis]
     names = list(batch_axis) if isinstance(batch_axis, Mapping) else []
-    allowed = all(_is_axis(value) or (value is None and names) for value in values)
+    allowed = batch_axis == "each" or all(_is_axis(value) or (value is None and names) for value in values)
     if not allowed or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"batch_axis={shown(batch_axis)}: expected the axis of the examples, such as 1, 'list' for a list with one element for "
-            "each example, or a mapping from fields to these, such as {'inputs': 1, 'positions': None}; None marks a tensor "
-            "that all examples share."
+            "each example, or a mapping from fields to these, such as {'inputs': 1, 'positions': None}; None marks a part "
+            "that all examples share. 'each' has every example collated by itself."
         )
 
 
 def to_front(batch: Any, batch_axis: BatchAxis, *, strict: bool = True) -> Any:
     """``batch`` with every tensor's examples on its first axis, which is how all further stages see it.
 
-    A tensor that all examples share is repeated for each of them (a view, without memory). It enters every example's
+    A tensor that all examples share is repeated for each of them (a view, without memory), and any other object is marked as
+    :class:`~lightning_dp.functional.microbatch.Shared`. It enters every example's
     gradient, so it must not depend on the examples: a table of positions, class weights, a mask of the causal kind.
 
     Args:
@@ -51,8 +55,10 @@ def to_front(batch: Any, batch_axis: BatchAxis, *, strict: bool = True) -> Any:
     Raises:
         BatchAxisError: a field that is named is not there, or a tensor does not have the axis.
     """
-    if batch_axis == 0:
+    if batch_axis in (0, "each"):
         return batch
+    for name in _shared(batch_axis):
+        batch = _at(batch, tuple(name.split(".")), _marked_as_shared)
     lists = [""] if batch_axis == "list" else _lists(batch_axis)
     for name in lists:
         batch = _at(batch, tuple(name.split(".")) if name else (), partial(_elements, name=name))
@@ -91,7 +97,7 @@ def to_front(batch: Any, batch_axis: BatchAxis, *, strict: bool = True) -> Any:
 
 def as_given(batch: Any, batch_axis: BatchAxis) -> Any:
     """The inverse of :func:`to_front`, for a batch of any number of examples."""
-    if batch_axis == 0:
+    if batch_axis in (0, "each"):
         return batch
 
     def back(fields: tuple[str, ...], leaf: Any) -> Any:
@@ -99,8 +105,8 @@ def as_given(batch: Any, batch_axis: BatchAxis) -> Any:
         return leaf[0] if axis is None else leaf.movedim(0, 0 if isinstance(axis, str) else axis)
 
     def whole(fields: tuple[str, ...], leaf: Any) -> Any:
-        if isinstance(leaf, Element):
-            return leaf.content
+        if isinstance(leaf, (Element, Shared)):
+            return own_copy(leaf.content)
         return back(fields, leaf) if isinstance(leaf, Tensor) else leaf
 
     return _map(whole, batch)
@@ -135,6 +141,20 @@ def _names(name: str, fields: tuple[str, ...]) -> bool:
 
 def _lists(batch_axis: BatchAxis) -> list[str]:
     return [name for name, axis in batch_axis.items() if axis == "list"] if isinstance(batch_axis, Mapping) else []
+
+
+def _shared(batch_axis: BatchAxis) -> list[str]:
+    return [name for name, axis in batch_axis.items() if axis is None] if isinstance(batch_axis, Mapping) else []
+
+
+def _marked_as_shared(node: Any) -> Any:
+    """What is not a tensor, marked. Tensors are repeated for each example instead, as engines expect."""
+    if isinstance(node, (Tensor, Shared)):
+        return node
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node)):
+        return Shared(node)
+    children, structure = pytree.tree_flatten(node, is_leaf=lambda inner: inner is not node)
+    return pytree.tree_unflatten([_marked_as_shared(child) for child in children], structure)
 
 
 def _at(node: Any, names: tuple[str, ...], change: Callable[[Any], Any]) -> Any:

@@ -20,6 +20,7 @@ from lightning_dp.functional.keystream import Keystream
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import cut, exact_poisson_sample, poisson_sample, rank_slice
 from lightning_dp.functional.units import Piece, Units, pieces
+from lightning_dp.loading.collate import Collate
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.loading.reading import order, read, record, together
 from lightning_dp.plan import PrivacyPlan
@@ -79,6 +80,7 @@ class PoissonLoader:
         physical_batch_size: the most examples in a micro-batch. Changes memory and nothing else.
         next_step: says the number of the next step when an epoch begins (how many the ledger has charged).
         units: whose each example is: users are drawn in the place of examples. ``None`` if each is a unit of its own.
+        settle: called with this loader once, before anything is read: may set ``collate_fn.each``.
 
     Attributes:
         waited: seconds for which the loop has waited for micro-batches so far. **Private**, as the sizes of draws are.
@@ -95,9 +97,11 @@ class PoissonLoader:
         physical_batch_size: int,
         next_step: Callable[[], int],
         units: Units | None = None,
+        settle: Callable[[PoissonLoader], None] | None = None,
     ) -> None:
         self.dataset = loader.dataset
-        self.collate_fn = loader.collate_fn
+        self.collate_fn = Collate(loader.collate_fn)
+        self._settle = settle
         self.plan = plan
         self.physical_batch_size = physical_batch_size
         self.waited = 0.0
@@ -109,7 +113,7 @@ class PoissonLoader:
         self.units = units
         self._draws = _Draws(loader.dataset, plan, key, rank, world_size, units)
         self._schedule = _Schedule(self._draws, physical_batch_size)
-        self._micro_batch_loader = _rebuild(loader, self._schedule)
+        self._micro_batch_loader = _rebuild(loader, self._schedule, self.collate_fn)
 
     def __len__(self) -> int:
         return self._epoch
@@ -121,6 +125,7 @@ class PoissonLoader:
                 "since the ranks compare their data once for each loader. Return a new loader from train_dataloader, with "
                 "Trainer(reload_dataloaders_every_n_epochs=1)."
             )
+        self.settle()
         first = self._next_step()
         source, self._source = self._source, None
         if source is None or not source.goes_on(first, self.physical_batch_size):
@@ -161,8 +166,19 @@ class PoissonLoader:
             reading.go_on_as(self._start(reading.step))
             self._open = reading
 
+    def settle(self) -> None:
+        """Decide how batches are collated, once."""
+        settle, self._settle = self._settle, None
+        if settle is not None:
+            settle(self)
+
+    def first_records(self, count: int) -> list[Any]:
+        """The dataset's first ``count`` examples (fewer if it is smaller), for :meth:`collated`."""
+        return [record(self.dataset, int(index)) for index in self._readable[:count]]
+
     def first_examples(self, count: int) -> tuple[Any, int]:
         """The dataset's first ``count`` examples (fewer if it is smaller), collated: for trying an engine out."""
+        self.settle()
         indices = self._readable[:count]
         return self.collate_fn(read(self.dataset, indices)), len(indices)
 
@@ -306,7 +322,7 @@ class _MicroBatchSource:
         self._draws.forget(before=step + 1)
 
 
-def _rebuild(loader: DataLoader[Any], schedule: _Schedule) -> DataLoader[Any]:
+def _rebuild(loader: DataLoader[Any], schedule: _Schedule, collate: Collate) -> DataLoader[Any]:
     """The user's loader with all its settings but the sampling."""
     worker_init = loader.worker_init_fn
     if worker_init is None and loader.num_workers > 0 and int(os.environ.get("PL_SEED_WORKERS", 0)):
@@ -315,7 +331,7 @@ def _rebuild(loader: DataLoader[Any], schedule: _Schedule) -> DataLoader[Any]:
         loader.dataset,
         batch_sampler=schedule,
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        collate_fn=collate,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
         worker_init_fn=worker_init,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.functional.microbatch import Element
+from lightning_dp.functional.microbatch import Element, Shared
 from lightning_dp.functional.opened import close_containers, open_containers
 
 
@@ -22,7 +22,7 @@ def without_content(batch: Any, otherwise: Callable[[Any], Any] | None = None) -
     """``batch`` with its content gone: zeros for numbers, ``True`` for truth values, ``""`` for texts.
 
     Nothing but structure, shapes, types and device are left of the examples. (Truth values are nearly always masks, and a
-    mask that hides everything makes attention divide by zero.)
+    mask that hides everything makes attention divide by zero.) What all examples share by ``batch_axis`` is public and stays.
 
     Args:
         batch: any nest of tensors, numbers and texts.
@@ -39,18 +39,13 @@ def without_content(batch: Any, otherwise: Callable[[Any], Any] | None = None) -
     def emptied(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return torch.ones_like(leaf) if leaf.dtype == torch.bool else torch.zeros_like(leaf)
-        if leaf is None:
+        if leaf is None or isinstance(leaf, Shared):
             return leaf
         if type(leaf) in _EMPTY:
             return _EMPTY[type(leaf)]
         if isinstance(leaf, Element):
             return Element(close_containers(without_content(open_containers(leaf.content), otherwise)))
-        if otherwise is not None:
-            return otherwise(leaf)
-        raise TypeError(
-            f"a batch holds a {type(leaf).__name__}: expected tensors, numbers and texts in dicts, lists and tuples. Its "
-            "content could not be kept from a step that must not see it; let collate_fn turn it into tensors."
-        )
+        return emptied_or_refused(leaf, strictly=True) if otherwise is None else otherwise(leaf)
 
     return pytree.tree_map(emptied, batch)
 
@@ -97,6 +92,21 @@ def emptied_object(given: Any) -> Any:
     return emptied if found.tensors else Withheld(f"a {type(given).__name__}")
 
 
+def emptied_or_refused(given: Any, strictly: bool = False) -> Any:
+    """:func:`emptied_object` of an object that can be emptied, and with ``strictly`` of none.
+
+    Raises:
+        TypeError: it cannot be, or may not.
+    """
+    emptied = Withheld("") if strictly else emptied_object(given)
+    if isinstance(emptied, Withheld):
+        raise TypeError(
+            f"a batch holds a {type(given).__name__}: expected tensors, numbers and texts in dicts, lists and tuples. Its "
+            "content could not be kept from a step that must not see it; let collate_fn turn it into tensors."
+        )
+    return emptied
+
+
 class _Emptier:
     """Walks through what an object holds and empties it in place."""
 
@@ -141,7 +151,7 @@ class _Emptier:
 
 _HARMLESS = (
     type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, enum.Enum, weakref.ref,
-    torch.dtype, torch.device, torch.Size,
+    torch.dtype, torch.device, torch.Size, Shared,
 )  # fmt: skip
 
 

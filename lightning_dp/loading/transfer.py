@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 
 from lightning_dp.functional.instead import Instead
-from lightning_dp.functional.opened import close_containers, open_containers
+from lightning_dp.functional.microbatch import Apart, BatchAxisError, Element
+from lightning_dp.functional.opened import close_containers, open_containers, own_copy
 from lightning_dp.loading.batch_axis import BatchAxis, as_given, to_front
 from lightning_dp.loading.loader import LogicalBatch
 
@@ -28,14 +29,21 @@ def to_device(strategy: Strategy, batch: Any) -> Any:
             ``on_before_batch_transfer``, ``transfer_batch_to_device`` and ``on_after_batch_transfer`` are used.
         batch: a collated micro-batch.
     """
+    hooks: Any = getattr(getattr(strategy, "private_step", None), "batch_hooks", None)
+    if isinstance(batch, Apart):
+        moved = [_moved(strategy, element.content) for element in batch.elements]
+        return Apart([Element(one if hooks is None else hooks.applied_to_one(one)) for one in moved])
+    batch = to_front(open_containers(_moved(strategy, batch)), batch_axis_of(strategy))
+    return batch if hooks is None else hooks.applied(batch)
+
+
+def _moved(strategy: Strategy, batch: Any) -> Any:
+    """A batch after what Lightning does to it between loader and training_step."""
     module = strategy.lightning_module
     assert module is not None
     batch = strategy.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
-    batch = to_front(open_containers(batch), batch_axis_of(strategy))
-    hooks: Any = getattr(getattr(strategy, "private_step", None), "batch_hooks", None)
-    return batch if hooks is None else hooks.applied(batch)
+    return module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
 
 
 def batch_axis_of(strategy: Strategy) -> BatchAxis:
@@ -46,6 +54,12 @@ def batch_axis_of(strategy: Strategy) -> BatchAxis:
 
 def as_training_step_takes_it(strategy: Strategy, batch: Any) -> Any:
     """A batch, or one example of it, as it was before :func:`to_device` rearranged it for the stages between."""
+    if isinstance(batch, Apart):
+        if len(batch.elements) != 1:
+            raise BatchAxisError(
+                f"{len(batch.elements)} examples that were collated one by one: expected one. They cannot be put together to a batch."
+            )
+        return own_copy(batch.elements[0].content)
     return close_containers(as_given(batch, batch_axis_of(strategy)))
 
 

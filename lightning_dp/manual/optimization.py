@@ -26,7 +26,7 @@ from lightning_dp.functional.parameter_hooks import put_gradient
 from lightning_dp.functional.real_parts import as_given
 from lightning_dp.functional.step import Accumulated
 from lightning_dp.functional.views import Views
-from lightning_dp.loading.placeholder import without_content
+from lightning_dp.loading.placeholder import emptied_or_refused, without_content
 from lightning_dp.loading.reading import record, together
 from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
 from lightning_dp.manual.commands import Commands, intercepted
@@ -144,7 +144,10 @@ class ManualOptimization:
         collate: Any = loader.collate_fn
         first = record(loader.dataset, 0)
 
-        def batch_of(rows: int, emptied: Callable[[Any], Any] = without_content) -> Any:
+        def stand_in(batch: Any) -> Any:
+            return without_content(batch) if self._public else without_content(batch, emptied_or_refused)
+
+        def batch_of(rows: int, emptied: Callable[[Any], Any] = stand_in) -> Any:
             return as_training_step_takes_it(
                 self._strategy, emptied(to_device(self._strategy, collate(together(loader.dataset, [first] * rows))))
             )

@@ -96,7 +96,7 @@ def _reductions(
     losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]],
     views: Views | None,
 ) -> list[Reduction]:
-    if loader.physical_batch_size == 1:
+    if loader.physical_batch_size == 1 or loader.collate_fn.each:
         return []
     module = module_of(strategy)
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph

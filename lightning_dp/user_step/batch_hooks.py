@@ -62,11 +62,10 @@ class BatchHooks:
 
     def __init__(self, strategy: Strategy, capture: StepCapture, loader: PoissonLoader) -> None:
         self._strategy, self._capture = strategy, capture
-        self._hook_batch = HookBatch(
-            lambda: to_device(strategy, loader.first_examples(1)[0]), partial(as_training_step_takes_it, strategy)
-        )
+        self._loader = loader
+        self._hook_batch = HookBatch(self._first_example, partial(as_training_step_takes_it, strategy))
         self._seen_to_write: list[Any] = []
-        self._active: list[_Hook] = []
+        self._active: list[_Hook] | None = None
 
     @property
     def sample(self) -> LogicalBatch | None:
@@ -75,7 +74,7 @@ class BatchHooks:
 
     def shown(self, sample: LogicalBatch) -> Any:
         """What hooks get for this sample."""
-        self._active = []
+        self._active = None
         return self._hook_batch.instead_of(sample)
 
     def sample_behind(self, batch: Any) -> Any:
@@ -110,21 +109,43 @@ class BatchHooks:
     def applied(self, batch: Any) -> Any:
         """A micro-batch on the device after the hooks of the step under way have changed each of its examples."""
         counts = {len(leaf) for leaf in pytree.tree_leaves(batch, is_leaf=is_list_of_values) if _has_rows(leaf)}
-        if not self._active or len(counts) != 1:  # whose is what is unclear, and is refused later
+        hooks = self._to_be_run()
+        if not hooks or len(counts) != 1:  # whose is what is unclear, and is refused later
             return batch
         ones = []
         for index in range(counts.pop()):
             one = as_training_step_takes_it(self._strategy, batch_of_one(batch, index))
-            self._run(self._active, one)
+            self._run(hooks, one)
             ones.append(to_front(open_containers(one), batch_axis_of(self._strategy)))
-        return _together(ones, self._active[0].name)
+        return _together(ones, hooks[0].name)
+
+    def applied_to_one(self, batch: Any) -> Any:
+        """A batch of one example, as training_step takes it, after the hooks have changed it."""
+        self._run(self._to_be_run(), batch)
+        return batch
+
+    def _to_be_run(self) -> list[_Hook]:
+        """The hooks that change examples: before the first step, when engines are tried, those that do by their source."""
+        if self._active is None:
+            self._active = self._those_that_write(list(_hooks(module_of(self._strategy))))
+        return self._active
+
+    def _first_example(self) -> Any:
+        """The first example as hooks find it: not changed by them yet."""
+        before, self._active = self._active, []
+        try:
+            return to_device(self._strategy, self._loader.first_examples(1)[0])
+        finally:
+            self._active = before
 
     def _those_that_write(self, hooks: list[_Hook]) -> list[_Hook]:
         return [hook for hook in hooks if hook.writes or any(hook.owner is owner for owner in self._seen_to_write)]
 
     def _run(self, hooks: list[_Hook], batch: Any) -> None:
+        if not hooks:
+            return
         module = module_of(self._strategy)
-        number = module.trainer.fit_loop.epoch_loop.batch_idx
+        number = max(0, module.trainer.fit_loop.epoch_loop.batch_idx)
         with self._capture.listening(), attributes_put_back(module, report=False):
             for hook in hooks:
                 with _owner_put_back(hook):

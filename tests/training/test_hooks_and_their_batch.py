@@ -210,7 +210,7 @@ def test_a_hook_cannot_mix_examples() -> None:
         from lightning_dp.functional.opened import close_containers, open_containers
 
         whole = close_containers(batch)
-        self._run(self._active, whole)
+        self._run(self._to_be_run(), whole)
         return open_containers(whole)
 
     with caught(patched((BatchHooks, "applied", on_the_whole))):

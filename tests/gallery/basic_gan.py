@@ -1,0 +1,57 @@
+"""Lightning's basic GAN: images are made once, and used after the generator's step too; both optimizers are private."""
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp import DifferentialPrivacy
+from tests.gallery.frame import BRIEF
+
+
+class GAN(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 64), nn.Tanh())
+        self.discriminator = nn.Sequential(nn.Linear(64, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
+
+    def adversarial_loss(self, images, real):
+        scores = self.discriminator(images.flatten(1))
+        return nn.functional.binary_cross_entropy_with_logits(scores, torch.full_like(scores, real))
+
+    def training_step(self, batch, batch_idx):
+        (images,) = batch
+        generator, discriminator = self.optimizers()
+        z = torch.randn(len(images), 8).type_as(images)
+
+        self.toggle_optimizer(generator)
+        self.generated_images = self.generator(z)
+        g_loss = self.adversarial_loss(self.generated_images, 1.0)
+        self.log("g_loss", g_loss, prog_bar=True)
+        self.manual_backward(g_loss)
+        generator.step()
+        generator.zero_grad()
+        self.untoggle_optimizer(generator)
+
+        self.toggle_optimizer(discriminator)
+        real_loss = self.adversarial_loss(images, 1.0)
+        fake_loss = self.adversarial_loss(self.generated_images.detach(), 0.0)
+        d_loss = (real_loss + fake_loss) / 2
+        self.log("d_loss", d_loss, prog_bar=True)
+        self.manual_backward(d_loss)
+        discriminator.step()
+        discriminator.zero_grad()
+        self.untoggle_optimizer(discriminator)
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), lr=2e-4) for part in (self.generator, self.discriminator)]
+
+
+data = TensorDataset(torch.rand(32, 1, 8, 8))
+trainer = L.Trainer(
+    max_steps=4,
+    callbacks=[DifferentialPrivacy(noise_multiplier=1.0)],
+    **BRIEF,
+)
+trainer.fit(GAN(), DataLoader(data, batch_size=8))
