@@ -18,7 +18,7 @@ from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.plain import check_nothing_is_lost
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.functional.gradient import Engine, LossFunction
-from lightning_dp.functional.microbatch import Apart, batch_of_one, check_batch_axis
+from lightning_dp.functional.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
 from lightning_dp.functional.opened import open_containers
 from lightning_dp.functional.real_parts import in_real_parts
 from lightning_dp.functional.units import of_two
@@ -128,9 +128,15 @@ def trial_batch(strategy: Strategy, loader: PoissonLoader, with_views: WithViews
 
     Raises:
         PreflightError: a hook or transform mixes the examples.
+        BatchAxisError: views are wanted of examples that are collated one by one.
     """
     raw_batch, examples = loader.first_examples(min(TRIAL_EXAMPLES, most))
     if isinstance(raw_batch, Apart):  # nothing between dataset and training_step sees two examples
+        if with_views is not None:
+            raise BatchAxisError(
+                "AugmentationMultiplicity with examples that are collated one by one: expected a batch with one row for each "
+                "example, of which views can be made. Let collate_fn return tensors with rows, or leave it out."
+            )
         return to_device(strategy, raw_batch), examples
     axis = batch_axis_of(strategy)
     batch = to_front(open_containers(raw_batch), axis, strict=False)

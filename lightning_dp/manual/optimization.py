@@ -307,7 +307,8 @@ class ManualOptimization:
                 self._average_over_ranks(live, place)
             else:
                 self._put_private_gradient(live, place)
-            live.values.about_to_step(optimizer)
+            if len(self._strategy.optimizers) > 1:  # else nothing comes after the one step
+                live.values.about_to_step(optimizer)
             live.step += 1
             live.losses.clear()
             return outcome

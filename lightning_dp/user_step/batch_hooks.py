@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -175,6 +175,15 @@ def writes_into_argument(function: Callable[..., Any], position: int) -> bool:
     A second look beside what happens to the placeholder, for changes that depend on the content (``if image.max() > 1``).
     Where there is no source the answer is no.
     """
+    plain = getattr(function, "__func__", function)
+    try:
+        return _writes(plain, position + (plain is not function))
+    except TypeError:  # a callable object that cannot be kept
+        return False
+
+
+@lru_cache(maxsize=64)  # asked at every step
+def _writes(function: Callable[..., Any], position: int) -> bool:
     try:
         name = list(inspect.signature(function).parameters)[position]
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_dp import DifferentialPrivacy
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
 from lightning_dp.functional.microbatch import BatchAxisError
 from lightning_dp.loading.batch_axis import to_front
 from tests.conftest import Regressor, trainer, weights
@@ -235,6 +235,15 @@ def test_users_with_several_examples_are_refused_by_name() -> None:
     owners = [index // 3 for index in range(COUNT)]
     with pytest.raises(BatchAxisError, match=r"a user brings up to \d+ examples: expected.*max_examples_per_unit=1"):
         fitted(made(WithIndex), records(pair), own_index, expected=3, privacy_unit=owners)
+
+
+def test_no_views_are_made_of_what_has_no_rows() -> None:
+    module, private = made(OnGraphs), DifferentialPrivacy(noise_multiplier=1.0)
+    with pytest.raises(BatchAxisError, match=r"AugmentationMultiplicity with examples that are collated one by one"):
+        trainer(private, AugmentationMultiplicity(2), max_steps=1).fit(
+            module,
+            DataLoader(records(graph), batch_size=3, collate_fn=Graphs.from_data_list),  # type: ignore[arg-type]
+        )
 
 
 class Tokenizer:

@@ -87,7 +87,7 @@ def test_a_custom_sampler_under_ddp_is_found_inside_lightnings_wrapper() -> None
 
 
 def test_a_batch_larger_than_the_data() -> None:
-    refused(ValueError, "expected_batch_size=100", "dataset_size=64", data=loader(batch_size=100))
+    refused(ValueError, "batch_size=100", "64 examples", "expected_batch_size=64", data=loader(batch_size=100))
 
 
 def test_an_epsilon_without_an_end() -> None:
