@@ -28,8 +28,9 @@ from lightning_dp.planning import agreed_plan, check_batch_after_resume, check_p
 from lightning_dp.privacy_unit import unit_from
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.records.checkpoint import Past, lost_since, of_a_copy, past_of, sealed, unsealed, with_lost_steps
+from lightning_dp.records.course import facts_of
 from lightning_dp.records.journal import Journal
-from lightning_dp.records.lost_steps import Places, places, uncounted_strangers
+from lightning_dp.records.lost_steps import Places, caveats, places
 from lightning_dp.records.report import Report
 from lightning_dp.records.spawned import ToParent, forget, from_child, in_a_child, register
 from lightning_dp.records.witness import Witness
@@ -151,9 +152,8 @@ class DifferentialPrivacy(pl.Callback):
         self._journal: Journal | None = None
         self._world_size: int | None = None
         self._at_start = Progress()
-        self._steps_at_start = 0
-        self._planned = self._begun = False
-        self._unused_samples = 0
+        self._planned, self._begun, self._facts = False, False, ""
+        self._steps_at_start = self._unused_samples = 0
         self._sigma: float | None = None  # of the run simulated, if it is a simulation
         self._address = register(self)
         self._to_parent: ToParent | None = None
@@ -259,8 +259,8 @@ class DifferentialPrivacy(pl.Callback):
         self._begun = True
         self._report.open(trainer)
         if trainer.is_global_zero:
-            past = None if self._past is None else self._past.lineage
-            self._journal = Journal(self._report.folder, self._ledger.numbers, past)
+            past = self._past and self._past.lineage
+            self._journal = Journal(self._report.folder, self._ledger.numbers, past, self._facts)
         if in_a_child(trainer) and trainer.local_rank == 0:
             now = self._now()
             assert now is not None
@@ -336,9 +336,9 @@ class DifferentialPrivacy(pl.Callback):
     def _plan(self, trainer: pl.Trainer, strategy: PrivateStrategy, loader: DataLoader[Any]) -> Ledger:
         where = Places() if self._planned else places(trainer, trainer.ckpt_path)
         if not self._planned:
-            past = self._past
-            lost = on_rank_zero(strategy, lambda: lost_since(past, where))
-            self._past = None if past is None else with_lost_steps(past, lost)
+            self._facts = facts = "" if self.seed is None else facts_of(trainer, self.automatic_gamma, self.batch_axis)
+            lost = on_rank_zero(strategy, lambda: lost_since(self._past, where, facts))
+            self._past = None if self._past is None else with_lost_steps(self._past, lost)
         spent = None if self._past is None else self._past.ledger
         plan = agreed_plan(
             strategy,
@@ -369,8 +369,8 @@ class DifferentialPrivacy(pl.Callback):
         ledger = self._ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
         self._steps_at_start = ledger.steps
         lineage = None if self._past is None else self._past.lineage
-        notes = () if self._past is None else self._past.notes
-        notes += on_rank_zero(strategy, lambda: uncounted_strangers(lineage, ledger.numbers, where))
+        ledger.course = "" if lineage is None else lineage.course
+        notes = on_rank_zero(strategy, lambda: caveats(lineage, ledger.numbers, where, self.seed is not None))
         self._report = Report(ledger, "secret" if self.seed is None else "reproducible", notes)
         if strategy.private_step is not None:
             strategy.private_step.unused_samples = self._unused_samples  # a resumed run goes on behind them

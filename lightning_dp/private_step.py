@@ -339,7 +339,7 @@ class PrivateStep:
         strategy.pre_backward(closure_loss)
         strategy.precision_plugin.pre_backward(closure_loss, module)
         reshard(module)  # a hook that called the module has left a part of it whole
-        gradient = self.released(strategy, ledger.steps, total.gradient)
+        gradient = self.released(strategy, ledger.steps + self.unused_samples, total.gradient)
         for name, parameter in trainable(module).items():
             put_gradient(parameter, as_given(gradient[name], parameter))
         closure_loss = strategy.precision_plugin.post_backward(closure_loss, module)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from decimal import ROUND_CEILING, Decimal
 
-from lightning_dp.accounting.epsilon import epsilon_bound
+from lightning_dp.accounting.epsilon import MOST_MECHANISMS, epsilon_bound, few, pool
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.prv import EPSILON_ERROR, PrvFailureError, PrvGrid
 from lightning_dp.accounting.rdp import rdp_epsilon
@@ -62,7 +62,7 @@ def noise_multiplier_for(
     check_sampling_probability(sampling_probability)
     if whole("steps", steps, high=MOST_STEPS) < 1:
         raise ValueError(f"steps={steps}: expected at least 1 step to calibrate the noise for.")
-    search = _Search(epsilon, delta, sampling_probability, steps, tuple(p for p in history if p.steps))
+    search = _Search(epsilon, delta, sampling_probability, steps, few(pool(history), MOST_MECHANISMS - 1))
     search.check_reachable()
     holds = search.by_rdp()
     return search.confirm(search.by_coarse_prv(holds), holds)

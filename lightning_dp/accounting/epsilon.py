@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from scipy.optimize import brentq
@@ -32,6 +32,8 @@ __all__ = [
 ]
 
 _FIRST_CAPACITY = 1024
+MOST_MECHANISMS = 32
+"""Phases of different σ or q that are composed one by one; of more than these, neighbours are put together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,9 @@ def epsilon_bound(phases: Sequence[Phase], delta: float) -> EpsilonBound:
     = 1.
     """
     check_delta(delta)
-    return _bound_of(_pool(phases), delta)
+    pooled = pool(phases)
+    bound = _bound_of(few(pooled), delta)
+    return bound if len(pooled) <= MOST_MECHANISMS else replace(bound, note=_together(bound.note, len(pooled)))
 
 
 @lru_cache(maxsize=256)
@@ -160,7 +164,9 @@ class EpsilonCurve:
         check_delta(delta)
         current = Phase(noise_multiplier, sampling_probability, max_steps or 0)
         self._sigma, self._q, self._delta = noise_multiplier, sampling_probability, delta
-        pooled = _pool(history)
+        pooled = pool(history)
+        self._put_together = len(pooled) if len(pooled) > MOST_MECHANISMS else 0
+        pooled = few(pooled)
         self._history = tuple(
             p for p in pooled if (p.noise_multiplier, p.sampling_probability) != (self._sigma, self._q)
         )
@@ -182,6 +188,8 @@ class EpsilonCurve:
             raise ValueError(f"steps={steps}: expected a non-negative number of steps after the history.")
         if steps not in self._known:
             bound = self._between_neighbours(steps, self._fresh(current))
+            if self._put_together:
+                bound = replace(bound, note=_together(bound.note, self._put_together))
             self._known[steps] = bound
             bisect.insort(self._known_steps, steps)
         return self._known[steps]
@@ -239,7 +247,7 @@ class EpsilonCurve:
         raise PrvFailureError(self._failures[steps])
 
 
-def _pool(phases: Iterable[Phase]) -> tuple[Phase, ...]:
+def pool(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     """Add up the steps of equal mechanisms: composition does not depend on the order."""
     steps: dict[tuple[float, float], int] = {}
     for phase in phases:
@@ -247,3 +255,34 @@ def _pool(phases: Iterable[Phase]) -> tuple[Phase, ...]:
             key = (phase.noise_multiplier, phase.sampling_probability)
             steps[key] = steps.get(key, 0) + phase.steps
     return tuple(Phase(sigma, q, count) for (sigma, q), count in steps.items())
+
+
+def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, ...]:
+    """At most ``most`` phases that lose no less privacy than the given ones, so that work is bounded.
+
+    Phases next to each other in σ are put together with the smallest σ and the largest q among them. Less noise only adds
+    to the loss (the noise that is missing could be added afterwards), and so does a larger q (a sample of probability
+    q' < q is a sample of one of probability q, and convexity of the hockey-stick divergence does the rest).
+
+    Example:
+        >>> len(few(tuple(Phase(1.0 + i / 1000, 0.1, 1) for i in range(3000)))) <= MOST_MECHANISMS
+        True
+    """
+    if len(pooled) <= most:
+        return pooled
+    ordered = sorted(pooled, key=lambda phase: (phase.noise_multiplier, phase.sampling_probability))
+    size = math.ceil(len(ordered) / most)
+    groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return pool(
+        Phase(
+            min(phase.noise_multiplier for phase in group),
+            max(phase.sampling_probability for phase in group),
+            sum(phase.steps for phase in group),
+        )
+        for group in groups
+    )
+
+
+def _together(note: str | None, number: int) -> str:
+    said = f"{number} phases of other numbers were put together, each with more noise than it is accounted for, to bound ε in time"
+    return said if note is None or note == said else f"{note}; {said}" if said not in note else note

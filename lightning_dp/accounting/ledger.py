@@ -19,6 +19,8 @@ from lightning_dp.plan import PrivacyPlan
 STATE_VERSION = 2
 MOST_STEPS = 10**9
 """No count of affordable steps exceeds this."""
+MOST_ENTRIES = 10_000
+"""More stretches of steps than any training has: reading a ledger takes a bounded time."""
 
 
 class BudgetExceededError(RuntimeError):
@@ -62,6 +64,7 @@ class Ledger:
         self._past: tuple[Entry, ...] = ()
         self._charged = 0
         self.witness: Callable[[int], None] | None = None
+        self.course = ""
         self._start()
 
     def _start(self) -> None:
@@ -121,11 +124,14 @@ class Ledger:
 
     @property
     def changed(self) -> str:
-        """Empty if all steps so far were under the current plan's numbers; otherwise after how many they became these."""
+        """Empty if all steps so far were under the current plan's numbers; otherwise after how many they became these.
+
+        :attr:`course` is a part of it: what else has changed.
+        """
         current, before = Entry.of(self._plan, 0), list(self._past)
         while before and replace(before[-1], steps=0) == current:
             before.pop()
-        return f"{sum(entry.steps for entry in before)}: {current}" if before else ""
+        return (f"{sum(entry.steps for entry in before)}: {current}" if before else "") + self.course
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -260,6 +266,8 @@ class Ledger:
         phases = state.get("phases")
         if not isinstance(phases, list):
             raise ValueError(f"phases={shown(phases)} in the ledger's state: expected a list. {REMEDY}")
+        if len(phases) > MOST_ENTRIES:
+            raise ValueError(f"{len(phases)} phases in the ledger's state: expected at most {MOST_ENTRIES}. {REMEDY}")
         past = merge_entries(map(Entry.read, phases))
         check_one_unit(past, self._plan.unit)
         self._past = past

@@ -24,6 +24,7 @@ _ACCOUNTANTS = {
 _FLOATING = "Gaussian noise in floating point"
 
 _COMPOSED = "composed of "
+_MOST_LISTED = 32
 
 _KNOWN_SEED = (
     "noise and sampling were derived from a chosen seed so that the run can be repeated: whoever knows or "
@@ -114,7 +115,7 @@ class Statement:
         if randomness == "reproducible":
             found.append(_KNOWN_SEED)
         if len(phases) > 1 or (phases and not _is_current(phases[-1], ledger)):
-            found.append(f"{_COMPOSED}{_count(len(phases), 'phase')}: " + "; ".join(map(_describe, phases)))
+            found.append(f"{_COMPOSED}{_count(len(phases), 'phase')}: " + _list(phases))
         found.extend(ledger.notes)
         if bound.note is not None:
             found.append(bound.note)
@@ -189,6 +190,11 @@ def _noise(resolution: int | None, clip_norm: float) -> str:
 def _is_current(phase: Phase, ledger: Ledger) -> bool:
     plan = ledger.plan
     return same_mechanism(phase, Phase(plan.noise_multiplier, plan.sampling_probability, 0))
+
+
+def _list(phases: Sequence[Phase]) -> str:
+    more = f"; and {len(phases) - _MOST_LISTED} more" if len(phases) > _MOST_LISTED else ""
+    return "; ".join(map(_describe, phases[:_MOST_LISTED])) + more
 
 
 def _describe(phase: Phase) -> str:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.preflight import PreflightError
+from lightning_dp.records.course import course_of
 from lightning_dp.records.lineage import Lineage
 from lightning_dp.records.lost_steps import Places, count_lost
 from lightning_dp.records.sharded_checkpoint import check_sharded_checkpoint, is_sharded
@@ -121,19 +122,23 @@ def past_of(checkpoint: Mapping[str, Any], key: str) -> Past:
     return past
 
 
-def lost_since(past: Past | None, where: Places) -> tuple[list[dict[str, Any]], Lineage | None]:
+def lost_since(past: Past | None, where: Places, facts: str = "") -> tuple[list[dict[str, Any]], Lineage | None]:
     """The steps of this training that the checkpoint does not hold, as phases, and the lineage that counts them.
 
     Args:
         past: of the checkpoint, or of the fit before in this process, if there was any.
         where: to look for journals.
+        facts: what is seen of the gradients to come, see :mod:`lightning_dp.records.course`.
 
     Raises:
         JournalError: a journal was edited or damaged.
     """
     if past is None or past.lineage is None:
         return [], None
-    return count_lost(past.lineage, where, resumed=past.resumed)
+    phases, lineage = count_lost(past.lineage, where, resumed=past.resumed)
+    steps = sum(lineage.counted.values())
+    course = course_of(past.lineage, lost=bool(phases), steps=steps, facts=facts)
+    return phases, replace(lineage, course=course, facts=facts)
 
 
 def with_lost_steps(past: Past, lost: tuple[list[dict[str, Any]], Lineage | None]) -> Past:

@@ -38,6 +38,7 @@ class Journal:
         folder: the Trainer's own, where the journal is or will be, or ``None`` to keep none (``fast_dev_run``).
         phase: the public numbers of this fit's steps, as the ledger writes them.
         past: the lineage of the checkpoint that is resumed, if any.
+        facts: of a first fit, see :mod:`lightning_dp.records.course`.
 
     Raises:
         JournalError: the file cannot be written, or what is in its place is no journal.
@@ -55,10 +56,12 @@ class Journal:
         [{'noise_multiplier': 1.0, 'steps': 3}]
     """
 
-    def __init__(self, folder: Path | None, phase: Mapping[str, Any], past: Lineage | None = None) -> None:
+    def __init__(
+        self, folder: Path | None, phase: Mapping[str, Any], past: Lineage | None = None, facts: str = ""
+    ) -> None:
         self.name = secrets.token_hex(8)
         self._file = None if folder is None else folder.absolute() / FILE_NAME
-        self._past = past or Lineage(self.name, str(self._file or ""))
+        self._past = past or Lineage(self.name, str(self._file or ""), facts=facts)
         origin = None
         if past is not None:
             origin = {"fit": past.last, "steps": past.counted.get(past.last, 0), "head": past.heads.get(past.last, "")}

@@ -39,7 +39,7 @@ class Lineage:
         proved: whether the journals that were found were whole, and went on from what the checkpoint knew.
         resumed: whether a checkpoint was resumed.
         course: what makes the randomness after a resume another than it would have been without, see
-            :func:`lightning_dp.records.course.course_of`.
+            :mod:`lightning_dp.records.course`.
         facts: digest of what can be seen of the mechanism beside the ledger's numbers.
         beside: name of a fit that went another way and took all the steps it had planned → how many of these are not counted.
     """

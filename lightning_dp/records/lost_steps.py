@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_dp.records.course import CAVEAT
 from lightning_dp.records.journal_line import FILE_NAME, JournalError, Line, Lines, read_lines
 from lightning_dp.records.lineage import Lineage
 from lightning_dp.records.run_folder import journal_folder
@@ -118,6 +119,21 @@ def count_lost(lineage: Lineage, where: Places, *, resumed: bool = True) -> tupl
         resumed=True,
         beside=beside,
     )
+
+
+def caveats(lineage: Lineage | None, phase: dict[str, Any], where: Places, seeded: bool) -> tuple[str, ...]:
+    """What a reader of the statement has to know of other fits.
+
+    Args:
+        lineage: of the training that goes on, if one does.
+        phase: the public numbers of the steps to come.
+        where: to look for journals.
+        seeded: whether the randomness comes from a seed.
+    """
+    if lineage is None:
+        return uncounted_strangers(None, phase, where)
+    same_noise = (CAVEAT,) if seeded and lineage.resumed else ()
+    return (*lineage.notes, *same_noise, *uncounted_strangers(lineage, phase, where))
 
 
 def uncounted_strangers(lineage: Lineage | None, phase: dict[str, Any], where: Places) -> tuple[str, ...]:

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from lightning_dp.accounting import BudgetExceededError, Ledger, Phase, epsilon_bound
+from lightning_dp.accounting.epsilon import few, pool
+from lightning_dp.accounting.ledger import MOST_ENTRIES, STATE_VERSION
+from lightning_dp.accounting.statement import Statement
 from lightning_dp.plan import PrivacyPlan
 from tests.nearly import assert_nearly
 
@@ -234,3 +237,41 @@ def test_a_bad_state_is_refused_and_changes_nothing(path: str, value: Any, said:
     assert ledger.steps == 2
     with pytest.raises(ValueError, match="version=None"):
         ledger.load_state_dict({})
+
+
+def test_thousands_of_forged_phases_are_bounded_from_above_in_time() -> None:
+    """3,000 phases of different σ: ε is that of all at least noise and at most that of all at the least noise."""
+    entry = Ledger(_plan_of(1.0)).numbers
+    phases = [{**entry, "steps": 1, "noise_multiplier": 1.0 + number * 1e-3} for number in range(3000)]
+    ledger = Ledger.resume(_plan_of(1.0), {"version": STATE_VERSION, "phases": phases})
+    bound = ledger.epsilon()
+    assert ledger.steps == 3000
+    least = epsilon_bound([Phase(4.0, 0.1, 3000)], 1e-5).epsilon
+    most = epsilon_bound([Phase(1.0, 0.1, 3000)], 1e-5).epsilon
+    assert least < bound.epsilon < most
+    assert bound.note is not None
+    assert "3000 phases of other numbers were put together" in bound.note
+    caveats = Statement.of(ledger, randomness="secret").caveats
+    assert any("and 2968 more" in caveat for caveat in caveats)
+
+
+def test_more_stretches_than_any_training_has_are_refused() -> None:
+    entry = Ledger(_plan_of(1.0)).numbers
+    state = {"version": STATE_VERSION, "phases": [{**entry, "steps": 1}] * (MOST_ENTRIES + 1)}
+    with pytest.raises(ValueError, match=r"10001 phases in the ledger's state: expected at most 10000"):
+        Ledger.resume(_plan_of(1.0), state)
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_phases_put_together_lose_no_less_privacy(most: int) -> None:
+    phases = pool(Phase(1.0 + number / 4, 0.05 + number % 3 / 50, 2 + number) for number in range(9))
+    together = few(phases, most)
+    assert len(together) <= most
+    assert sum(phase.steps for phase in together) == sum(phase.steps for phase in phases)
+    assert epsilon_bound(together, 1e-5).epsilon >= epsilon_bound(phases, 1e-5).epsilon
+
+
+def _plan_of(sigma: float) -> PrivacyPlan:
+    return PrivacyPlan(
+        noise_multiplier=sigma, clip_norm=1.0, delta=1e-5, dataset_size=1000, expected_batch_size=100, steps=3100
+    )
