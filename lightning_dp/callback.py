@@ -152,8 +152,7 @@ class DifferentialPrivacy(pl.Callback):
         self._journal: Journal | None = None
         self._world_size: int | None = None
         self._at_start = Progress()
-        self._planned, self._begun, self._facts = False, False, ""
-        self._steps_at_start = self._unused_samples = 0
+        self._planned, self._begun, self._facts, self._steps_at_start, self._unused_samples = False, False, "", 0, 0
         self._sigma: float | None = None  # of the run simulated, if it is a simulation
         self._address = register(self)
         self._to_parent: ToParent | None = None
@@ -259,7 +258,7 @@ class DifferentialPrivacy(pl.Callback):
         self._begun = True
         self._report.open(trainer)
         if trainer.is_global_zero:
-            past = self._past and self._past.lineage
+            past = self._past.lineage if self._past else None
             self._journal = Journal(self._report.folder, self._ledger.numbers, past, self._facts)
         if in_a_child(trainer) and trainer.local_rank == 0:
             now = self._now()
@@ -368,8 +367,8 @@ class DifferentialPrivacy(pl.Callback):
         self._world_size = trainer.world_size
         ledger = self._ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
         self._steps_at_start = ledger.steps
-        lineage = None if self._past is None else self._past.lineage
-        ledger.course = "" if lineage is None else lineage.course
+        lineage = self._past.lineage if self._past else None
+        ledger.course = lineage.course if lineage else ""
         notes = on_rank_zero(strategy, lambda: caveats(lineage, ledger.numbers, where, self.seed is not None))
         self._report = Report(ledger, "secret" if self.seed is None else "reproducible", notes)
         if strategy.private_step is not None:
