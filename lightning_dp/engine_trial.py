@@ -22,10 +22,12 @@ from lightning_dp.functional.microbatch import Apart, BatchAxisError, batch_of_o
 from lightning_dp.functional.opened import open_containers
 from lightning_dp.functional.real_parts import in_real_parts
 from lightning_dp.functional.units import of_two
-from lightning_dp.loading.batch_axis import has_lists, to_front
+from lightning_dp.loading.batch_axis import BatchAxis, has_lists, to_front
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.placeholder import without_content
+from lightning_dp.loading.rows import rows_in
 from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
+from lightning_dp.mixing.collation import check_not_left_out
 from lightning_dp.mixing.transforms import check_rows_stay_apart
 from lightning_dp.strategy_facts import module_of, trainable
 from lightning_dp.user_step.contents import check_nothing_written
@@ -111,6 +113,22 @@ class WithoutData:
             return loss_function(parameters, self._example)
 
 
+def _first_examples(loader: PoissonLoader, count: int, axis: BatchAxis) -> tuple[Any, int]:
+    """The first examples; where some are missing, or collate_fn fails, it is looked whether it leaves examples out."""
+    several = [*loader.first_indices(count), *next(loader.scattered(16))]
+    try:
+        batch, examples = loader.first_examples(count)
+    except Exception:
+        check_not_left_out(loader, axis, several)
+        raise
+    if isinstance(batch, Apart):
+        return batch, examples
+    rows = rows_in(to_front(open_containers(batch), axis, strict=False))
+    if rows is not None and rows < examples:
+        check_not_left_out(loader, axis, several)
+    return batch, examples
+
+
 def tolerance(strategy: Strategy) -> float:
     """How far two gradients that should be the same may differ, as a part of the longest, in the precision of training."""
     low = str(strategy.precision_plugin.precision).startswith("bf16")
@@ -130,7 +148,8 @@ def trial_batch(strategy: Strategy, loader: PoissonLoader, with_views: WithViews
         PreflightError: a hook or transform mixes the examples.
         BatchAxisError: views are wanted of examples that are collated one by one.
     """
-    raw_batch, examples = loader.first_examples(min(TRIAL_EXAMPLES, most))
+    axis = batch_axis_of(strategy)
+    raw_batch, examples = _first_examples(loader, min(TRIAL_EXAMPLES, most), axis)
     if isinstance(raw_batch, Apart):  # nothing between dataset and training_step sees two examples
         if with_views is not None:
             raise BatchAxisError(
@@ -138,7 +157,6 @@ def trial_batch(strategy: Strategy, loader: PoissonLoader, with_views: WithViews
                 "example, of which views can be made. Let collate_fn return tensors with rows, or leave it out."
             )
         return to_device(strategy, raw_batch), examples
-    axis = batch_axis_of(strategy)
     batch = to_front(open_containers(raw_batch), axis, strict=False)
     if has_lists(axis):  # two tensors are no list of two examples: of one example there must be a list of one
         one = loader.first_examples(1)[0]

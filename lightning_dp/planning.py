@@ -106,7 +106,7 @@ def agreed_plan(
         )
 
     def probe() -> PrivacyPlan:
-        if expected_batch_size is None and batch > size:
+        if expected_batch_size is None and batch > size > 0:
             ranks = "" if world_size == 1 else f" on each of {world_size} ranks"
             raise PreflightError(
                 f"batch_size={loader.batch_size}{ranks} with {size} {'examples' if units is None else 'users'}: expected at most "

@@ -36,6 +36,10 @@ CANARIES = "dp_audit_canaries"
 SUPPORTED_PRECISION = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 
 
+_TWO_STEPS = (("first_step", "second_step"), ("ascent_step", "descent_step"))
+"""What sharpness-aware minimisation (SAM) and its kin call the halves of a step."""
+
+
 class PreflightError(ValueError):
     """Training cannot be private as configured. The message names the value, the expectation and the remedy."""
 
@@ -170,6 +174,14 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[torch.optim.Op
             "optimizer=SparseAdam: expected one that takes dense gradients. Noise falls on every row of an embedding, so a private "
             "gradient is never sparse. Use Adam or AdamW."
         )
+    for optimizer in optimizers:
+        two = next((pair for pair in _TWO_STEPS if all(hasattr(optimizer, name) for name in pair)), None)
+        if two:
+            raise PreflightError(
+                f"optimizer={type(optimizer).__name__}, which steps in two halves ({two[0]}, {two[1]}): expected one that needs "
+                "one gradient a step. Its second gradient, at weights moved by the first, is a further release of the same "
+                "sample, not amplified by sampling as if it had a sample of its own. Use SGD or Adam."
+            )
     known = {id(parameter) for parameter in module.parameters()}
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     strangers = len(held - known)
@@ -240,31 +252,26 @@ def check_loader(loader: object) -> DataLoader[Any]:
             f"dataset={type(loader.dataset).__name__} has no length: expected __len__. Poisson sampling needs to know "
             "how many examples there are to draw from."
         )
-    if loader.batch_sampler is None or loader.batch_size is None:
-        given = "batch_size=None"
-        if loader.batch_sampler is not None:
-            within = getattr(loader.batch_sampler, "sampler", None)
-            given = f"{type(loader.batch_sampler).__name__}({type(within).__name__})"
+    if loader.batch_sampler is None:
         raise PreflightError(
-            f"train_dataloader with {given}: expected DataLoader(dataset, batch_size=...). A custom batch sampler would "
-            "be replaced by Poisson sampling; remove it, and let the dataset return single examples."
+            f"train_dataloader with batch_size=None over {type(loader.dataset).__name__}: expected single examples and "
+            "DataLoader(dataset, batch_size=...), or, of a dataset that takes a list of indices, "
+            "DataLoader(dataset, batch_size=None, sampler=BatchSampler(RandomSampler(dataset), batch_size=..., drop_last=False)). "
+            "Here an index is a whole batch, which would be drawn, clipped and protected as one example. Batches that are tuples "
+            "of tensors become examples with TensorDataset(*map(torch.cat, zip(*dataset)))."
         )
-    if type(loader.batch_sampler) not in (BatchSampler, _IndexBatchSamplerWrapper):
+    if loader.batch_size is None or type(loader.batch_sampler) not in (BatchSampler, _IndexBatchSamplerWrapper):
+        given: Any = loader.batch_sampler
+        within = _given(getattr(given, "sampler", None))
+        kind = f"{type(given).__name__}({'' if within is None else type(within).__name__})"
+        if within is not None:
+            _check_sampler(within, loader.dataset)
+        size = getattr(given, "batch_size", "...")
         raise PreflightError(
-            f"batch_sampler={type(loader.batch_sampler).__name__}: expected none. Poisson sampling, which the "
-            "accountant assumes, would replace it; remove it."
+            f"batch_sampler={kind}: expected none. Poisson sampling, which the accountant assumes, would replace it. Give "
+            f"DataLoader(dataset, batch_size={size}, drop_last={getattr(given, 'drop_last', False)}) instead."
         )
-    sampler = loader.sampler
-    custom = type(sampler) not in (RandomSampler, SequentialSampler, DistributedSampler)
-    if isinstance(sampler, RandomSampler):
-        custom = sampler.replacement or sampler.num_samples != len(loader.dataset)
-    if custom:
-        wrapped = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning's wrapper under DDP
-        raise PreflightError(
-            f"sampler={type(wrapped).__name__}: expected none (shuffle=True or False). Every example must be drawn with "
-            "the same probability, or the ε reported is wrong for the examples drawn more often. Remove the sampler; to "
-            "weight examples, weight their losses."
-        )
+    _check_sampler(_given(loader.sampler), loader.dataset)
     if len(loader) == 0 and len(loader.dataset) > 0:
         raise PreflightError(
             f"drop_last=True with batch_size={loader.batch_size} leaves no batch of {len(loader.dataset)} examples: expected "
@@ -330,3 +337,52 @@ def mixes_examples(layer: nn.Module) -> bool:
 
 def _has(trainer: pl.Trainer, callback: type[pl.Callback]) -> bool:
     return any(isinstance(one, callback) for one in trainer.callbacks)  # type: ignore[attr-defined]  # set where type checkers do not see it
+
+
+def _given(sampler: Any) -> Any:
+    """The user's sampler inside Lightning's wrapper under DDP."""
+    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
+
+
+def _check_sampler(sampler: Any, dataset: Any) -> None:
+    """Refuse a sampler under which examples are not all drawn, or not all as often."""
+    name, size = type(sampler).__name__, len(dataset)
+    if isinstance(sampler, RandomSampler) and type(sampler) is RandomSampler:
+        if not sampler.replacement and sampler.num_samples == size:
+            return
+        remedy = "Remove the sampler"
+        if sampler.num_samples < size:
+            remedy = (
+                "To train on a part, the same in every epoch, give torch.utils.data.Subset(dataset, indices) without the "
+                f"sampler; for epochs of {sampler.num_samples} of all {size} examples, shuffle=True and Trainer("
+                "limit_train_batches=...)"
+            )
+        raise PreflightError(
+            f"sampler={name}(replacement={sampler.replacement}, num_samples={sampler.num_samples}): expected none "
+            f"(shuffle=True or False). Poisson sampling draws from all {size} examples, each with the same probability. {remedy}."
+        )
+    if type(sampler) in (SequentialSampler, DistributedSampler):
+        return
+    if _chooses_a_part(sampler, size):
+        raise PreflightError(
+            f"sampler={name} over a part of the {size} examples: expected none, with a dataset of that part. Poisson sampling "
+            "draws from the whole dataset, and without the sampler it would train on what was left out too, such as a "
+            "validation part. Give DataLoader(torch.utils.data.Subset(dataset, indices), shuffle=True) with the sampler's "
+            "indices."
+        )
+    raise PreflightError(
+        f"sampler={name}: expected none (shuffle=True or False). Every example must be drawn with "
+        "the same probability, or the ε reported is wrong for the examples drawn more often. Remove the sampler; to "
+        "weight examples, weight their losses. If it leaves examples out, give torch.utils.data.Subset(dataset, indices)."
+    )
+
+
+def _chooses_a_part(sampler: Any, size: int) -> bool:
+    """Whether a sampler of indices without repetition leaves some out, by what it says of itself."""
+    if getattr(sampler, "replacement", False) or hasattr(sampler, "weights"):
+        return False
+    indices = getattr(sampler, "indices", None)
+    try:
+        return len(indices if indices is not None else sampler) < size
+    except TypeError:
+        return False

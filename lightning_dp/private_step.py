@@ -388,7 +388,7 @@ class PrivateStep:
         """The micro-batches of a step on the device, with their views, and how many examples each holds."""
         seed = int.from_bytes(key.derive(Stream.VIEWS, batch.step, size=8), "big")
         for (micro_batch, size), (_, examples) in zip(batch.micro_batches(), batch.pieces, strict=True):
-            rows = to_device(strategy, micro_batch)
+            rows = to_device(strategy, micro_batch, len(examples))
             rows = rows if self._with_views is None else self._with_views(rows, examples, seed)
             yield group(rows, size, len(examples) // size), size
 

@@ -30,6 +30,7 @@ from typing_extensions import override
 from lightning_dp.distributed.gathering import on_every_rank
 from lightning_dp.distributed.lost_ranks import naming_absent_nodes, naming_lost_ranks
 from lightning_dp.distributed.sharding import Gather, check_gather, check_sharding, in_shards, reshard, whole
+from lightning_dp.loading.columns import with_batch_size
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.preflight import PreflightError, check_strategy
 from lightning_dp.private_step import PrivateStep
@@ -368,7 +369,7 @@ def _process_dataloader(strategy: PrivateStrategy, dataloader: object) -> object
     module = strategy.lightning_module
     if module is None or not module.trainer.training:
         return dataloader
-    return _step(strategy).process_dataloader(strategy, dataloader)
+    return _step(strategy).process_dataloader(strategy, with_batch_size(dataloader))
 
 
 register_strategies()

@@ -17,6 +17,7 @@ from lightning_dp.audit.observer import Observer
 from lightning_dp.augmentation import views_of
 from lightning_dp.callback import DifferentialPrivacy
 from lightning_dp.checked import number, whole
+from lightning_dp.loading.columns import with_batch_size
 from lightning_dp.preflight import check_loader
 
 CONSISTENT, VIOLATED = "consistent", "violated"
@@ -131,7 +132,7 @@ def audit(
     generator = np.random.default_rng(seed)
 
     def with_canaries(loader: object) -> DataLoader[Any]:
-        loader = check_loader(loader)
+        loader = check_loader(with_batch_size(loader))
         size = len(loader.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
         if not canaries:
             canaries.append(Canaries.draw(generator, gradient_canaries, input_canaries, size))

@@ -84,6 +84,13 @@ def check_batch_axis(batch: Any, examples: int) -> None:
         if leaf is batch and holds_no_tensor(batch) and not _is_value(batch):
             break  # texts, say
         if isinstance(leaf, Tensor):
+            if leaf.ndim == 0:
+                raise BatchAxisError(
+                    f"{where} has shape (): expected {examples} rows, one for each of the {examples} examples drawn. It is a "
+                    "single number. If it is the same whatever the examples are, such as a temperature, say so with "
+                    f"DifferentialPrivacy({_as_shared(batch, leaf)}) or keep it on the module; what collate_fn computes over the "
+                    "batch, such as a mean or the longest length, each example has to do without."
+                )
             raise BatchAxisError(
                 f"{where} has shape {tuple(leaf.shape)}: expected {examples} rows, one for each of the {examples} "
                 "examples drawn. Let collate_fn put the examples on the first axis, one row each, or say "
@@ -186,6 +193,16 @@ def take(batch: Any, indices: list[int]) -> Any:
 
 
 _VALUES = (str, bytes, int, float)
+
+
+def _as_shared(batch: Any, part: Any) -> str:
+    """What to give so that a part of a batch is taken for one that all examples share."""
+    for path, leaf in pytree.tree_leaves_with_path(batch):
+        if leaf is part and path:
+            kinds = ("key", "idx", "name")
+            field = ".".join(str(next(getattr(key, kind) for kind in kinds if hasattr(key, kind))) for key in path)
+            return f"batch_axis={{{field!r}: None}}"
+    return "batch_axis"
 
 
 def is_list_of_values(node: Any) -> bool:

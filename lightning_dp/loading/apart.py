@@ -20,6 +20,7 @@ from lightning_dp.functional.microbatch import (
 )
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.reading import Row
+from lightning_dp.loading.rows import rows_in
 from lightning_dp.loading.transfer import batch_axis_of, to_device
 
 LOOKED_AT = (2, 1, 3)
@@ -61,7 +62,7 @@ def collate_each_if_needed(strategy: Strategy, loader: PoissonLoader) -> None:
             f"{reason}, and the dataset's __getitems__ returns columns: expected a list of examples, of which each can be collated "
             "by itself. Let __getitems__ return a list, or leave it out."
         )
-    loader.collate_fn.each = True
+    loader.collate.each = True
     if batch_axis_of(strategy) != "each":
         rank_zero_info(
             f"lightning_dp: {reason}. So every example is collated by itself, and is a batch of its own in training_step. "
@@ -78,6 +79,8 @@ def _why(strategy: Strategy, loader: PoissonLoader) -> str | None:
         unclear = unclear_parts(batch, count)
         if not unclear:
             continue
+        if (rows := rows_in(batch)) is not None and rows < count:
+            return None  # if collate_fn leaves examples out, later looks say so
         alone = [to_device(strategy, loader.collated([record])) for record in records[:2]]
         joined = any(where.endswith((".ptr", "['ptr']")) for where, _ in unclear)
         if isinstance(records[0], Row) or (

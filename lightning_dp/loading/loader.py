@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dp.functional.keystream import Keystream
+from lightning_dp.functional.microbatch import split
 from lightning_dp.functional.randomness import RandomKey, Stream
 from lightning_dp.functional.sample import cut, exact_poisson_sample, poisson_sample, rank_slice
 from lightning_dp.functional.units import Piece, Units, pieces
@@ -80,7 +81,7 @@ class PoissonLoader:
         physical_batch_size: the most examples in a micro-batch. Changes memory and nothing else.
         next_step: says the number of the next step when an epoch begins (how many the ledger has charged).
         units: whose each example is: users are drawn in the place of examples. ``None`` if each is a unit of its own.
-        settle: called with this loader once, before anything is read: may set ``collate_fn.each``.
+        settle: called with this loader once, before anything is read: may set ``collate.each``.
 
     Attributes:
         waited: seconds for which the loop has waited for micro-batches so far. **Private**, as the sizes of draws are.
@@ -100,7 +101,7 @@ class PoissonLoader:
         settle: Callable[[PoissonLoader], None] | None = None,
     ) -> None:
         self.dataset = loader.dataset
-        self.collate_fn = Collate(loader.collate_fn)
+        self.collate = Collate(loader.collate_fn)
         self._settle = settle
         self.plan = plan
         self.physical_batch_size = physical_batch_size
@@ -111,9 +112,23 @@ class PoissonLoader:
         self._open: _MicroBatchSource | None = None
         self._order = order(loader.dataset) if world_size > 1 else ""
         self.units = units
+        self._given = loader
         self._draws = _Draws(loader.dataset, plan, key, rank, world_size, units)
         self._schedule = _Schedule(self._draws, physical_batch_size)
-        self._micro_batch_loader = _rebuild(loader, self._schedule, self.collate_fn)
+        self._micro_batch_loader = _rebuild(loader, self._schedule, self.collate)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the user's loader has, such as ``batch_size``, ``sampler`` and ``num_workers``: to be read, not changed."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._given, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and "_given" in self.__dict__:
+            raise ValueError(
+                f"train_dataloader.{name} cannot be set: expected it to stay as it is. Return a new DataLoader."
+            )
+        super().__setattr__(name, value)
 
     def __len__(self) -> int:
         return self._epoch
@@ -179,8 +194,12 @@ class PoissonLoader:
     def first_examples(self, count: int) -> tuple[Any, int]:
         """The dataset's first ``count`` examples (fewer if it is smaller), collated: for trying an engine out."""
         self.settle()
-        indices = self._readable[:count]
-        return self.collate_fn(read(self.dataset, indices)), len(indices)
+        indices = self.first_indices(count)
+        return self.collate(read(self.dataset, indices)), len(indices)
+
+    def first_indices(self, count: int) -> list[int]:
+        """The indices of :meth:`first_examples`."""
+        return [int(index) for index in self._readable[:count]]
 
     def evenly_spaced(self, count: int) -> list[Any]:
         """``count`` of the examples that the plan counts (fewer if there are), for :meth:`collated`.
@@ -188,12 +207,22 @@ class PoissonLoader:
         An audit's canaries come behind those: they are planted to be odd.
         """
         size = len(self._readable) if self.units else min(len(self._readable), self.plan.dataset_size)
-        indices = [int(self._readable[int(place)]) for place in np.linspace(0, size - 1, min(count, size))]
-        return [record(self.dataset, index) for index in indices]
+        return self.records([self._readable[int(place)] for place in np.linspace(0, size - 1, min(count, size))])
+
+    def records(self, indices: Sequence[int]) -> list[Any]:
+        """The examples with these indices, for :meth:`collated`."""
+        return [record(self.dataset, int(index)) for index in indices]
+
+    def scattered(self, at_once: int) -> Iterator[list[int]]:
+        """The indices of all examples that the plan counts (of many, of 10⁵), in pieces from all over the dataset."""
+        size = len(self._readable) if self.units else min(len(self._readable), self.plan.dataset_size)
+        places = np.unique(np.linspace(0, size - 1, min(size, 100_000)).astype(np.int64))
+        for piece in split(np.random.default_rng(0).permutation(places), at_once):
+            yield [int(self._readable[int(place)]) for place in piece]
 
     def collated(self, records: list[Any]) -> Any:
         """A batch of some of the records that :meth:`evenly_spaced` gave, as the user's loader would make it."""
-        return self.collate_fn(together(self.dataset, records))
+        return self.collate(together(self.dataset, records))
 
     @property
     def _readable(self) -> Any:
@@ -206,6 +235,19 @@ class PoissonLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load; see :meth:`state_dict`."""
+
+
+_FIXED = (
+    "dataset",
+    "batch_size",
+    "sampler",
+    "batch_sampler",
+    "drop_last",
+    "collate_fn",
+    "num_workers",
+    "persistent_workers",
+)
+"""Attributes of the user's loader that are set no more; torch's loader refuses most of them too."""
 
 
 class _Draws:
@@ -298,7 +340,7 @@ class _MicroBatchSource:
         if step < self._step:
             raise LogicalBatchConsumedError(
                 f"The sample of step {step} has been used already: expected one pass over each step's sample. Every "
-                "pass releases a further noisy gradient of it. Use an optimizer that calls its closure once (not LBFGS)."
+                "pass releases a further noisy gradient of it. Use an optimizer that calls its closure once (not LBFGS or SAM)."
             )
         for _ in self._unread:  # what an error or an early end left of the last step
             pass
@@ -351,12 +393,20 @@ def check_sample(batch: object, charged: int, unused: int) -> None:
         unused: how many samples were drawn and not released.
 
     Raises:
+        LogicalBatchConsumedError: it has been released, as by an optimizer that evaluates its closure twice.
         RuntimeError: it is no sample of the private loader, or another step's.
     """
     if not isinstance(batch, LogicalBatch):
         raise RuntimeError(
             f"batch of type {type(batch).__name__}: expected a LogicalBatch. Something replaced the private training "
             "loader; pass the data to trainer.fit as usual and do not touch trainer.fit_loop."
+        )
+    if batch.step < charged + unused:
+        raise LogicalBatchConsumedError(
+            f"The sample of step {batch.step} has been used already: expected one pass over each step's sample. A second "
+            "gradient of it, which optimizers such as SAM and LBFGS ask for by evaluating their closure again, is a further "
+            "release, not amplified by sampling as if it had a sample of its own. Use one that calls its closure once, such as "
+            "SGD or Adam."
         )
     if batch.step != charged + unused:
         raise RuntimeError(

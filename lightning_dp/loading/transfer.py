@@ -12,12 +12,13 @@ from lightning_dp.functional.microbatch import Apart, BatchAxisError, Element
 from lightning_dp.functional.opened import close_containers, open_containers, own_copy
 from lightning_dp.loading.batch_axis import BatchAxis, as_given, to_front
 from lightning_dp.loading.loader import LogicalBatch
+from lightning_dp.loading.rows import check_all_came
 
 HOOK = "_on_before_batch_transfer"
 """Lightning's way to the user's ``on_before_batch_transfer``."""
 
 
-def to_device(strategy: Strategy, batch: Any) -> Any:
+def to_device(strategy: Strategy, batch: Any, drawn: int | None = None) -> Any:
     """Convert a micro-batch to the Trainer's precision and move it to the device, the user's hooks included.
 
     Containers of the user's own come back in parts (:mod:`lightning_dp.functional.opened`) and tensors with their
@@ -28,12 +29,18 @@ def to_device(strategy: Strategy, batch: Any) -> Any:
         strategy: connected to the module; its precision plugin, device and the module's (or data module's)
             ``on_before_batch_transfer``, ``transfer_batch_to_device`` and ``on_after_batch_transfer`` are used.
         batch: a collated micro-batch.
+        drawn: how many examples it is of, if that is to be checked.
+
+    Raises:
+        DroppedExamplesError: some of them are missing.
     """
     hooks: Any = getattr(getattr(strategy, "private_step", None), "batch_hooks", None)
     if isinstance(batch, Apart):
         moved = [_moved(strategy, element.content) for element in batch.elements]
         return Apart([Element(one if hooks is None else hooks.applied_to_one(one)) for one in moved])
     batch = to_front(open_containers(_moved(strategy, batch)), batch_axis_of(strategy))
+    if drawn is not None:
+        check_all_came(batch, drawn)
     return batch if hooks is None else hooks.applied(batch)
 
 

@@ -25,7 +25,12 @@ from lightning_dp.functional.microbatch import take
 from lightning_dp.functional.real_parts import in_real_parts
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.loader import PoissonLoader
-from lightning_dp.loading.transfer import to_device
+from lightning_dp.loading.transfer import batch_axis_of, to_device
+from lightning_dp.mixing.collation import (
+    check_collate_forgets_places,
+    check_collate_repeats_itself,
+    check_every_example_has_a_row,
+)
 from lightning_dp.mixing.losses import (
     PROBES,
     BatchOf,
@@ -96,7 +101,10 @@ def _reductions(
     losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]],
     views: Views | None,
 ) -> list[Reduction]:
-    if loader.physical_batch_size == 1 or loader.collate_fn.each:
+    if loader.collate.each:
+        return []
+    check_every_example_has_a_row(loader, batch_axis_of(strategy))
+    if loader.physical_batch_size == 1:
         return []
     module = module_of(strategy)
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph
@@ -118,7 +126,9 @@ def _look(
     def collate(some: list[Any]) -> Any:
         return to_device(strategy, loader.collated(some))
 
+    check_collate_repeats_itself(collate, records, at_once)
     check_collate_keeps_examples_apart(collate, records, at_once)
+    check_collate_forgets_places(collate, records, at_once)
     if views is None:
         check_padding_is_masked(collate, records, module, loss_function, parameters, at_once)
     examples = PROBES if len(records) == PROBES else PROBES // 2

@@ -56,7 +56,7 @@ def _with_other_rows(leaf: Any, kept: int) -> Any:
     if is_list_of_elements(leaf):
         other = pytree.tree_map(lambda part: part * 0.5 + 1.0 if _is_float(part) else part, leaf[0].content)
         return type(leaf)([*leaf[:kept], *[Element(other)] * (len(leaf) - kept)])
-    return _replace_rows(leaf, kept) if isinstance(leaf, Tensor) else leaf
+    return _replace_rows(leaf, kept) if isinstance(leaf, Tensor) and leaf.ndim > 0 else leaf
 
 
 def _is_float(part: Any) -> bool:

@@ -82,11 +82,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no examples": (lambda: Items(example, 0), ValueError, r"(dataset_size=0|num_samples=0)"),
     "stream": (lambda: DataLoader(Stream(), batch_size=4), PreflightError, r"IterableDataset: expected"),
     "0-d tensors": (lambda: Items(lambda index: torch.tensor(1.0)), Exception, r"."),
-    "no tensors": (lambda: Items(lambda index: "text"), ValueError, r"holds no tensor"),
+    "no tensors": (lambda: Items(lambda index: "text"), ValueError, r"runs training_step for each example"),
     "nothing": (lambda: Items(lambda index: None), TypeError, r"NoneType"),
     "ragged": (lambda: Items(lambda index: torch.zeros(index + 1)), RuntimeError, r"equal size"),
     "raises": (lambda: Items(changing), IndexError, r"out of range"),
-    "fewer than a batch": (lambda: Items(example, 3), ValueError, r"expected_batch_size=16 with dataset_size=3"),
+    "fewer than a batch": (lambda: Items(example, 3), ValueError, r"batch_size=16 with 3 examples"),
 }
 
 

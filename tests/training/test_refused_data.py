@@ -47,9 +47,9 @@ class _NoLength(torch.utils.data.Dataset):
 DATA = regression_data()
 LOADERS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "weighted": (lambda: loader(sampler=WeightedRandomSampler([1.0] * 64, 64)), ["WeightedRandomSampler", "same probability"]),
-    "subset": (lambda: loader(sampler=SubsetRandomSampler(range(32))), ["SubsetRandomSampler"]),
-    "replacement": (lambda: loader(sampler=RandomSampler(DATA, replacement=True)), ["RandomSampler"]),
-    "fewer": (lambda: loader(sampler=RandomSampler(DATA, num_samples=10)), ["RandomSampler"]),
+    "subset": (lambda: loader(sampler=SubsetRandomSampler(range(32))), ["SubsetRandomSampler", r"torch.utils.data.Subset(dataset, indices)"]),
+    "replacement": (lambda: loader(sampler=RandomSampler(DATA, replacement=True)), ["RandomSampler", "replacement=True"]),
+    "fewer": (lambda: loader(sampler=RandomSampler(DATA, num_samples=10)), ["num_samples=10", "Subset", "limit_train_batches"]),
     "batch sampler": (
         lambda: DataLoader(DATA, batch_sampler=_Batches(SequentialSampler(DATA), 4, False)),
         ["_Batches", "batch_size"],
@@ -87,7 +87,7 @@ def test_a_custom_sampler_under_ddp_is_found_inside_lightnings_wrapper() -> None
 
 
 def test_a_batch_larger_than_the_data() -> None:
-    refused(ValueError, "batch_size=100", "64 examples", "expected_batch_size=64", data=loader(batch_size=100))
+    refused(ValueError, "batch_size=100 with 64 examples", "expected_batch_size=64", data=loader(batch_size=100))
 
 
 def test_an_epsilon_without_an_end() -> None:

@@ -120,7 +120,7 @@ def test_arguments_that_make_no_sense_are_refused(options: dict[str, Any], told:
 
 def test_more_expected_users_than_there_are_is_refused() -> None:
     private = DifferentialPrivacy(noise_multiplier=1.0, privacy_unit="user_id")
-    with pytest.raises(ValueError, match="expected_batch_size=16 with dataset_size=12"):
+    with pytest.raises(ValueError, match="batch_size=16 with 12 users"):
         trainer(private).fit(dict_regressor(), DataLoader(WithUser(), batch_size=16))
 
 

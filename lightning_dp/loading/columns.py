@@ -1,0 +1,60 @@
+"""Loaders with ``batch_size=None`` whose sampler gives lists of indices: the dataset itself returns the batch, as columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+
+class Columns(Dataset[Any]):
+    """A dataset that takes a list of indices, read as torch reads one with ``__getitems__``."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return self.dataset[indices]
+
+
+class _AsLong(DataLoader[Any]):
+    """A loader with the number of batches of another."""
+
+    batches = 0
+
+    def __len__(self) -> int:
+        return self.batches
+
+
+def with_batch_size(loader: object) -> object:
+    """A loader with ``batch_size=None`` and a ``BatchSampler`` as the usual one that gives the same batches; others as they are.
+
+    Args:
+        loader: as Lightning has prepared it for this rank.
+    """
+    if not isinstance(loader, DataLoader) or loader.batch_size is not None or loader.batch_sampler is not None:
+        return loader
+    given: Any = loader.sampler
+    sampler = getattr(getattr(given, "dataset", None), "_sampler", given)  # inside Lightning's wrapper under DDP
+    if type(sampler) is not BatchSampler:
+        return loader
+    usual = _AsLong(
+        Columns(loader.dataset),
+        batch_size=sampler.batch_size,
+        sampler=sampler.sampler,
+        drop_last=sampler.drop_last,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+    usual.batches = len(loader)
+    return usual
