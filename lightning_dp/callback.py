@@ -306,8 +306,7 @@ class DifferentialPrivacy(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self._hear(trainer)
-            if self._report is not None:
-                # what was released is spent, however it ended
+            if self._report is not None:  # what was released is spent, however it ended
                 self._report.write(trainer, self._journal, "interrupted")
         for written in (self._journal, self._to_parent):
             if written is not None:

@@ -16,12 +16,11 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dp.functional.keystream import Keystream
 from lightning_dp.functional.microbatch import split
-from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.sample import cut, exact_poisson_sample, poisson_sample, rank_slice
-from lightning_dp.functional.units import Piece, Units, pieces
+from lightning_dp.functional.randomness import RandomKey
+from lightning_dp.functional.units import Piece, Units
 from lightning_dp.loading.collate import Collate
+from lightning_dp.loading.draws import Draws
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.loading.reading import order, read, record, together
 from lightning_dp.plan import PrivacyPlan
@@ -113,7 +112,7 @@ class PoissonLoader:
         self._order = order(loader.dataset) if world_size > 1 else ""
         self.units = units
         self._given = loader
-        self._draws = _Draws(loader.dataset, plan, key, rank, world_size, units)
+        self._draws = Draws(loader.dataset, plan, key, rank, world_size, units)
         self._schedule = _Schedule(self._draws, physical_batch_size)
         self._micro_batch_loader = _rebuild(loader, self._schedule, self.collate)
 
@@ -250,40 +249,6 @@ _FIXED = (
 """Attributes of the user's loader that are set no more; torch's loader refuses most of them too."""
 
 
-class _Draws:
-    """The global draw of each step, made once and shared by the schedule of workers and the loop."""
-
-    def __init__(
-        self, dataset: Any, plan: PrivacyPlan, key: RandomKey, rank: int, world_size: int, units: Units | None
-    ) -> None:
-        self.dataset_size, self._plan, self._key = len(dataset if units is None else units), plan, key
-        self._units = units
-        self._mine: Callable[[Indices], Indices] = lambda drawn: rank_slice(drawn, rank, world_size)
-        if isinstance(dataset, HeldRecords):
-            self._mine = dataset.held
-        self._made: dict[int, tuple[Indices, int]] = {}
-
-    def at(self, step: int) -> tuple[Indices, int]:
-        if step not in self._made:
-            q = self._plan.sampling_probability
-            if self._plan.resolution is None:
-                drawn = poisson_sample(self._key.generator(Stream.SAMPLING, step), self.dataset_size, q)
-            else:
-                stream = Keystream.of(self._key, Stream.SAMPLING, step)
-                drawn = exact_poisson_sample(stream, self.dataset_size, q)
-            if self._plan.max_batch_size is not None:
-                drawn = cut(self._key.generator(Stream.SAMPLING, step, 1), drawn, self._plan.max_batch_size)
-            self._made[step] = (self._mine(drawn), len(drawn))
-        return self._made[step]
-
-    def pieces(self, step: int, physical_batch_size: int) -> list[Piece]:
-        """This rank's part of the step's draw, micro-batch by micro-batch."""
-        return pieces(self._units, self.at(step)[0], physical_batch_size, self._key, step)
-
-    def forget(self, before: int | None = None) -> None:
-        self._made = {} if before is None else {step: made for step, made in self._made.items() if step >= before}
-
-
 class _Schedule:
     """The batch sampler of the inner loader: all micro-batches of all steps of an epoch, one after the other.
 
@@ -291,7 +256,7 @@ class _Schedule:
     so that they also read ahead into the next epoch.
     """
 
-    def __init__(self, draws: _Draws, physical_batch_size: int) -> None:
+    def __init__(self, draws: Draws, physical_batch_size: int) -> None:
         self.steps: Iterable[int] = range(0)
         self.physical_batch_size = physical_batch_size
         self._draws = draws
@@ -308,7 +273,7 @@ class _MicroBatchSource:
     def __init__(
         self,
         iterator: Iterator[Any],
-        draws: _Draws,
+        draws: Draws,
         physical_batch_size: int,
         first: int,
         note_wait: Callable[[float], None],

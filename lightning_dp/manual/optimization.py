@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,6 @@ from lightning_dp.functional.gradient import LossFunction
 from lightning_dp.functional.late import at_hand
 from lightning_dp.functional.parameter_hooks import put_gradient
 from lightning_dp.functional.real_parts import as_given
-from lightning_dp.functional.step import Accumulated
 from lightning_dp.functional.views import Views
 from lightning_dp.loading.placeholder import emptied_or_refused, without_content
 from lightning_dp.loading.reading import record, together
@@ -32,6 +30,7 @@ from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
 from lightning_dp.manual.commands import Commands, intercepted
 from lightning_dp.manual.global_step import counting_steps, global_step
 from lightning_dp.manual.late_logs import KnownLoss, in_place_of, log_late
+from lightning_dp.manual.live import Live, Wanted
 from lightning_dp.manual.rehearsal import (
     check_no_pieces,
     check_private_step,
@@ -44,7 +43,7 @@ from lightning_dp.manual.values_over_steps import PutBackInTime, ValuesOverSteps
 from lightning_dp.preflight import PreflightError
 from lightning_dp.strategy_facts import module_of, world_size_of
 from lightning_dp.user_step.attributes import attributes_put_back
-from lightning_dp.user_step.capture import Recording, StepCapture
+from lightning_dp.user_step.capture import StepCapture
 from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 from lightning_dp.user_step.one_example import raise_explained
 
@@ -53,44 +52,6 @@ PREPARING_HOOKS = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on
 
 MOST_TOGETHER = 64
 """At most so many rows tell whether training_step takes a batch in pieces."""
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """The private step whose gradient is wanted.
-
-    Attributes:
-        rest: what Lightning passes to training_step after the batch.
-        number: of the step among those of training_step, from 0.
-        place: of its optimizer.
-        parameters: of the optimizer, by name.
-        began_at: ``global_step`` at the beginning of training_step.
-    """
-
-    rest: tuple[Any, ...]
-    number: int
-    place: int
-    parameters: dict[str, nn.Parameter]
-    began_at: int
-
-
-@dataclass
-class _Live:
-    """One training_step under way."""
-
-    rest: tuple[Any, ...]
-    sample: StepSample
-    parameters: list[dict[str, nn.Parameter]]
-    values: ValuesOverSteps
-    draws: SameDraws
-    began_at: int
-    step: int = 0
-    losses: list[Tensor] = field(default_factory=list)
-    known: list[KnownLoss] = field(default_factory=list)
-    stepped: list[int] = field(default_factory=list)
-    total: Accumulated | None = None
-    recording: Recording | None = None
-    logged: int = 0
 
 
 class _ReachedError(BaseException):
@@ -117,11 +78,11 @@ class ManualOptimization:
         self._public = frozenset(public)
         self._private = [place for place in range(len(strategy.optimizers)) if place not in self._public]
         self._selections: dict[tuple[int, frozenset[str]], Selection] = {}
-        self._private_steps: list[_Wanted] = []
+        self._private_steps: list[Wanted] = []
         self._scripts: list[list[int]] = []
         self._rehearse_again: Callable[[], int] = lambda: 1
         self._stand_in: Any = None
-        self._live: _Live | None = None
+        self._live: Live | None = None
         self._default_dtype = torch.get_default_dtype()
 
     def rehearse(self, loader: DataLoader[Any], physical_batch_size: int | str | None) -> int:
@@ -222,7 +183,7 @@ class ManualOptimization:
                 if place in self._public or key in self._selections:
                     continue
                 rest = (index,) if takes_batch_idx(module) else ()
-                wanted = _Wanted(rest, number, place, parameters, global_step(module) + self._taken(index))
+                wanted = Wanted(rest, number, place, parameters, global_step(module) + self._taken(index))
                 loss_function = self._loss_function(wanted, self._views)
                 self._selections[key] = try_engines(loss_function, parameters)
                 self._private_steps.append(wanted)
@@ -257,7 +218,7 @@ class ManualOptimization:
         """
         module = module_of(self._strategy)
         values, draws = ValuesOverSteps(module), SameDraws(self._strategy.root_device)
-        live = self._live = _Live(rest, sample, self._parameters(), values, draws, global_step(module))
+        live = self._live = Live(rest, sample, self._parameters(), values, draws, global_step(module))
         self._default_dtype = torch.get_default_dtype()
         try:
             with (
@@ -315,10 +276,10 @@ class ManualOptimization:
 
         return then
 
-    def _put_private_gradient(self, live: _Live, place: int) -> None:
+    def _put_private_gradient(self, live: Live, place: int) -> None:
         check_private_step(place, live.losses, live.stepped)
         parameters = live.parameters[place]
-        wanted = _Wanted(live.rest, live.step, place, parameters, live.began_at)
+        wanted = Wanted(live.rest, live.step, place, parameters, live.began_at)
         loss_function = self._loss_function(wanted, self._views, live)
         with torch.enable_grad(), self._outside_the_precision_context():
             key = place, frozenset(parameters)
@@ -341,7 +302,7 @@ class ManualOptimization:
                 KnownLoss(loss.detach(), torch.cat(means).mean() if means else torch.zeros_like(loss).detach())
             )
 
-    def _average_over_ranks(self, live: _Live, place: int) -> None:
+    def _average_over_ranks(self, live: Live, place: int) -> None:
         """Public losses draw other random numbers on every rank: the mean of their gradients keeps the ranks equal."""
         live.known += [KnownLoss(loss.detach(), loss.detach()) for loss in live.losses]
         if world_size_of(self._strategy) == 1:
@@ -371,7 +332,7 @@ class ManualOptimization:
         """How many optimizer steps were rehearsed before this batch."""
         return sum(map(len, self._scripts[:index]))
 
-    def _loss_function(self, wanted: _Wanted, views: Views | None, live: _Live | None = None) -> LossFunction:
+    def _loss_function(self, wanted: Wanted, views: Views | None, live: Live | None = None) -> LossFunction:
         """An example's loss at the step that is wanted.
 
         What training_step makes before an earlier step it makes with the parameters of then, as ``live`` has them.

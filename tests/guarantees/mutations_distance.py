@@ -15,7 +15,7 @@ import lightning_dp.accounting.entry as entry_module
 import lightning_dp.engines.on_grid as on_grid_module
 import lightning_dp.functional.grid as grid_module
 import lightning_dp.functional.step as step_module
-import lightning_dp.loading.loader as loader_module
+import lightning_dp.loading.draws as draws_module
 from lightning_dp.accounting import Distance
 from tests.guarantees.mutations import patched
 
@@ -49,7 +49,7 @@ def cuts_are_paid_for_once() -> Iterator[None]:
 @contextmanager
 def draws_are_not_cut() -> Iterator[None]:
     """The bound is accounted for and not kept."""
-    with patched((loader_module, "cut", lambda generator, drawn, bound: drawn)):
+    with patched((draws_module, "cut", lambda generator, drawn, bound: drawn)):
         yield
 
 
@@ -60,7 +60,7 @@ def each_rank_cuts_for_itself() -> Iterator[None]:
     def cut(generator: Any, drawn: Any, bound: int) -> Any:
         return drawn[: 2 * bound]
 
-    with patched((loader_module, "cut", cut)):
+    with patched((draws_module, "cut", cut)):
         yield
 
 

@@ -12,6 +12,7 @@ import lightning_dp.accounting.entry as entry_module
 import lightning_dp.accounting.epsilon as epsilon_module
 import lightning_dp.accounting.ledger as ledger_module
 import lightning_dp.callback as callback_module
+import lightning_dp.loading.draws as draws_module
 import lightning_dp.loading.loader as loader_module
 import lightning_dp.planning as planning_module
 import lightning_dp.preflight as preflight_module
@@ -31,7 +32,7 @@ def shuffled_fixed_batches() -> Iterator[None]:
     def fixed(generator: Any, examples: int, q: float) -> Any:
         return sorted_choice(generator, examples, round(examples * q))
 
-    with patched((loader_module, "poisson_sample", fixed)):
+    with patched((draws_module, "poisson_sample", fixed)):
         yield
 
 
@@ -44,18 +45,18 @@ def sorted_choice(generator: Any, examples: int, size: int) -> Any:
 @contextmanager
 def own_draw_on_every_rank() -> Iterator[None]:
     """Each rank samples its own part of the data, all with one seed: the local masks are identical."""
-    draw, init = loader_module.poisson_sample, loader_module._Draws.__init__
+    draw, init = draws_module.poisson_sample, draws_module.Draws.__init__
 
     def remember(self: Any, dataset: Any, plan: Any, key: Any, rank: int, world_size: int, units: Any) -> None:
         init(self, dataset, plan, key, rank, world_size, units)
         self._rank, self._world_size = rank, world_size
 
     def local(self: Any, step: int) -> Any:
-        generator = self._key.generator(loader_module.Stream.SAMPLING, step)
+        generator = self._key.generator(draws_module.Stream.SAMPLING, step)
         mine = draw(generator, self.dataset_size // self._world_size, self._plan.sampling_probability)
         return mine * self._world_size + self._rank, len(mine) * self._world_size
 
-    with patched((loader_module._Draws, "__init__", remember), (loader_module._Draws, "at", local)):
+    with patched((draws_module.Draws, "__init__", remember), (draws_module.Draws, "at", local)):
         yield
 
 
@@ -219,10 +220,10 @@ def every_example_once_an_epoch() -> Iterator[None]:
 
     def dealt(self: Any, step: int) -> Any:
         epoch = round(1 / self._plan.sampling_probability)
-        order = self._key.generator(loader_module.Stream.SAMPLING, step // epoch).permutation(self.dataset_size)
+        order = self._key.generator(draws_module.Stream.SAMPLING, step // epoch).permutation(self.dataset_size)
         mine = order[step % epoch :: epoch]
         mine.sort()
         return mine, len(mine)
 
-    with patched((loader_module._Draws, "at", dealt)):
+    with patched((draws_module.Draws, "at", dealt)):
         yield

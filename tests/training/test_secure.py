@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lightning_dp.functional.grid as grid_module
-import lightning_dp.loading.loader as loader_module
+import lightning_dp.loading.draws as draws_module
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.accounting.distance import discretisation_divergence
 from lightning_dp.functional import keystream
@@ -86,8 +86,8 @@ def test_what_the_noise_is_added_to_is_the_clipped_sum() -> None:
         zeros = lambda variance, count, stream: np.zeros(count, dtype=np.int64)  # noqa: E731 (a stand-in for the sampler)
         patch.setattr("lightning_dp.functional.grid.discrete_gaussian", zeros)
         drawn: list[Any] = []
-        original = loader_module.exact_poisson_sample
-        patch.setattr(loader_module, "exact_poisson_sample", lambda *args: drawn.append(original(*args)) or drawn[-1])
+        original = draws_module.exact_poisson_sample
+        patch.setattr(draws_module, "exact_poisson_sample", lambda *args: drawn.append(original(*args)) or drawn[-1])
         module = regressor().double()
         expected = torch.zeros(len(weights(module)), dtype=torch.float64)
         _, (first, *_), _ = secure_run(regressor(), max_steps=1)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_dp.loading.loader as loader_module
+import lightning_dp.loading.draws as draws_module
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
 from lightning_dp.clipping import Clipping
 from lightning_dp.engines.loop import LoopEngine
@@ -59,7 +59,7 @@ def examples_are_drawn() -> Iterator[None]:
         of_unit = [(unit, [i for i in units.examples_of(unit) if members[i]]) for unit in range(len(units))]
         return [Piece(np.array([unit]), np.array(examples)) for unit, examples in of_unit if examples]
 
-    with patched((loader_module, "pieces", draw)):
+    with patched((draws_module, "pieces", draw)):
         yield
 
 
@@ -71,7 +71,7 @@ def split_between_micro_batches() -> Iterator[None]:
         right = pieces(units, drawn, 1, key, step)
         return [Piece(piece.units, piece.examples[at : at + 1]) for piece in right for at in range(len(piece.examples))]
 
-    with patched((loader_module, "pieces", draw)):
+    with patched((draws_module, "pieces", draw)):
         yield
 
 

@@ -1,0 +1,54 @@
+"""The Poisson draw of each step, and this rank's part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_dp.functional.keystream import Keystream
+from lightning_dp.functional.randomness import RandomKey, Stream
+from lightning_dp.functional.sample import cut, exact_poisson_sample, poisson_sample, rank_slice
+from lightning_dp.functional.units import Piece, Units, pieces
+from lightning_dp.loading.held_records import HeldRecords
+from lightning_dp.plan import PrivacyPlan
+
+Indices = npt.NDArray[np.int64]
+
+
+class Draws:
+    """The global draw of each step, made once and shared by the schedule of workers and the loop."""
+
+    def __init__(
+        self, dataset: Any, plan: PrivacyPlan, key: RandomKey, rank: int, world_size: int, units: Units | None
+    ) -> None:
+        self.dataset_size, self._plan, self._key = len(dataset if units is None else units), plan, key
+        self._units = units
+        self._mine: Callable[[Indices], Indices] = lambda drawn: rank_slice(drawn, rank, world_size)
+        if isinstance(dataset, HeldRecords):
+            self._mine = dataset.held
+        self._made: dict[int, tuple[Indices, int]] = {}
+
+    def at(self, step: int) -> tuple[Indices, int]:
+        """This rank's part of the step's draw, sorted, and how many all ranks together have. Both are **private**."""
+        if step not in self._made:
+            q = self._plan.sampling_probability
+            if self._plan.resolution is None:
+                drawn = poisson_sample(self._key.generator(Stream.SAMPLING, step), self.dataset_size, q)
+            else:
+                stream = Keystream.of(self._key, Stream.SAMPLING, step)
+                drawn = exact_poisson_sample(stream, self.dataset_size, q)
+            if self._plan.max_batch_size is not None:
+                drawn = cut(self._key.generator(Stream.SAMPLING, step, 1), drawn, self._plan.max_batch_size)
+            self._made[step] = (self._mine(drawn), len(drawn))
+        return self._made[step]
+
+    def pieces(self, step: int, physical_batch_size: int) -> list[Piece]:
+        """This rank's part of the step's draw, micro-batch by micro-batch."""
+        return pieces(self._units, self.at(step)[0], physical_batch_size, self._key, step)
+
+    def forget(self, before: int | None = None) -> None:
+        """Drop what is kept of the draws: of the steps before one, or of all."""
+        self._made = {} if before is None else {step: made for step, made in self._made.items() if step >= before}
