@@ -115,8 +115,9 @@ def leave(
         path, name, how = place
         owner = module.get_submodule(path)
         if place in public:
-            _keep(owner, name, public[place])
-            _written.get(owner, {}).pop(name, None)
+            _keep(owner, name, how, public[place])
+            if how != "extended":  # what else is in a list stays hidden, if it was
+                _written.get(owner, {}).pop(name, None)
             continue
         joined = pytree.tree_map(_joined, value, kinds[place])
         before = owner.__dict__.get(name, _ABSENT)
@@ -131,17 +132,16 @@ def leave(
 
 def keep_public(module: nn.Module, values: dict[Place, Any]) -> None:
     """Set attributes to values that were found without anybody's data, in a step without examples."""
-    for (path, name, _), value in values.items():
-        _keep(module.get_submodule(path), name, value)
+    for (path, name, how), value in values.items():
+        _keep(module.get_submodule(path), name, how, value)
 
 
 def may_be_public(kinds: dict[Place, Any]) -> set[Place]:
-    """Changes that may follow from counters alone: to a value of Python, or from another one that was there."""
+    """Changes that may follow from counters alone: to or by values of Python, or from another one that was there."""
     return {
         place
         for place, kind in kinds.items()
-        if place[2] == "moved"
-        or (place[2] == "set" and not any(issubclass(leaf, Tensor) for leaf in pytree.tree_leaves(kind)))
+        if place[2] == "moved" or not any(issubclass(leaf, Tensor) for leaf in pytree.tree_leaves(kind))
     }
 
 
@@ -169,9 +169,12 @@ def _one_for_all(value: Any, kinds: Any) -> Any:
     return shared if alike else _ABSENT
 
 
-def _keep(owner: nn.Module, name: str, value: Any) -> None:
-    """Set an attribute; of a container that is there already, the content."""
+def _keep(owner: nn.Module, name: str, how: str, value: Any) -> None:
+    """Set or extend an attribute; of a container that is there already, the content."""
     there = owner.__dict__.get(name, _ABSENT)
+    if how == "extended" and isinstance(there, (list, deque)):
+        there.extend(value)
+        return
     if type(there) is not type(value) or type(there) not in _CONTAINERS:
         owner.__dict__[name] = value
         return
