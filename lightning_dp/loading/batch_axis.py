@@ -30,7 +30,9 @@ def check_batch_axis_argument(batch_axis: object) -> None:
     """
     values = list(batch_axis.values()) if isinstance(batch_axis, Mapping) else [batch_axis]
     names = list(batch_axis) if isinstance(batch_axis, Mapping) else []
-    allowed = batch_axis == "each" or all(_is_axis(value) or (value is None and names) for value in values)
+    allowed = (isinstance(batch_axis, str) and batch_axis == "each") or all(
+        _is_axis(value) or (value is None and names) for value in values
+    )
     if not allowed or not all(isinstance(name, str) for name in names):
         raise ValueError(
             f"batch_axis={shown(batch_axis)}: expected the axis of the examples, such as 1, 'list' for a list with one element for "
@@ -185,4 +187,4 @@ def _axis(batch_axis: BatchAxis, fields: tuple[str, ...], leaf: Any) -> Axis | N
 
 
 def _is_axis(value: object) -> bool:
-    return value == "list" or (isinstance(value, int) and not isinstance(value, bool))
+    return (isinstance(value, str) and value == "list") or (isinstance(value, int) and not isinstance(value, bool))

@@ -158,7 +158,7 @@ def test_an_edited_journal_is_refused_by_file_and_line(tmp_path: Path, line: str
 def test_a_phase_that_is_none_is_refused_with_the_remedy(tmp_path: Path) -> None:
     life(tmp_path, steps=3)
     (line,) = read_lines(tmp_path / FILE_NAME).lines
-    forged = replace(line, phase={**line.phase, "noise_multiplier": "1"})  # with digests that fit
+    forged = replace(line, state="open", phase={**line.phase, "noise_multiplier": "1"})  # with digests that fit
     (tmp_path / FILE_NAME).write_text(forged.text())
     with pytest.raises(ValueError, match=r"noise_multiplier='1' in the ledger's state: expected a plain number"):
         life(tmp_path, tmp_path / "ckpt" / "step=2.ckpt", steps=5)

@@ -20,6 +20,7 @@ import lightning_dp.records.report as report_module
 from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.user_step.capture import StepCapture
 from tests.guarantees.mutations import patched
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def optimizer_is_wrapped() -> Iterator[None]:
 @contextmanager
 def train_metrics_are_not_mentioned() -> Iterator[None]:
     """Nobody is told that training metrics carry no noise."""
-    with patched((PrivateStep, "_say_once_that_metrics_are_private", lambda *_: None)):
+    with patched((StepCapture, "say_once_that_logs_are_private", lambda *_: None)):
         yield
 
 
@@ -177,8 +178,8 @@ def epochs_rounded_down() -> Iterator[None]:
     """O#308: σ is found for fewer steps than the run will take."""
     original = callback_module.agreed_plan
 
-    def agreed_plan(*args: Any, remaining_steps: Callable[[int], int | None], **options: Any) -> PrivacyPlan:
-        return original(*args, remaining_steps=lambda epoch: (remaining_steps(epoch) or 4) - 3, **options)
+    def agreed_plan(*args: Any, remaining_steps: Callable[[], int | None], **options: Any) -> PrivacyPlan:
+        return original(*args, remaining_steps=lambda: (remaining_steps() or 4) - 3, **options)
 
     with patched((callback_module, "agreed_plan", agreed_plan)):
         yield
