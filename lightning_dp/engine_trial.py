@@ -17,6 +17,7 @@ from lightning_dp.engines.ghost.verification import TOLERANCE_FLOAT32, check_agr
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.plain import check_nothing_is_lost
 from lightning_dp.engines.select import EngineName, Selection, select_engine
+from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.functional.gradient import Engine, LossFunction
 from lightning_dp.functional.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
 from lightning_dp.functional.opened import open_containers
@@ -72,7 +73,7 @@ def try_engines(
     with undone(module) as before, torch.enable_grad():
         on_device, examples = trial_batch(strategy, loader, with_views, most)
         check_batch_axis(on_device, examples)
-        with undone(module):
+        with undone(module), uncompiled():  # a look is not worth a graph
             check_one_example(module, loss_function, given, on_device, before)
         one, clipping = batch_of_one(on_device, 0), loader.plan.clipping_rule
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lightning_dp.engines.user_code import layer_of_error, line_of_error
 
 ALONE = "lightning_dp runs training_step for each example on its own: it gets a batch of one, whose first axis has length 1."
 """A note on what the user's own code raises."""
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""Raised for want of memory: no limit of an engine, and nothing that another line would mend."""
 
 CAUSES = {
     "data-dependent control flow": "it takes an example's value into Python, which must be the same for all at once",

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.clipping import Clipping
-from lightning_dp.engines.explain import ALONE, explain
+from lightning_dp.engines.explain import ALONE, OUT_OF_MEMORY, explain
 from lightning_dp.engines.ghost import GhostEngine
+from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.select import EngineError, Selection
 from lightning_dp.functional.gradient import ClippedSum, LossFunction
 from lightning_dp.functional.microbatch import BatchAxisError
@@ -37,7 +38,7 @@ class FallBack:
 
     def __init__(self, selection: Selection, module: nn.Module, passed_on: tuple[type[Exception], ...] = ()) -> None:
         self._selection, self._module = selection, module
-        self._passed_on: tuple[type[BaseException], ...] = (*passed_on, BatchAxisError, torch.cuda.OutOfMemoryError)
+        self._passed_on: tuple[type[BaseException], ...] = (*passed_on, BatchAxisError, *OUT_OF_MEMORY)
         self.name = selection.engine.name
 
     def clipped_sum(
@@ -54,7 +55,7 @@ class FallBack:
 
         Raises:
             EngineError: the engine was asked for by name and cannot run this.
-            Exception: what the training step itself raises for a batch of one.
+            Exception: what the training step itself raises for a batch of one, and want of memory, which is no engine's limit.
         """
         selection, put_back = self._selection, _draws()
         engines = [selection.engine, *selection.slower]
@@ -75,6 +76,8 @@ class FallBack:
                     raise
                 reason = explain(error, self._module)
                 if place + 1 == len(engines):
+                    put_back()
+                    _raise_if_its_own(loss_function, parameters, batch, examples, clipping, counted)
                     raise EngineError(
                         f"engine={engine.name!r} cannot run this training_step any more: {reason}. Nothing of this step is "
                         "released. Use engine='auto', which takes another engine where one cannot, or change that line."
@@ -96,6 +99,22 @@ class FallBack:
                 "result is the same, and slower. (Which micro-batches these are may depend on private examples.)",
                 stacklevel=2,
             )
+
+
+def _raise_if_its_own(
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    examples: int,
+    clipping: Clipping | float,
+    counted: int | None,
+) -> None:
+    """Raise what plain backward passes raise as well: an error of training_step's own. Their gradients are dropped."""
+    try:
+        LoopEngine().clipped_sum(loss_function, parameters, batch, examples, clipping, counted=counted)
+    except Exception as error:
+        error.add_note(ALONE)
+        raise
 
 
 def _draws() -> Callable[[], None]:

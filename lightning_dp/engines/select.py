@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_dp.checked import shown
 from lightning_dp.engines.decisions import PartingError
-from lightning_dp.engines.explain import explain
+from lightning_dp.engines.explain import OUT_OF_MEMORY, explain
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.uncompiled import compiled_parts
@@ -88,13 +88,14 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
 
     Raises:
         EngineError: the engine asked for cannot trace the training_step.
-        Exception: what the training_step itself raises when even a batch of one fails is passed on as it is.
+        Exception: what the training_step itself raises when even a batch of one fails is passed on as it is, and so is want
+            of memory.
     """
     if name != "auto":
         engine = make_engine(name, module)
         try:
             trial(engine)
-        except BatchAxisError:
+        except (BatchAxisError, *OUT_OF_MEMORY):
             raise
         except Exception as error:
             if name == "loop":
@@ -109,7 +110,7 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
         engine = make_engine(candidate, module)
         try:
             trial(engine)
-        except BatchAxisError:
+        except (BatchAxisError, *OUT_OF_MEMORY):
             raise
         except Exception as refusal:
             if candidate == "loop":

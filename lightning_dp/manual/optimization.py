@@ -119,7 +119,8 @@ class ManualOptimization:
         except PreflightError:
             raise
         except Exception as error:
-            raise_explained(error, module, lambda: rehearse(module, self._capture, batch_of(rows + 1), self._private))
+            again = partial(rehearse, module, self._capture, private=self._private)
+            raise_explained(error, module, lambda more: again(batch_of(rows - 1 + more)))
         if not any(place in script for script in self._scripts for place in self._private):
             raise PreflightError(
                 f"no private optimizer steps in the first {len(self._scripts)} batches: expected training_step to call "

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.engines.explain import ALONE, explain
+from lightning_dp.engines.explain import ALONE, OUT_OF_MEMORY, explain
 from lightning_dp.engines.loop import as_leaf
 from lightning_dp.functional.backward import plain_gradient
 from lightning_dp.functional.gradient import LossFunction
@@ -17,6 +17,9 @@ from lightning_dp.functional.microbatch import batch_of_one, take
 from lightning_dp.preflight import PreflightError
 from lightning_dp.user_step.contents import Contents, written
 from lightning_dp.user_step.writes import FindWrite
+
+MORE = (2, 3, 4, 8, 16)
+"""Rows with which a training_step is tried that fails on one: some code needs a few, such as ``a, b = x.split(4)``."""
 
 
 def check_one_example(
@@ -48,7 +51,7 @@ def check_one_example(
     except PreflightError:
         raise
     except Exception as error:
-        raise_explained(error, module, lambda: plain_gradient(loss_function, leaves, take(batch, [0, 0])))
+        raise_explained(error, module, lambda rows: plain_gradient(loss_function, leaves, take(batch, [0] * rows)))
     changed = before.changed()
     if not changed:
         _move(leaves)
@@ -62,28 +65,37 @@ def check_one_example(
         raise written(module, changed, found.line)
 
 
-def raise_explained(error: Exception, module: nn.Module, with_two: Callable[[], object]) -> NoReturn:
+def raise_explained(error: Exception, module: nn.Module, with_rows: Callable[[int], object]) -> NoReturn:
     """Raise what training_step has raised for a batch of one, or say that the batch of one is what is wrong.
 
     Args:
         error: what it has raised.
         module: the user's.
-        with_two: runs training_step on a batch of two.
+        with_rows: runs training_step on a batch of that many rows.
 
     Raises:
-        PreflightError: a batch of two is no trouble.
-        Exception: ``error``, with a note, otherwise.
+        PreflightError: a batch of more is no trouble.
+        Exception: ``error``, with a note, otherwise; as it is, for want of memory.
     """
-    try:
-        with_two()
-    except Exception:
+    if isinstance(error, OUT_OF_MEMORY):
+        raise error
+    enough = next((rows for rows in MORE if _runs(with_rows, rows)), None)
+    if enough is None:
         error.add_note(ALONE)
         raise error from None
     raise PreflightError(
-        f"training_step cannot take a batch of one: {explain(error, module)}. Expected a step for any number of examples: under "
+        f"training_step cannot take a batch of one: {explain(error, module)}. It runs on {enough} rows. Expected a step for any number of examples: under "
         "differential privacy it runs for each example on its own, and the first axis of every tensor has length 1. Give squeeze() "
         "the axis that it is for, as in squeeze(-1), and take sizes from the batch (x.chunk(2) of one row is one piece)."
     ) from error
+
+
+def _runs(with_rows: Callable[[int], object], rows: int) -> bool:
+    try:
+        with_rows(rows)
+    except Exception:
+        return False
+    return True
 
 
 def _move(leaves: Mapping[str, Tensor]) -> None:

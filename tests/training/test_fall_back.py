@@ -123,9 +123,32 @@ class OwnMistake(Regressor):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("engine", ["auto", "loop", "ghost", "vmap"])
 @pytest.mark.filterwarnings("ignore:engine 'ghost' cannot run some:UserWarning")
 def test_the_users_own_error_is_passed_on_with_a_note(engine: Any) -> None:
     with pytest.raises(KeyError, match="mistake") as caught:
         trainer(DifferentialPrivacy(noise_multiplier=1.0, engine=engine)).fit(OwnMistake(), loader())
     assert "a batch of one" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("engine", ["auto", "ghost", "vmap", "loop"])
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("since", [0, LATE])
+def test_want_of_memory_is_no_engines_limit(engine: Any, kind: type[Exception], since: int) -> None:
+    """It is passed on as it is, from the trial and from a step, and no other engine is tried."""
+
+    class Full(Regressor):
+        calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step >= since and (since or torch._C._functorch.maybe_current_level() or engine == "loop"):
+                Full.calls += 1
+                if Full.calls == 1:
+                    raise kind("no room")
+            return super().training_step(batch, batch_idx)
+
+    privacy = DifferentialPrivacy(noise_multiplier=1.0, engine=engine)
+    with pytest.raises(kind, match="no room"):
+        trainer(privacy, max_steps=STEPS).fit(Full(), loader())
+    assert Full.calls == 1
+    assert privacy.ledger is None or privacy.ledger.steps == since

@@ -272,8 +272,14 @@ class Halves(NeverStepped):
         return one.mean() + other.mean()
 
 
+class Fours(NeverStepped):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        one, other = self.net(batch[0]).split(4)[:2]  # of two rows, too, there is one piece
+        return one.mean() + other.mean()
+
+
 @pytest.mark.parametrize("options", [{}, {"physical_batch_size": 1}, {"engine": "vmap"}])
-@pytest.mark.parametrize("module", [Squeezes, Halves])
+@pytest.mark.parametrize("module", [Squeezes, Halves, Fours])
 def test_a_training_step_that_cannot_take_a_batch_of_one(module: Any, options: Any) -> None:
     with pytest.raises(
         PreflightError, match=r"cannot take a batch of one: .*test_refusals\.py:\d+ in training_step.*squeeze"
@@ -281,7 +287,7 @@ def test_a_training_step_that_cannot_take_a_batch_of_one(module: Any, options: A
         trainer(DifferentialPrivacy(noise_multiplier=1.0, **options)).fit(module(), loader())
 
 
-@pytest.mark.parametrize("module", [Squeezes, Halves])
+@pytest.mark.parametrize("module", [Squeezes, Halves, Fours])
 def test_nor_by_hand(module: Any) -> None:
     class ByHand(module):  # type: ignore[misc]  # a class that is given
         def __init__(self) -> None:

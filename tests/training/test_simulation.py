@@ -30,7 +30,7 @@ def fitted(simulate: int = 1, ckpt_path: str | None = None, **options: Any) -> t
 
 
 def test_what_is_run_is_what_the_ledger_counts_and_no_target_is_claimed(tmp_path: Path) -> None:
-    (real, _), (small, _) = fitted(), fitted(8, default_root_dir=str(tmp_path))
+    (real, _), (small, _) = fitted(), fitted(8, default_root_dir=str(tmp_path / "small"))
     assert_nearly(small.plan.noise_multiplier, real.plan.noise_multiplier / 8)
     assert_nearly(small.plan.sampling_probability, real.plan.sampling_probability / 8)
     spreads = [plan.noise_std / plan.expected_batch_size for plan in (small.plan, real.plan)]
@@ -45,7 +45,7 @@ def test_what_is_run_is_what_the_ledger_counts_and_no_target_is_claimed(tmp_path
     assert statement.target_epsilon is None
     assert str(statement).startswith("SIMULATION, NOT PRIVATE as the run it stands for: 5 steps at 1/8 of the batch")
     assert "ε = 3" not in str(statement)
-    written = json.loads((tmp_path / "privacy.json").read_text())
+    written = json.loads((tmp_path / "small" / "privacy.json").read_text())
     assert written["simulation"] == written["caveats"][0] == statement.simulation
     assert_nearly(written["epsilon"], spent)
     assert real.statement().simulation is None
