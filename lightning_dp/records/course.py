@@ -16,6 +16,8 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_dp.records.lineage import Lineage
 from lightning_dp.strategy_facts import trainable
@@ -44,6 +46,8 @@ def course_of(past: Lineage | None, *, lost: bool, steps: int, facts: str) -> st
 def facts_of(trainer: pl.Trainer, *more: object) -> str:
     """Digest of what can be seen of the gradients to come beside the plan's numbers. All of it is public.
 
+    Where the parameters are is none of it: a training may go on with other ranks, and sharded or whole, as the same mechanism.
+
     Args:
         trainer: with its module and its optimizers.
         more: arguments of the callback that change what is summed.
@@ -62,12 +66,14 @@ def _facts(trainer: pl.Trainer, more: tuple[object, ...]) -> Iterator[str]:
         given = [name for name in inspect.signature(type(scheduler).__init__).parameters if name != "last_epoch"]
         yield f"{_name(scheduler)} {_plain([(name, getattr(scheduler, name, None)) for name in given])}"
     yield _plain([(name, tuple(parameter.shape)) for name, parameter in trainable(module).items()])
-    yield _plain(module)
+    yield _without_shards(module)
     with suppress(Exception):  # hyperparameters that somebody else's code cannot show are left out
         yield _plain(sorted(module.hparams.items()))
     for kind in type(module).__mro__:
         if kind is pl.LightningModule:
             break
+        if issubclass(kind, FSDPModule):
+            continue
         yield f"{kind.__module__}.{kind.__qualname__}"
         yield from (_code(part.__code__) for part in vars(kind).values() if isinstance(part, FunctionType))
 
@@ -75,6 +81,15 @@ def _facts(trainer: pl.Trainer, more: tuple[object, ...]) -> Iterator[str]:
 def _code(code: CodeType) -> str:
     inner = [_code(constant) if isinstance(constant, CodeType) else _plain(constant) for constant in code.co_consts]
     return f"{code.co_name} {code.co_code.hex()} {code.co_names} {inner}"
+
+
+def _without_shards(module: nn.Module) -> str:
+    """The module's text, with the names its layers had before ``fully_shard`` gave them classes of its own."""
+    text = _plain(module)
+    for kind in {type(part) for part in module.modules() if isinstance(part, FSDPModule)}:
+        own = next(one for one in kind.__mro__ if not issubclass(one, FSDPModule))
+        text = re.sub(rf"\b{re.escape(kind.__name__)}\(", f"{own.__name__}(", text)
+    return text
 
 
 def _plain(value: object) -> str:

@@ -27,9 +27,21 @@ def sgd(
     noise_multiplier: float,
     clip_norm: float,
     expected_batch_size: int,
+    changed: str = "",
 ) -> Tensor:
-    """The weights after private SGD on the noisy gradients with the numbers ``steps``, and on no others."""
-    key, size = RandomKey.from_seed(seed), len(data)  # type: ignore[arg-type]  # a dataset with a length
+    """The weights after private SGD on the noisy gradients with the numbers ``steps``, and on no others.
+
+    Args:
+        module: whose weights move.
+        data: what is sampled.
+        steps: the numbers.
+        seed: of all random numbers.
+        noise_multiplier: σ.
+        clip_norm: C.
+        expected_batch_size: of a sample.
+        changed: what enters the key beside the seed.
+    """
+    key, size = RandomKey.from_seed(seed, changed), len(data)  # type: ignore[arg-type]  # a dataset with a length
     parameters = list(module.parameters())
     for step in steps:
         total = torch.zeros(sum(p.numel() for p in parameters))

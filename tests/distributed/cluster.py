@@ -87,8 +87,15 @@ def launch(
         process.kill()  # what hangs, and what was stopped on purpose
 
 
+def move_into(own: Path) -> None:
+    """Each case writes its journal into a folder of its own: a killed run beside it would be named in its statement."""
+    own.mkdir(exist_ok=True)
+    os.chdir(own)
+
+
 def _one(case: Callable[[Path], dict[str, Any]], environment: dict[str, Any], to: Path) -> None:
     os.environ.update({key: str(value) for key, value in environment.items()})
+    move_into(to.parent / to.name.rsplit("-", 2)[0])
     try:
         torch.save(case(to.parent), to)
     except BaseException as error:
@@ -144,6 +151,7 @@ def elastic(folder: Path, name: str, case: Callable[[Path], dict[str, Any]], *wo
 
 
 def _saved(folder: Path, name: str, case: Callable[[Path], dict[str, Any]]) -> None:
+    move_into(folder / name)
     result = case(folder)
     torch.save(result, folder / f"{name}-{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.pt")
 

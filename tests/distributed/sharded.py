@@ -206,7 +206,8 @@ def run(folder: Path, ranks: int) -> None:
         with sharded_mutations.whole_parameters_are_kept():
             fit("stale", folder, ranks, private())
         with sharded_mutations.planned_before_the_checkpoint_is_read():
-            fit("forgotten", folder, ranks, private(), ckpt=folder / "shards-2.ckpt")
+            apart = {"default_root_dir": folder / "forgotten"}  # or its steps would be found, and counted as lost
+            fit("forgotten", folder, ranks, private(), ckpt=folder / "shards-2.ckpt", **apart)
         refusals(folder)
 
 

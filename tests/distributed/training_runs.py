@@ -262,7 +262,8 @@ def killed_once(make_trainer: Any, folder: Path) -> dict[str, Any]:
     if rank_here() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         fit.callbacks.append(DiesOnceCharged(folder / FILE_NAME))
     fit.fit(module, loader(), ckpt_path="last")
-    return {**outcome(module, callback), "steps_here": len(sampled.indices)}
+    assert callback.ledger is not None
+    return {**outcome(module, callback), "steps_here": len(sampled.indices), "changed": callback.ledger.changed}
 
 
 def stretch(make_trainer: Any, folder: Path, until: int, seed: int | None = 7, **arguments: Any) -> dict[str, Any]:

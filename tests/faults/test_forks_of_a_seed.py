@@ -6,14 +6,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 import lightning_dp.functional.step as step_module
 import lightning_dp.records.checkpoint as checkpoint_module
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.records.course import facts_of
 from tests.conftest import Regressor, regressor
 from tests.faults.lives import life, record_releases, releases
 from tests.guarantees.mutations import caught, patched
@@ -107,6 +111,27 @@ def test_a_continuation_that_is_repeated_is_the_same_release(tmp_path: Path, thi
         assert continuation(tmp_path / f"1 {kind}", third, make()) == continuation(
             tmp_path / f"2 {kind}", third, make()
         )
+
+
+def facts(module: Any) -> str:
+    trainer: Any = SimpleNamespace(lightning_module=module, precision="32-true", optimizers=[], lr_scheduler_configs=[])
+    return facts_of(trainer)
+
+
+def sharded(module: Any) -> Any:
+    """With the classes that ``fully_shard`` gives; tests/distributed/test_sharded.py goes on with really sharded ones."""
+    for part in [module, *(one for one in module.modules() if isinstance(one, nn.Linear))]:
+        kind = type(part)
+        part.__class__ = type(f"FSDP{kind.__name__}", (FSDPModule, kind), {})
+    return module
+
+
+def test_where_the_parameters_are_is_no_other_mechanism() -> None:
+    assert facts(sharded(regressor())) == facts(regressor())
+    assert facts(sharded(Halved())) == facts(Halved()) != facts(regressor())
+    thicker = regressor()
+    thicker.net.append(nn.Dropout(0.5))
+    assert facts(sharded(thicker)) != facts(sharded(regressor()))
 
 
 def by_hand_and_then_automatically(folder: Path) -> list[str]:
