@@ -90,10 +90,10 @@ def check_collate_repeats_itself(collate: Collate, records: list[Any], at_once: 
     company = records[: min(len(records), at_once, COMPANY)]
     if _contents(collate, company, 0) != _contents(collate, company, 0):
         raise PreflightError(
-            "collate_fn made other rows of the same examples the second time, with the global random generators of torch, NumPy "
-            "and Python seeded alike: expected it to draw from those. What a generator of its own draws for a row follows from "
-            "how many rows came before it, so one example would change the rows of others. Let it draw from torch's global "
-            "generator, without a seed of its own (as in transformers' data collators with seed=None), or draw in the dataset."
+            "collate_fn or a batch transfer hook made other rows of the same examples the second time, with the global random "
+            "generators of torch, NumPy and Python seeded alike: expected it to draw from those. What a generator of its own draws "
+            "for a row follows from how many rows came before it, so one example would change the rows of others. Let it draw from "
+            "torch's global generator, without a seed of its own (as in transformers' data collators with seed=None), or draw in the dataset."
         )
 
 
@@ -117,10 +117,10 @@ def check_collate_forgets_places(collate: Collate, records: list[Any], at_once: 
         return
     if first[0] != turned[0]:
         raise PreflightError(
-            "collate_fn makes another row of an example at another place in the batch, whatever the global random generators "
-            "hold: expected a row that follows from its example alone. A generator that is seeded in every call does so, and "
-            "so does a number of the row: removing one example would change the rows of those behind it. Draw from torch's "
-            "global generator without seeding it, and leave numbers of rows out."
+            "collate_fn or a batch transfer hook makes another row of an example at another place in the batch, whatever the global "
+            "random generators hold: expected a row that follows from its example alone, not from the first of the "
+            "batch either. A generator that is seeded in every call does so, and so does a number of the row: removing one example "
+            "would change the rows of those behind it. Draw from torch's global generator without seeding it, and leave numbers of rows out."
         )
 
 
