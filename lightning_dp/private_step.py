@@ -58,6 +58,7 @@ from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
 from lightning_dp.user_step.never_moved import NeverMoved
 from lightning_dp.user_step.seeded import forked_rng
 from lightning_dp.user_step.spectral import SpectralNorms
+from lightning_dp.user_step.undone import undone
 
 Planner = Callable[[DataLoader[Any]], Ledger]
 """Turns the user's training loader into the ledger of the run, which holds the plan."""
@@ -282,7 +283,7 @@ class PrivateStep:
         before = Contents.of(tensors_of(module))
         with forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
             total = accumulate(
-                FallBack(selection, module, (preflight.PreflightError,)),
+                FallBack(selection, module, (preflight.PreflightError,), partial(undone, module)),
                 loss_function,
                 in_real_parts(parameters),
                 micro_batches,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,17 @@ class FallBack:
         selection: of the run. It remembers which engine is given up.
         module: the user's, for messages.
         passed_on: errors that are nobody's limit, but say what is wrong with the training step.
+        undone: a context in which nothing that happens to the module is kept.
     """
 
-    def __init__(self, selection: Selection, module: nn.Module, passed_on: tuple[type[Exception], ...] = ()) -> None:
-        self._selection, self._module = selection, module
+    def __init__(
+        self,
+        selection: Selection,
+        module: nn.Module,
+        passed_on: tuple[type[Exception], ...] = (),
+        undone: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._selection, self._module, self._undone = selection, module, undone
         self._passed_on: tuple[type[BaseException], ...] = (*passed_on, BatchAxisError, *OUT_OF_MEMORY)
         self.name = selection.engine.name
 
@@ -77,7 +85,8 @@ class FallBack:
                 reason = explain(error, self._module)
                 if place + 1 == len(engines):
                     put_back()
-                    _raise_if_its_own(loss_function, parameters, batch, examples, clipping, counted)
+                    with self._undone():
+                        _raise_if_its_own(loss_function, parameters, batch, examples, clipping, counted)
                     raise EngineError(
                         f"engine={engine.name!r} cannot run this training_step any more: {reason}. Nothing of this step is "
                         "released. Use engine='auto', which takes another engine where one cannot, or change that line."

@@ -213,8 +213,8 @@ def test_a_hook_cannot_mix_examples() -> None:
         self._run(self._to_be_run(), whole)
         return open_containers(whole)
 
-    with caught(patched((BatchHooks, "applied", on_the_whole))):
-        no_example_reaches_another_through_a_hook()
+    with patched((BatchHooks, "applied", on_the_whole)), pytest.raises((AssertionError, PreflightError)):
+        no_example_reaches_another_through_a_hook()  # also the look before the first step notices
 
 
 def test_a_hook_that_keeps_statistics_of_what_it_changes_is_refused() -> None:
