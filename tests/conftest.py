@@ -86,3 +86,11 @@ def weights(module: nn.Module) -> Tensor:
 @pytest.fixture(autouse=True)
 def _run_in_a_folder_of_its_own(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _seed_no_workers_that_another_test_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``seed_everything(workers=True)``, as LightningCLI calls it, stays in the environment of the process."""
+    for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
+        monkeypatch.setenv(name, "")  # remembered, so that what the test sets is taken back
+        monkeypatch.delenv(name)
