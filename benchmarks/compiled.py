@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.vmap import VmapEngine
-from lightning_dp.functional.clip import clip_and_sum
+from lightning_dp.mechanism.clip import clip_and_sum
 
 
 def network() -> nn.Module:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.layers.standardised_weights import EPSILON
 from lightning_dp.models import WideResNet, WSConv2d
-from lightning_dp.standardised_weights import EPSILON
 
 Weights = dict[str, Any]
 Gradient = dict[str, Tensor]

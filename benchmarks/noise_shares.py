@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from lightning_dp.functional.noise import add_gaussian_noise
-from lightning_dp.functional.randomness import RandomKey
+from lightning_dp.mechanism.noise import add_gaussian_noise
+from lightning_dp.mechanism.randomness import RandomKey
 
 
 def seconds(coordinates: int, ranks: int, rounds: int) -> float:

@@ -27,9 +27,9 @@ from torch.func import functional_call, grad, vmap
 
 from lightning_dp.accounting import noise_multiplier_for
 from lightning_dp.data.digits import DigitsDataModule
-from lightning_dp.functional.randomness import RandomKey
-from lightning_dp.functional.step import release
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.mechanism.release import release
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 TARGETS, STEPS, BATCH, DELTA = 20, 100, 256, 1e-5
 Gradient = dict[str, Tensor]

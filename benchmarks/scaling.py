@@ -22,12 +22,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning_dp.functional import step as functional_step
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.functional import step as functional_step
 from lightning_dp.models import WideResNet
 
 PARTS = ("gradients", "data", "noise", "sum over ranks", "other")

@@ -15,9 +15,9 @@ import torch
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.data.digits import DigitsDataModule
-from lightning_dp.functional.grid import RESOLUTION, add_discrete_gaussian
-from lightning_dp.functional.noise import add_gaussian_noise
-from lightning_dp.functional.randomness import RandomKey
+from lightning_dp.mechanism.grid import RESOLUTION, add_discrete_gaussian
+from lightning_dp.mechanism.noise import add_gaussian_noise
+from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.models.digits_cnn import DigitsCNN
 
 COORDINATES = 2_000_000

@@ -17,30 +17,30 @@ from lightning_dp.version import __version__
 
 if TYPE_CHECKING:
     from lightning_dp.accounting import BudgetExceededError, Statement
-    from lightning_dp.augmentation import AugmentationMultiplicity
-    from lightning_dp.callback import DifferentialPrivacy
-    from lightning_dp.ema import ExponentialMovingAverage
+    from lightning_dp.callbacks.augmentation import AugmentationMultiplicity
+    from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
+    from lightning_dp.callbacks.moving_average import ExponentialMovingAverage
     from lightning_dp.engines.select import EngineError
+    from lightning_dp.errors import PreflightError
+    from lightning_dp.layers.replacements import make_trainable_privately
     from lightning_dp.loading.held_records import HeldRecords
-    from lightning_dp.plan import PrivacyPlan
-    from lightning_dp.preflight import PreflightError
-    from lightning_dp.private_layers import make_trainable_privately
+    from lightning_dp.plan.privacy_plan import PrivacyPlan
     from lightning_dp.strategy import PrivateDDPStrategy, PrivateModelParallelStrategy, PrivateSingleDeviceStrategy
 
 _HOMES = {
-    "AugmentationMultiplicity": "augmentation",
+    "AugmentationMultiplicity": "callbacks.augmentation",
     "BudgetExceededError": "accounting",
-    "DifferentialPrivacy": "callback",
+    "DifferentialPrivacy": "callbacks.differential_privacy",
     "EngineError": "engines.select",
-    "ExponentialMovingAverage": "ema",
+    "ExponentialMovingAverage": "callbacks.moving_average",
     "HeldRecords": "loading.held_records",
-    "PreflightError": "preflight",
-    "PrivacyPlan": "plan",
+    "PreflightError": "errors",
+    "PrivacyPlan": "plan.privacy_plan",
     "PrivateDDPStrategy": "strategy",
     "PrivateModelParallelStrategy": "strategy",
     "PrivateSingleDeviceStrategy": "strategy",
     "Statement": "accounting",
-    "make_trainable_privately": "private_layers",
+    "make_trainable_privately": "layers.replacements",
 }
 
 __all__ = [

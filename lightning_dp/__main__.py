@@ -1,6 +1,6 @@
 """``python -m lightning_dp`` is the command ``lightning-dp``."""
 
-from lightning_dp.cli import main
+from lightning_dp.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -15,50 +15,53 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_dp import preflight
 from lightning_dp.accounting import Ledger
-from lightning_dp.distributed.agreement import check_same_parameters_on_every_rank
-from lightning_dp.distributed.gathering import on_every_rank
-from lightning_dp.distributed.layerwise import Layerwise
-from lightning_dp.distributed.same_data import check_same_data_on_every_rank
-from lightning_dp.distributed.sharding import reshard, whole
-from lightning_dp.distributed.shared_key import shared_key
-from lightning_dp.engine_trial import TRIAL_EXAMPLES, WithoutData, WithViews, try_engines
+from lightning_dp.batches.axis import BatchAxis
+from lightning_dp.batches.units import Units, group
+from lightning_dp.batches.views import Views
+from lightning_dp.engines.accumulate import Accumulated, accumulate
 from lightning_dp.engines.fall_back import FallBack
-from lightning_dp.engines.on_grid import OnGrid
+from lightning_dp.engines.protocol import LossFunction
+from lightning_dp.engines.rounded import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
-from lightning_dp.functional.gradient import LossFunction
-from lightning_dp.functional.parameter_hooks import put_gradient
-from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.real_parts import as_given, in_real_parts
-from lightning_dp.functional.step import Accumulated, accumulate
-from lightning_dp.functional.units import Units, group
-from lightning_dp.functional.views import Views
-from lightning_dp.layerwise_trial import start_layerwise
+from lightning_dp.errors import PreflightError
+from lightning_dp.layers.batch_norm import check_batch_norms_rest
 from lightning_dp.loading.apart import collate_each_if_needed
-from lightning_dp.loading.batch_axis import BatchAxis
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader, check_sample
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through, to_device
-from lightning_dp.manual.optimization import ManualOptimization
-from lightning_dp.manual.step_sample import StepSample
-from lightning_dp.mixing.examples_apart import check_examples_stay_apart, of_training_step
-from lightning_dp.privacy_unit import PrivacyUnit, read_units
-from lightning_dp.sample_release import release_sample
-from lightning_dp.sizing.physical_batch import (
+from lightning_dp.look.batch_size.physical import (
     PhysicalBatchSize,
     default_physical_batch_size,
     settle_physical_batch_size,
 )
-from lightning_dp.strategy_facts import module_of, rank_of, trainable, world_size_of
-from lightning_dp.trial_in_shards import select_in_shards
-from lightning_dp.user_step.batch_hooks import BatchHooks
-from lightning_dp.user_step.capture import StepCapture
-from lightning_dp.user_step.contents import Contents, check_nothing_written, tensors_of
-from lightning_dp.user_step.example_loss import example_loss, takes_batch_idx
-from lightning_dp.user_step.never_moved import NeverMoved
-from lightning_dp.user_step.seeded import forked_rng
-from lightning_dp.user_step.spectral import SpectralNorms
-from lightning_dp.user_step.undone import undone
+from lightning_dp.look.engine_check import TRIAL_EXAMPLES, WithoutData, WithViews, try_engines
+from lightning_dp.look.engine_check_in_shards import select_in_shards
+from lightning_dp.look.layerwise_check import start_layerwise
+from lightning_dp.look.leaks.examples_apart import check_examples_stay_apart, of_training_step
+from lightning_dp.look.loader import check_loader, check_not_nested
+from lightning_dp.look.privacy_unit import PrivacyUnit, read_units
+from lightning_dp.look.same_data import check_same_data_on_every_rank
+from lightning_dp.look.trainer import check_trainer
+from lightning_dp.manual_optimization import ManualOptimization
+from lightning_dp.mechanism.complex import as_given, in_real_parts
+from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.ranks.agreement import check_same_parameters_on_every_rank
+from lightning_dp.ranks.facts import module_of, rank_of, trainable, world_size_of
+from lightning_dp.ranks.gathering import on_every_rank
+from lightning_dp.ranks.layerwise import Layerwise
+from lightning_dp.ranks.sharding import reshard, whole
+from lightning_dp.ranks.shared_key import shared_key
+from lightning_dp.step.batch_hooks import BatchHooks
+from lightning_dp.step.contents import Contents, check_nothing_written, tensors_of
+from lightning_dp.step.logs import StepCapture
+from lightning_dp.step.manual.step_sample import StepSample
+from lightning_dp.step.never_moved import NeverMoved
+from lightning_dp.step.parameter_hooks import put_gradient
+from lightning_dp.step.sample_release import release_sample
+from lightning_dp.step.seeded import forked_rng
+from lightning_dp.step.spectral import SpectralNorms
+from lightning_dp.step.undone import undone
+from lightning_dp.step.user_loss import example_loss, takes_batch_idx
 
 Planner = Callable[[DataLoader[Any]], Ledger]
 """Turns the user's training loader into the ledger of the run, which holds the plan."""
@@ -69,7 +72,7 @@ class PrivateStep:
 
     :meth:`process_dataloader` → :meth:`check_data` → before the first step, when all hooks have prepared the module,
     :meth:`choose_engine` → for each step :meth:`training_step`, then :meth:`backward`.
-    The step itself is :mod:`lightning_dp.functional.step`; this class only feeds it and carries its result home.
+    The step itself is :mod:`lightning_dp.engines.accumulate`; this class only feeds it and carries its result home.
 
     Args:
         planner: makes the plan when the training loader is known; called again if Lightning reloads it.
@@ -81,7 +84,7 @@ class PrivateStep:
         static_shapes: whether every micro-batch is padded to the physical batch size.
         views: how the K augmented views of each example are made, or ``None`` for the examples as they are.
         public_optimizers: under manual optimization, places of the optimizers that see no private data.
-        batch_axis: where a batch has its examples, see :mod:`lightning_dp.loading.batch_axis`.
+        batch_axis: where a batch has its examples, see :mod:`lightning_dp.batches.axis`.
         unit: who is protected, if not each example alone.
         begin: called once the engine is chosen, before the first step.
     """
@@ -135,9 +138,9 @@ class PrivateStep:
             PreflightError: the loader cannot be sampled by Poisson, or there are several of them.
         """
         module = module_of(strategy)
-        loader = on_every_rank(strategy, lambda: preflight.check_loader(dataloader), preflight.PreflightError)
+        loader = on_every_rank(strategy, lambda: check_loader(dataloader), PreflightError)
         if self._loader is not None and module.trainer.fit_loop._combined_loader is None:
-            raise preflight.PreflightError(
+            raise PreflightError(
                 "several training loaders: expected exactly one. Each would need a budget of its own; join the datasets "
                 "with torch.utils.data.ConcatDataset."
             )
@@ -174,7 +177,7 @@ class PrivateStep:
     def check_data(self, strategy: Strategy) -> None:
         """Refuse a nested loader before the first hook or validation batch."""
         let_logical_batches_through(module_of(strategy))
-        preflight.check_not_nested(module_of(strategy).trainer.train_dataloader, self._loader)
+        check_not_nested(module_of(strategy).trainer.train_dataloader, self._loader)
 
     def on_train_batch_start(self, strategy: Strategy) -> None:
         """Choose an engine before the first step, after all hooks that may set what training_step reads; on every rank."""
@@ -225,7 +228,7 @@ class PrivateStep:
         assert self._selection is not None
         batch = batch if self.batch_hooks is None else self.batch_hooks.sample_behind(batch)
         check_sample(batch, ledger.steps, self.unused_samples)
-        preflight.check_trainer(module.trainer)  # a callback may have changed it since the start
+        check_trainer(module.trainer)  # a callback may have changed it since the start
         some_rank_is_empty = 0 < batch.global_size < world_size_of(strategy)
         share = strategy.broadcast if some_rank_is_empty else None
         if self._manual is not None:
@@ -279,11 +282,11 @@ class PrivateStep:
         module, ledger, key = module_of(strategy), self._ledger, self._key
         assert ledger is not None
         assert key is not None
-        preflight.check_batch_norms_rest(module)
+        check_batch_norms_rest(module)
         before = Contents.of(tensors_of(module))
         with forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
             total = accumulate(
-                FallBack(selection, module, (preflight.PreflightError,), partial(undone, module)),
+                FallBack(selection, module, (PreflightError,), partial(undone, module)),
                 loss_function,
                 in_real_parts(parameters),
                 micro_batches,

@@ -27,15 +27,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dp.distributed.gathering import on_every_rank
-from lightning_dp.distributed.lost_ranks import naming_absent_nodes, naming_lost_ranks
-from lightning_dp.distributed.sharding import Gather, check_gather, check_sharding, in_shards, reshard, whole
+from lightning_dp.errors import PreflightError
 from lightning_dp.loading.columns import with_batch_size
 from lightning_dp.loading.loader import LogicalBatch
-from lightning_dp.preflight import PreflightError, check_strategy
+from lightning_dp.look.trainer import check_strategy
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.records.checkpoint import check_before_reading, read_checkpoint
-from lightning_dp.strategy_facts import module_of
+from lightning_dp.ranks.facts import module_of
+from lightning_dp.ranks.gathering import on_every_rank
+from lightning_dp.ranks.lost_ranks import naming_absent_nodes, naming_lost_ranks
+from lightning_dp.ranks.sharding import Gather, check_gather, check_sharding, in_shards, reshard, whole
+from lightning_dp.record.checkpoint import check_before_reading, read_checkpoint
 
 
 class PrivateSingleDeviceStrategy(SingleDeviceStrategy):

@@ -20,9 +20,9 @@ from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Phase
 from lightning_dp.accounting import prv as prv_module
 from lightning_dp.accounting.prv import PrivacyLossVariable, PrvGrid
+from lightning_dp.cli.recipes import command_line
 from lightning_dp.engines.draws import drawn_for_all
-from lightning_dp.functional.while_open import WhileOpen
-from lightning_dp.recipe_cli import command_line
+from lightning_dp.mechanism.while_open import WhileOpen
 from tests.conftest import loader, regressor, trainer
 
 
@@ -154,7 +154,7 @@ def test_the_command_line_leaves_the_words_of_the_process() -> None:
 
 
 def test_an_audit_leaves_the_loggers_level(capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_dp.audit.command import run
+    from lightning_dp.cli.audit import run
 
     level = logging.getLogger("lightning.pytorch").level
     Path("broken.yaml").write_text("model: 3\n")

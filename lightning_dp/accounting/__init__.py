@@ -5,7 +5,6 @@ phase → rdp, prv → epsilon → calibrate, search; distance → reserve → l
 
 from lightning_dp.accounting.calibrate import noise_multiplier_for
 from lightning_dp.accounting.compare import side_by_side
-from lightning_dp.accounting.distance import Distance
 from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
 from lightning_dp.accounting.ledger import BudgetExceededError, Ledger
 from lightning_dp.accounting.limits import check_distance_is_affordable
@@ -13,6 +12,7 @@ from lightning_dp.accounting.phase import Phase, phases_of
 from lightning_dp.accounting.rdp import rdp_epsilon
 from lightning_dp.accounting.reserve import noise_with_reserve
 from lightning_dp.accounting.search import search_epsilon
+from lightning_dp.accounting.slack import Distance
 from lightning_dp.accounting.statement import Statement
 
 __all__ = [

@@ -6,11 +6,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from lightning_dp.accounting.distance import Distance, distance_of_step
 from lightning_dp.accounting.phase import Phase
-from lightning_dp.checked import number, shown, whole
-from lightning_dp.clipping import DEFAULT_GAMMA, ClippingStyle, check_clipping
-from lightning_dp.plan import EXAMPLE, MOST_EXAMPLES, PrivacyPlan, check_clip_norm, check_delta, check_max_batch_size
+from lightning_dp.accounting.slack import Distance, distance_of_step
+from lightning_dp.plan.clipping import DEFAULT_GAMMA, ClippingStyle, check_clipping
+from lightning_dp.plan.privacy_plan import (
+    EXAMPLE,
+    MOST_EXAMPLES,
+    PrivacyPlan,
+    check_clip_norm,
+    check_delta,
+    check_max_batch_size,
+)
+from lightning_dp.validate import number, shown, whole
 
 _NULLABLE = ("max_batch_size", "resolution", "coordinates")
 REMEDY = "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."

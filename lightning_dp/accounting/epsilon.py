@@ -20,7 +20,7 @@ from lightning_dp.accounting.rdp import (
     steps_within,
     total_log_moments,
 )
-from lightning_dp.plan import check_delta
+from lightning_dp.plan.privacy_plan import check_delta
 
 __all__ = [
     "EpsilonBound",

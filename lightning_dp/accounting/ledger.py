@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
-from lightning_dp.accounting.distance import Distance
 from lightning_dp.accounting.entry import REMEDY, Entry, check_one_unit, merge_entries
 from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
 from lightning_dp.accounting.reserve import ReservedCurve
-from lightning_dp.checked import shown
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.accounting.slack import Distance
+from lightning_dp.plan.privacy_plan import PrivacyPlan
+from lightning_dp.validate import shown
 
 STATE_VERSION = 2
 MOST_STEPS = 10**9

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lightning_dp.accounting.distance import smallest_max_batch_size
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.reserve import SHARES
+from lightning_dp.accounting.slack import smallest_max_batch_size
 
 _SENSIBLE_SHARE = 1e-2
 

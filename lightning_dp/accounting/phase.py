@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_dp.checked import whole
-from lightning_dp.plan import MOST_STEPS, check_noise_multiplier, check_sampling_probability
+from lightning_dp.plan.privacy_plan import MOST_STEPS, check_noise_multiplier, check_sampling_probability
+from lightning_dp.validate import whole
 
 
 @dataclass(frozen=True, slots=True)

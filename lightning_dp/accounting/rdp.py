@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy.special import logsumexp
 
 from lightning_dp.accounting.phase import Phase
-from lightning_dp.plan import check_delta
+from lightning_dp.plan.privacy_plan import check_delta
 
 FloatArray = npt.NDArray[np.float64]
 

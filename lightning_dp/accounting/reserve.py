@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from lightning_dp.accounting.distance import Distance
 from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve
 from lightning_dp.accounting.phase import Phase
+from lightning_dp.accounting.slack import Distance
 
 SHARES = (0.0, 1e-3, 1e-2, 0.1, 0.5)
 """The parts of δ that may be set aside. The smallest one that suffices is taken."""

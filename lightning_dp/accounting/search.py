@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from lightning_dp.accounting.epsilon import EpsilonBound, epsilon_bound
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.rdp import ORDERS, FloatArray, epsilon_of_log_moments, total_log_moments
-from lightning_dp.plan import check_delta
+from lightning_dp.plan.privacy_plan import check_delta
 
 RandomNumber = Literal["geometric", "logarithmic", "poisson"]
 """How the number of runs is drawn. Geometric is the truncated negative binomial with η = 1, logarithmic that with η = 0."""

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, same_mechanism
-from lightning_dp.clipping import ClippingStyle
-from lightning_dp.plan import SAMPLING
+from lightning_dp.plan.clipping import ClippingStyle
+from lightning_dp.plan.privacy_plan import SAMPLING
 from lightning_dp.version import __version__
 
 _ACCOUNTANTS = {
@@ -63,7 +63,7 @@ class Statement:
         caveats: sentences without which the number should not be quoted.
 
     Example:
-        >>> from lightning_dp.plan import PrivacyPlan
+        >>> from lightning_dp.plan.privacy_plan import PrivacyPlan
         >>> plan = PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000,
         ...                    expected_batch_size=100)
         >>> ledger = Ledger(plan)

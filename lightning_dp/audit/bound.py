@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from lightning_dp.plan import check_delta
+from lightning_dp.plan.privacy_plan import check_delta
 
 _HIGHEST = 60.0
 """No bound above this is looked for: e⁶⁰ right guesses for a wrong one cannot be observed."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp.loading.reading import item
-from lightning_dp.preflight import CANARIES
-from lightning_dp.user_step.capture import split_output
+from lightning_dp.look.module import CANARIES
+from lightning_dp.step.logs import split_output
 
 NOT_A_CANARY = -1
 OVERSHOOT = 1e3

@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_dp.audit.canaries import NOT_A_CANARY, WithCanaries, coordinates
 from lightning_dp.audit.expected import Scores, log_likelihood_ratio
-from lightning_dp.callback import DifferentialPrivacy
-from lightning_dp.user_step.capture import StepCapture
+from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_dp.step.logs import StepCapture
 
 
 class Observer(pl.Callback):

@@ -14,11 +14,11 @@ from lightning_dp.audit.bound import Guesses, check_confidence, epsilon_lower_bo
 from lightning_dp.audit.canaries import Canaries, let_in, loader_with_canaries
 from lightning_dp.audit.expected import plan_p_value
 from lightning_dp.audit.observer import Observer
-from lightning_dp.augmentation import views_of
-from lightning_dp.callback import DifferentialPrivacy
-from lightning_dp.checked import number, whole
+from lightning_dp.callbacks.augmentation import views_of
+from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.loading.columns import with_batch_size
-from lightning_dp.preflight import check_loader
+from lightning_dp.look.loader import check_loader
+from lightning_dp.validate import number, whole
 
 CONSISTENT, VIOLATED = "consistent", "violated"
 NOT_THE_PLAN = 1e-6

@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.draws import can_be_drawn_into, drawn_for_all, empty_for_all
+from lightning_dp.engines.late import Late, at_hand
 from lightning_dp.engines.recurrent import can_be_unrolled, unrolled
 from lightning_dp.engines.user_code import Line, line_of_the_caller
-from lightning_dp.functional.late import Late, at_hand
 
 
 class PartingError(BaseException):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import lowrank_multivariate_normal, multivariate_normal, normal, studentT
 
-from lightning_dp.functional.while_open import WhileOpen
+from lightning_dp.mechanism.while_open import WhileOpen
 
 _NAME = "_standard_normal"
 _USERS: tuple[Any, ...] = (normal, multivariate_normal, lowrank_multivariate_normal, studentT)

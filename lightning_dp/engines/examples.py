@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.batches.microbatch import check_batch_axis, is_list_of_values
 from lightning_dp.engines.decisions import part_ways
-from lightning_dp.functional.microbatch import check_batch_axis, is_list_of_values
 
 
 def mappable(batch: Any, examples: int) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
@@ -22,7 +22,7 @@ def mappable(batch: Any, examples: int) -> tuple[list[Tensor], Callable[[list[Te
     The example is a copy, so that a training step that changes its batch in place finds it unchanged if it is run again.
 
     Raises:
-        BatchAxisError: see :func:`~lightning_dp.functional.microbatch.check_batch_axis`.
+        BatchAxisError: see :func:`~lightning_dp.batches.microbatch.check_batch_axis`.
         ValueError: there is no tensor to map over.
     """
     check_batch_axis(batch, examples)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.clipping import Clipping
+from lightning_dp.batches.microbatch import BatchAxisError
 from lightning_dp.engines.explain import ALONE, OUT_OF_MEMORY, explain
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import ClippedSum, LossFunction
 from lightning_dp.engines.select import EngineError, Selection
-from lightning_dp.functional.gradient import ClippedSum, LossFunction
-from lightning_dp.functional.microbatch import BatchAxisError
+from lightning_dp.plan.clipping import Clipping
 
 PATIENCE = 3
 """An engine that has failed so often in a row is not tried again."""
@@ -59,7 +59,7 @@ class FallBack:
         *,
         counted: int | None = None,
     ) -> ClippedSum:
-        """See :class:`lightning_dp.functional.gradient.Engine`.
+        """See :class:`lightning_dp.engines.protocol.Engine`.
 
         Raises:
             EngineError: the engine was asked for by name and cannot run this.

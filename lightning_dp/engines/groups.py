@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.batches.microbatch import take
 from lightning_dp.engines.decisions import PartingError
+from lightning_dp.engines.protocol import ClippedSum
 from lightning_dp.engines.user_code import warn_user
-from lightning_dp.functional.gradient import ClippedSum
-from lightning_dp.functional.microbatch import take
 
 AtOnce = Callable[[Any, int, int | None], ClippedSum]
 """``(batch, examples, how many of them count)`` → the sum of their clipped gradients."""

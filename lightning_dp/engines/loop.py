@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.clipping import Clipping
+from lightning_dp.batches.microbatch import batch_of_one, check_batch_axis
+from lightning_dp.engines.backward import plain_gradient
 from lightning_dp.engines.groups import check_one_structure
-from lightning_dp.functional.backward import plain_gradient
-from lightning_dp.functional.clip import accumulation_dtype, clip_and_sum
-from lightning_dp.functional.gradient import ClippedSum, LossFunction
-from lightning_dp.functional.microbatch import batch_of_one, check_batch_axis
+from lightning_dp.engines.protocol import ClippedSum, LossFunction
+from lightning_dp.mechanism.clip import accumulation_dtype, clip_and_sum
+from lightning_dp.plan.clipping import Clipping
 
 
 class LoopEngine:
@@ -37,7 +37,7 @@ class LoopEngine:
         *,
         counted: int | None = None,
     ) -> ClippedSum:
-        """See :class:`lightning_dp.functional.gradient.Engine`."""
+        """See :class:`lightning_dp.engines.protocol.Engine`."""
         check_batch_axis(batch, examples)
         total = {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters.items()}
         leaves = {name: as_leaf(parameter) for name, parameter in parameters.items()}

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_dp.engines.ghost.verification import TOLERANCE_FLOAT32, DisagreementError, inert
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.uncompiled import uncompiled
-from lightning_dp.functional.full_precision import full_precision
-from lightning_dp.functional.gradient import ClippedSum, Engine, LossFunction
+from lightning_dp.mechanism.full_precision import full_precision
 
 NOTHING = 1e-5
 """A gradient that is at most this part of the longest counts as none: a bias before a normalisation has 1e-8 by rounding."""

@@ -9,15 +9,15 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from lightning_dp.checked import shown
+from lightning_dp.batches.microbatch import BatchAxisError
 from lightning_dp.engines.decisions import PartingError
 from lightning_dp.engines.explain import OUT_OF_MEMORY, explain
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import Engine
 from lightning_dp.engines.uncompiled import compiled_parts
 from lightning_dp.engines.vmap import VmapEngine
-from lightning_dp.functional.gradient import Engine
-from lightning_dp.functional.microbatch import BatchAxisError
+from lightning_dp.validate import shown
 
 EngineName = Literal["auto", "ghost", "vmap", "loop"]
 ENGINES: dict[str, Callable[[], Engine]] = {"vmap": VmapEngine, "loop": LoopEngine}

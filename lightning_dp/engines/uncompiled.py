@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lightning_dp.functional.while_open import WhileOpen
+from lightning_dp.mechanism.while_open import WhileOpen
 
 _EAGER = WhileOpen(lambda: torch.compiler.set_stance("force_eager"))
 

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from lightning_dp.clipping import Clipping
 from lightning_dp.engines.decisions import answered_for_all
 from lightning_dp.engines.examples import mappable
 from lightning_dp.engines.groups import Groups
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import ClippedSum, LossFunction, first_rows, scalar_loss
 from lightning_dp.engines.uncompiled import uncompiled
-from lightning_dp.functional.clip import clip_and_sum
-from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
+from lightning_dp.mechanism.clip import clip_and_sum
+from lightning_dp.plan.clipping import Clipping
 
 
 class VmapEngine:
@@ -42,7 +42,7 @@ class VmapEngine:
         *,
         counted: int | None = None,
     ) -> ClippedSum:
-        """See :class:`lightning_dp.functional.gradient.Engine`."""
+        """See :class:`lightning_dp.engines.protocol.Engine`."""
 
         def one_by_one(rows: Any, count: int) -> ClippedSum:
             return LoopEngine().clipped_sum(loss_function, parameters, rows, count, clipping)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.functional.microbatch import (
+from lightning_dp.batches.microbatch import (
     BatchAxisError,
     check_batch_axis,
     holds_no_tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_dp.functional.microbatch import Apart, Element
+from lightning_dp.batches.microbatch import Apart, Element
 
 
 class Collate:
@@ -25,7 +25,7 @@ class Collate:
         self.collate_fn, self.each = collate_fn, False
 
     def __call__(self, records: list[Any]) -> Any:
-        """A batch of these records; with ``each`` an :class:`~lightning_dp.functional.microbatch.Apart` of batches of one."""
+        """A batch of these records; with ``each`` an :class:`~lightning_dp.batches.microbatch.Apart` of batches of one."""
         if not self.each:
             return self.collate_fn(records)
         return Apart([Element(self.collate_fn([record])) for record in records])

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.functional.opened import open_containers
+from lightning_dp.batches.containers import open_containers
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.loading.placeholder import Withheld, emptied_object, held_inside, without_content
 

@@ -16,14 +16,14 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dp.functional.microbatch import split
-from lightning_dp.functional.randomness import RandomKey
-from lightning_dp.functional.units import Piece, Units
+from lightning_dp.batches.microbatch import split
+from lightning_dp.batches.units import Piece, Units
 from lightning_dp.loading.collate import Collate
 from lightning_dp.loading.draws import Draws
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.loading.reading import order, read, record, together
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 Indices = npt.NDArray[np.int64]
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.functional.microbatch import Element, Shared
-from lightning_dp.functional.opened import close_containers, open_containers
+from lightning_dp.batches.containers import close_containers, open_containers
+from lightning_dp.batches.microbatch import Element, Shared
 
 
 def without_content(batch: Any, otherwise: Callable[[Any], Any] | None = None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.functional.microbatch import BatchAxisError, is_list_of_values
+from lightning_dp.batches.microbatch import BatchAxisError, is_list_of_values
 
 
 class DroppedExamplesError(BatchAxisError):

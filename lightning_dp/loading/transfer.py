@@ -7,12 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 
-from lightning_dp.functional.instead import Instead
-from lightning_dp.functional.microbatch import Apart, BatchAxisError, Element
-from lightning_dp.functional.opened import close_containers, open_containers, own_copy
-from lightning_dp.loading.batch_axis import BatchAxis, as_given, to_front
+from lightning_dp.batches.axis import BatchAxis, as_given, to_front
+from lightning_dp.batches.containers import close_containers, open_containers, own_copy
+from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.loading.rows import check_all_came
+from lightning_dp.mechanism.instead import Instead
 
 HOOK = "_on_before_batch_transfer"
 """Lightning's way to the user's ``on_before_batch_transfer``."""
@@ -21,9 +21,9 @@ HOOK = "_on_before_batch_transfer"
 def to_device(strategy: Strategy, batch: Any, drawn: int | None = None) -> Any:
     """Convert a micro-batch to the Trainer's precision and move it to the device, the user's hooks included.
 
-    Containers of the user's own come back in parts (:mod:`lightning_dp.functional.opened`) and tensors with their
-    examples on the first axis (:mod:`lightning_dp.loading.batch_axis`), for the stages that follow. What hooks at the start
-    of a batch change in it (:mod:`lightning_dp.user_step.batch_hooks`) is done to each example.
+    Containers of the user's own come back in parts (:mod:`lightning_dp.batches.containers`) and tensors with their
+    examples on the first axis (:mod:`lightning_dp.batches.axis`), for the stages that follow. What hooks at the start
+    of a batch change in it (:mod:`lightning_dp.step.batch_hooks`) is done to each example.
 
     Args:
         strategy: connected to the module; its precision plugin, device and the module's (or data module's)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_dp.standardised_weights import standardise
+from lightning_dp.layers.standardised_weights import standardise
 
 
 class WSConv2d(nn.Conv2d):

@@ -8,7 +8,7 @@ from importlib import import_module
 from io import BytesIO
 from typing import Any
 
-from lightning_dp.raw_validation import raw_name
+from lightning_dp.callbacks.raw_validation import raw_name
 from lightning_dp.reporting.facts import Published
 from lightning_dp.reporting.runs import ReportError, Run
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from lightning_dp.accounting.statement import round_up
-from lightning_dp.raw_validation import raw_name
+from lightning_dp.callbacks.raw_validation import raw_name
 from lightning_dp.reporting.facts import Published
 from lightning_dp.reporting.figures import UNKNOWN
 from lightning_dp.reporting.runs import Run

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_dp.records.journal import FILE_NAME as JOURNAL
-from lightning_dp.records.run_record import records_in
+from lightning_dp.record.journal import FILE_NAME as JOURNAL
+from lightning_dp.record.run_record import records_in
 
 METRICS, SETTINGS, CONFIG = "metrics.csv", "hparams.yaml", "config.yaml"
 _OF_OTHER_LOGGERS = ("*.wandb", "events.out.tfevents.*")

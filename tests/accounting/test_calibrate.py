@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound, noise_multiplier_for
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 PLANS = [
     (8.0, 1e-5, 4096 / 50000, 875, ()),

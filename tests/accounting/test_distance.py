@@ -14,17 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-import lightning_dp.accounting.distance
 import lightning_dp.accounting.reserve
+import lightning_dp.accounting.slack
 from lightning_dp.accounting import Distance, Ledger, Statement, check_distance_is_affordable
-from lightning_dp.accounting.distance import (
+from lightning_dp.accounting.epsilon import EpsilonCurve
+from lightning_dp.accounting.reserve import SHARES, ReservedCurve
+from lightning_dp.accounting.slack import (
     discretisation_divergence,
     smallest_max_batch_size,
     truncation_probability,
 )
-from lightning_dp.accounting.epsilon import EpsilonCurve
-from lightning_dp.accounting.reserve import SHARES, ReservedCurve
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 from tests.nearly import assert_nearly
 
 
@@ -211,7 +211,7 @@ def test_a_grid_too_coarse_for_epsilon_is_refused() -> None:
     check_distance_is_affordable(Ledger(replace(coarse, resolution=2**30)))
 
 
-@pytest.mark.parametrize("module", [lightning_dp.accounting.distance, lightning_dp.accounting.reserve])
+@pytest.mark.parametrize("module", [lightning_dp.accounting.slack, lightning_dp.accounting.reserve])
 def test_the_examples_of_the_documentation_hold(module: Any) -> None:
     results = doctest.testmod(module)
     assert results.attempted > 0

@@ -13,7 +13,7 @@ from lightning_dp.accounting import BudgetExceededError, Ledger, Phase, epsilon_
 from lightning_dp.accounting.epsilon import few, pool
 from lightning_dp.accounting.ledger import MOST_ENTRIES, STATE_VERSION
 from lightning_dp.accounting.statement import Statement
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 from tests.nearly import assert_nearly
 
 

@@ -17,7 +17,7 @@ from scipy.stats import nbinom
 from lightning_dp.accounting import Phase, epsilon_bound, rdp_epsilon, search_epsilon
 from lightning_dp.accounting.rdp import ORDERS, epsilon_of_log_moments, total_log_moments
 from lightning_dp.accounting.search import best_of_negative_binomial, best_of_poisson, stopping_probability
-from lightning_dp.cli import main
+from lightning_dp.cli.main import main
 from tests.nearly import assert_nearly
 
 CIFAR = Phase(3.0, 4096 / 50000, 875)

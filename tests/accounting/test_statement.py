@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_dp.accounting import Ledger, Statement, epsilon_bound
 from lightning_dp.accounting.statement import round_up
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.version import __version__
 from tests.nearly import assert_nearly
 

@@ -16,9 +16,9 @@ from lightning_dp.audit import AuditResult, audit
 from lightning_dp.audit.canaries import NOT_A_CANARY, Canaries, WithCanaries, let_in
 from lightning_dp.audit.expected import plan_accuracy, plan_p_value
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer
-from tests.functional.laws import plan
 from tests.guarantees import mutations
 from tests.guarantees import mutations_outside as outside
+from tests.mechanism.laws import plan
 
 
 def audited(

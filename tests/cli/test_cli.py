@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lightning_dp.accounting import Phase, epsilon_bound
-from lightning_dp.cli import main
+from lightning_dp.cli.main import main
 from tests.conftest import PATIENCE
 from tests.nearly import assert_nearly
 
@@ -113,7 +113,7 @@ def test_the_overview_names_every_command(words: list[str], capsys: pytest.Captu
 
 def test_the_calculators_do_not_wait_for_pytorch() -> None:
     code = (
-        "import sys; from lightning_dp.cli import main; "
+        "import sys; from lightning_dp.cli.main import main; "
         "main(['epsilon', '--noise-multiplier', '1', '--sampling-probability', '0.1', '--steps', '1', '--delta', '1e-5']); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
     )

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lightning_dp import DifferentialPrivacy, ExponentialMovingAverage
-from lightning_dp.cli import main
+from lightning_dp.cli.main import main
 from lightning_dp.reporting import figures
 from lightning_dp.reporting.facts import TASKS
 from lightning_dp.reporting.runs import ReportError, read_runs

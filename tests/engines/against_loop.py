@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_dp.clipping import Clipping, ClippingStyle
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.functional.gradient import ClippedSum
+from lightning_dp.engines.protocol import ClippedSum
+from lightning_dp.plan.clipping import Clipping, ClippingStyle
 
 STYLES: tuple[ClippingStyle, ...] = ("flat", "per_layer", "automatic")
 

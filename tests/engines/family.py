@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_dp.functional.gradient import LossFunction
+from lightning_dp.engines.protocol import LossFunction
 
 
 @dataclass

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_dp.engines.accumulate import Accumulated, accumulate
 from lightning_dp.engines.select import make_engine
-from lightning_dp.functional.step import Accumulated, accumulate
 from tests.engines import oracle
 from tests.engines.family import FAMILY, Case, case
-from tests.functional.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
+from tests.mechanism.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
 
 # torch has no batched kernel of attention for the CPU and says that it is slow; the numbers are right all the same
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_dp.clipping import Clipping, ClippingStyle
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import Engine
 from lightning_dp.engines.vmap import VmapEngine
-from lightning_dp.functional.gradient import Engine
+from lightning_dp.plan.clipping import Clipping, ClippingStyle
 from tests.engines import oracle
 from tests.engines.family import FAMILY, Case, case
 

@@ -13,8 +13,8 @@ from torch.func import functional_call, grad, vmap
 
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import ClippedSum, LossFunction
 from lightning_dp.engines.vmap import VmapEngine
-from lightning_dp.functional.gradient import ClippedSum, LossFunction
 from tests.nearly import assert_nearly
 
 EXAMPLES = 12

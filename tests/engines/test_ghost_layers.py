@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
-from lightning_dp.clipping import Clipping
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost import convolution as convolution_rule
 from lightning_dp.engines.ghost import normalisation as normalisation_rule
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.plan.clipping import Clipping
 from tests.engines.against_loop import agree, both, build, same
 from tests.engines.family import FAMILY, case
 

@@ -16,13 +16,13 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from lightning_dp import DifferentialPrivacy, EngineError
+from lightning_dp.batches.microbatch import BatchAxisError
 from lightning_dp.engines.ghost import GhostEngine, linear, normalisation
 from lightning_dp.engines.ghost.contribution import Written, gram, gram_norms
 from lightning_dp.engines.ghost.verification import DisagreementError, check_agreement
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import ClippedSum, Engine
 from lightning_dp.engines.select import select_engine
-from lightning_dp.functional.gradient import ClippedSum, Engine
-from lightning_dp.functional.microbatch import BatchAxisError
 from tests.conftest import loader, regressor, trainer
 
 PAIR = tuple[Tensor, Tensor]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_dp.clipping import Clipping
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost import reparametrised as interception
 from lightning_dp.engines.ghost.buffers import Buffers
@@ -18,6 +17,7 @@ from lightning_dp.engines.ghost.contribution import Written
 from lightning_dp.engines.ghost.standardisation import Recognised
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.models.weight_standardisation import WSConv2d
+from lightning_dp.plan.clipping import Clipping
 from tests.engines.against_loop import STYLES, build, same
 from tests.engines.test_ghost_projection import OTHERS, PROJECTIONS, Weight, standardised
 

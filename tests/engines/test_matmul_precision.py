@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost import reparametrised as interception
-from lightning_dp.functional.clip import clip_and_sum
-from lightning_dp.functional.full_precision import _backends, full_precision
-from lightning_dp.functional.gradient import ClippedSum
+from lightning_dp.engines.protocol import ClippedSum
+from lightning_dp.mechanism.clip import clip_and_sum
+from lightning_dp.mechanism.full_precision import _backends, full_precision
 from lightning_dp.models.weight_standardisation import WSConv2d
 from tests.test_process_state import in_thread
 

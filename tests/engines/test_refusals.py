@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.batches.microbatch import BatchAxisError
+from lightning_dp.engines.protocol import Engine, scalar_loss
 from lightning_dp.engines.select import make_engine
-from lightning_dp.functional.gradient import Engine, scalar_loss
-from lightning_dp.functional.microbatch import BatchAxisError
 
 ENGINES: list[Engine] = [make_engine(name, nn.Module()) for name in ("ghost", "vmap", "loop")]
 EVERY_ENGINE = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_dp.batches.microbatch import BatchAxisError
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import Engine
 from lightning_dp.engines.select import EngineError, check_engine_name, select_engine
-from lightning_dp.functional.gradient import Engine
-from lightning_dp.functional.microbatch import BatchAxisError
 from tests.engines.family import case
 
 PARAMETERS = {"w": torch.ones(3)}

@@ -21,9 +21,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import lightning_dp.functional.step as step_module
+import lightning_dp.mechanism.release as release_module
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.functional.randomness import Stream
+from lightning_dp.mechanism.randomness import Stream
 from tests.conftest import PATIENCE, loader, regression_data, regressor, trainer
 
 RELEASES = "releases.jsonl"
@@ -74,7 +74,7 @@ def wait(child: int, *, kill_after: float | None = None, send: int = signal.SIGK
 
 def record_releases(folder: Path) -> None:
     """From now on, append to a file what every release of this process was: its step, noise, and gradient before it."""
-    original = step_module.add_gaussian_noise
+    original = release_module.add_gaussian_noise
     descriptor = os.open(folder / RELEASES, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def add(total: torch.Tensor, *, noise_std: float, key: Any, step: int, **share: int) -> torch.Tensor:
@@ -88,7 +88,7 @@ def record_releases(folder: Path) -> None:
         os.write(descriptor, (json.dumps(line) + "\n").encode())
         return noised
 
-    step_module.add_gaussian_noise = add
+    release_module.add_gaussian_noise = add
 
 
 def releases(folder: Path) -> list[dict[str, Any]]:

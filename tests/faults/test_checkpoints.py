@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lightning_dp import PreflightError
-from lightning_dp.records.journal import FILE_NAME, JournalError
-from lightning_dp.records.journal_line import read_lines
+from lightning_dp.record.journal import FILE_NAME, JournalError
+from lightning_dp.record.journal_line import read_lines
 from tests.faults.lives import life
 
 pytestmark = [
@@ -116,7 +116,7 @@ def edited(whole: bytes, tmp_path: Path, edit: Any) -> Path:
 
 
 def test_a_ledger_sealed_again_must_still_hold_the_steps_of_the_weights(tmp_path: Path, whole: bytes) -> None:
-    from lightning_dp.records.checkpoint import Past, sealed
+    from lightning_dp.record.checkpoint import Past, sealed
 
     def fewer(content: dict[str, Any]) -> None:
         ledger = copy.deepcopy(content["callbacks"][KEY]["ledger"])

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.records.journal import FILE_NAME
+from lightning_dp.record.journal import FILE_NAME
 from tests.conftest import PATIENCE, loader, regressor, trainer, weights
 from tests.faults.lives import StopAt, fork, kill_itself, wait
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-import lightning_dp.functional.step as step_module
-import lightning_dp.records.checkpoint as checkpoint_module
+import lightning_dp.mechanism.release as release_module
+import lightning_dp.record.checkpoint as checkpoint_module
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.records.course import facts_of
+from lightning_dp.record.course import facts_of
 from tests.conftest import Regressor, regressor
 from tests.faults.lives import life, record_releases, releases
 from tests.guarantees.mutations import caught, patched
@@ -66,7 +66,7 @@ def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
     folder.mkdir()
-    with patched((step_module, "add_gaussian_noise", step_module.add_gaussian_noise)):
+    with patched((release_module, "add_gaussian_noise", release_module.add_gaussian_noise)):
         record_releases(folder)
         yield
 
@@ -119,7 +119,7 @@ def facts(module: Any) -> str:
 
 
 def sharded(module: Any) -> Any:
-    """With the classes that ``fully_shard`` gives; tests/distributed/test_sharded.py goes on with really sharded ones."""
+    """With the classes that ``fully_shard`` gives; tests/ranks/test_sharded.py goes on with really sharded ones."""
     for part in [module, *(one for one in module.modules() if isinstance(one, nn.Linear))]:
         kind = type(part)
         part.__class__ = type(f"FSDP{kind.__name__}", (FSDPModule, kind), {})

@@ -15,10 +15,10 @@ import pytest
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-import lightning_dp.records.journal as journal_module
-import lightning_dp.records.whole_file as whole_file_module
+import lightning_dp.record.journal as journal_module
+import lightning_dp.record.whole_file as whole_file_module
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.records.journal import FILE_NAME, JournalError
+from lightning_dp.record.journal import FILE_NAME, JournalError
 from tests.conftest import Regressor, loader, regressor, trainer
 from tests.faults.lives import StopAt, fork, life, record_releases, releases, wait
 from tests.guarantees.mutations import patched

@@ -17,14 +17,14 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-import lightning_dp.records.lost_steps as lost_steps_module
+import lightning_dp.record.lost_steps as lost_steps_module
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.accounting import Ledger
-from lightning_dp.records.checkpoint import sealed, unsealed
-from lightning_dp.records.journal import FILE_NAME, Journal, JournalError
-from lightning_dp.records.journal_line import Line, read_lines
-from lightning_dp.records.lineage import Lineage
-from lightning_dp.records.lost_steps import Places, count_lost
+from lightning_dp.record.checkpoint import sealed, unsealed
+from lightning_dp.record.journal import FILE_NAME, Journal, JournalError
+from lightning_dp.record.journal_line import Line, read_lines
+from lightning_dp.record.lineage import Lineage
+from lightning_dp.record.lost_steps import Places, count_lost
 from tests.conftest import loader, regressor, trainer
 from tests.faults.lives import StopAt, fork, kill_itself, life, record_releases, releases, wait
 from tests.guarantees.mutations import caught, patched
@@ -165,7 +165,7 @@ def patched_to_believe_anything() -> Iterator[None]:
         phases, after = count_lost(lineage, where, resumed=False)
         return phases, after
 
-    import lightning_dp.records.checkpoint as checkpoint_module
+    import lightning_dp.record.checkpoint as checkpoint_module
 
     with patched((checkpoint_module, "count_lost", believing)):
         yield
@@ -419,7 +419,7 @@ def test_a_damaged_journal_of_another_version_is_no_obstacle(tmp_path: Path) -> 
 
 
 def _ledger() -> Ledger:
-    from lightning_dp.plan import PrivacyPlan
+    from lightning_dp.plan.privacy_plan import PrivacyPlan
 
     return Ledger(
         PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000, expected_batch_size=100)

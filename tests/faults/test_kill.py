@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-import lightning_dp.callback as callback_module
+import lightning_dp.callbacks.differential_privacy as callback_module
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
-from lightning_dp.records.checkpoint import Past
-from lightning_dp.records.journal import FILE_NAME, Journal
-from lightning_dp.records.run_record import records_in
+from lightning_dp.record.checkpoint import Past
+from lightning_dp.record.journal import FILE_NAME, Journal
+from lightning_dp.record.run_record import records_in
 from tests.faults.lives import (
     RELEASES,
     StopAt,
@@ -120,9 +120,9 @@ def test_kill_at_a_random_moment_of_training_checkpointing_and_resuming(
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
     """Like :func:`record_releases`, for this process and with an end."""
-    import lightning_dp.functional.step as step_module
+    import lightning_dp.mechanism.release as release_module
 
-    with patched((step_module, "add_gaussian_noise", step_module.add_gaussian_noise)):
+    with patched((release_module, "add_gaussian_noise", release_module.add_gaussian_noise)):
         record_releases(folder)
         yield
 
@@ -282,7 +282,7 @@ def test_a_seeded_branch_with_the_same_numbers_is_the_same_release(tmp_path: Pat
 
 
 def test_a_charge_reaches_the_journal_before_the_noise_is_drawn(tmp_path: Path) -> None:
-    import lightning_dp.sample_release as sample_release_module
+    import lightning_dp.step.sample_release as sample_release_module
 
     counts: list[int] = []
     original = sample_release_module.release

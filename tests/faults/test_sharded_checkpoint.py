@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_dp import PreflightError
-from lightning_dp.records.sharded_checkpoint import METADATA, REST, check_sharded_checkpoint
+from lightning_dp.record.sharded_checkpoint import METADATA, REST, check_sharded_checkpoint
 from lightning_dp.strategy import PrivateModelParallelStrategy
 from tests.faults.test_checkpoints import Bomb
 

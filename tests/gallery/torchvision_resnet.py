@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.private_layers import make_trainable_privately
+from lightning_dp.layers.replacements import make_trainable_privately
 from tests.gallery.frame import BRIEF
 
 

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 import lightning_dp.engines.vmap as vmap_module
-import lightning_dp.functional.noise as noise_module
-import lightning_dp.functional.step as step_module
+import lightning_dp.mechanism.noise as noise_module
+import lightning_dp.mechanism.release as release_module
 import lightning_dp.private_step as private_step_module
-import lightning_dp.sample_release as sample_release_module
-from lightning_dp.clipping import as_clipping
-from lightning_dp.functional.randomness import RandomKey
-from lightning_dp.plan import PrivacyPlan
+import lightning_dp.step.sample_release as sample_release_module
+from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.plan.clipping import as_clipping
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.strategy_facts import module_of, trainable
+from lightning_dp.ranks.facts import module_of, trainable
 
 Mutation = Callable[[], AbstractContextManager[None]]
 
@@ -131,12 +131,12 @@ def empty_steps_are_skipped(*, charged: bool) -> Iterator[None]:
 @contextmanager
 def noise_scaled(factor: float) -> Iterator[None]:
     """The noise has ``factor`` times the standard deviation of the plan."""
-    original = step_module.add_gaussian_noise
+    original = release_module.add_gaussian_noise
 
     def add(total: Tensor, *, noise_std: float, **options: Any) -> Tensor:
         return original(total, noise_std=factor * noise_std, **options)
 
-    with patched((step_module, "add_gaussian_noise", add)):
+    with patched((release_module, "add_gaussian_noise", add)):
         yield
 
 

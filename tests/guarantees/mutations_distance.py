@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 import lightning_dp.accounting.entry as entry_module
-import lightning_dp.engines.on_grid as on_grid_module
-import lightning_dp.functional.grid as grid_module
-import lightning_dp.functional.step as step_module
+import lightning_dp.engines.rounded as on_grid_module
 import lightning_dp.loading.draws as draws_module
+import lightning_dp.mechanism.grid as grid_module
+import lightning_dp.mechanism.release as release_module
 from lightning_dp.accounting import Distance
 from tests.guarantees.mutations import patched
 
@@ -109,7 +109,7 @@ def every_rank_adds_discrete_noise() -> Iterator[None]:
     original = grid_module.release_on_grid
     with patched(
         (
-            step_module,
+            release_module,
             "release_on_grid",
             lambda *args, **options: original(*args, **{**options, "rank": 0, "world_size": 1}),
         ),

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning_dp.distributed.layerwise as layerwise_module
-from lightning_dp.distributed.layerwise import Layerwise
+import lightning_dp.ranks.layerwise as layerwise_module
+from lightning_dp.ranks.layerwise import Layerwise
 from tests.guarantees.mutations import patched
 
 _add_noise = layerwise_module.add_gaussian_noise_to_shards

@@ -11,16 +11,18 @@ from typing import Any
 import lightning_dp.accounting.entry as entry_module
 import lightning_dp.accounting.epsilon as epsilon_module
 import lightning_dp.accounting.ledger as ledger_module
-import lightning_dp.callback as callback_module
+import lightning_dp.callbacks.differential_privacy as callback_module
+import lightning_dp.layers.batch_norm as batch_norm_module
 import lightning_dp.loading.draws as draws_module
 import lightning_dp.loading.loader as loader_module
-import lightning_dp.planning as planning_module
-import lightning_dp.preflight as preflight_module
-import lightning_dp.records.report as report_module
+import lightning_dp.look.module as module_module
+import lightning_dp.look.planning as planning_module
+import lightning_dp.private_step as private_step_module
+import lightning_dp.record.report as report_module
 from lightning_dp.accounting.epsilon import EpsilonBound
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.user_step.capture import StepCapture
+from lightning_dp.step.logs import StepCapture
 from tests.guarantees.mutations import patched
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def empty_local_batches_are_dropped() -> Iterator[None]:
 @contextmanager
 def any_loader_is_accepted() -> Iterator[None]:
     """Samplers are not looked at."""
-    with patched((preflight_module, "check_loader", lambda loader: loader)):
+    with patched((private_step_module, "check_loader", lambda loader: loader)):
         yield
 
 
@@ -99,7 +101,7 @@ def accounted_with_one_over_the_loaders_length() -> Iterator[None]:
 def batch_norm_is_accepted() -> Iterator[None]:
     """No look at the layers."""
     with patched(
-        (preflight_module, "mixes_examples", lambda layer: False), (preflight_module, "batch_norms", lambda _: [])
+        (module_module, "mixes_examples", lambda layer: False), (batch_norm_module, "batch_norms", lambda _: [])
     ):
         yield
 

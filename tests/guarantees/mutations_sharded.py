@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-import lightning_dp.distributed.sharding as sharding_module
+import lightning_dp.ranks.sharding as sharding_module
 from lightning_dp import DifferentialPrivacy
 from tests.guarantees.mutations import patched
 

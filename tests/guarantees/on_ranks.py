@@ -14,8 +14,8 @@ import torch
 
 from lightning_dp import DifferentialPrivacy
 from tests.conftest import PATIENCE, loader, weights
-from tests.distributed.ranks import Mute, on_ranks
 from tests.guarantees import mutations
+from tests.ranks.ranks import Mute, on_ranks
 
 WRONG = ("every_rank_adds_noise", "no_rank_adds_noise", "ranks_are_averaged", "two_ranks_add_one_share")
 WRONG_AND_DISCRETE = ("every_rank_adds_noise",)

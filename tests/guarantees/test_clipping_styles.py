@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lightning_dp.functional.clip as clip_module
-from lightning_dp.clipping import Clipping, ClippingStyle, check_clipping, layer_of
+import lightning_dp.mechanism.clip as clip_module
+from lightning_dp.batches.microbatch import padded
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.vmap import VmapEngine
-from lightning_dp.functional.clip import clip_and_sum
-from lightning_dp.functional.microbatch import padded
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.mechanism.clip import clip_and_sum
+from lightning_dp.plan.clipping import Clipping, ClippingStyle, check_clipping, layer_of
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 from tests.engines.family import case
 from tests.guarantees.mutations import caught, patched
 from tests.nearly import assert_nearly

@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 
 from tests.accounting import test_distance as distances
-from tests.functional import test_grid as grids
 from tests.guarantees import mutations_distance as mutations
 from tests.guarantees.mutations import Mutation, caught
+from tests.mechanism import test_grid as grids
 from tests.training import test_cut_draws as cut_draws
 from tests.training import test_secure as secure
 

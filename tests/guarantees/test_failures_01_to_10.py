@@ -14,21 +14,21 @@ from torch.utils.data import WeightedRandomSampler
 
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.engines.select import ENGINES, EngineName
-from tests import test_loader as loaders
+from tests.loading import test_loader as loaders
 from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, trainer, weights
 from tests.engines import oracle
 from tests.engines.family import case
-from tests.functional.laws import (
+from tests.guarantees import mutations
+from tests.guarantees import mutations_outside as outside
+from tests.guarantees.mutations import caught
+from tests.guarantees.on_ranks import WRONG, WRONG_AND_DISCRETE, noise_on_two_ranks
+from tests.mechanism.laws import (
     CAUGHT,
     FALSE_ALARM,
     noise_p_values,
     poisson_sampling_p_values,
     standard_normal_p_values,
 )
-from tests.guarantees import mutations
-from tests.guarantees import mutations_outside as outside
-from tests.guarantees.mutations import caught
-from tests.guarantees.on_ranks import WRONG, WRONG_AND_DISCRETE, noise_on_two_ranks
 from tests.training import test_randomness as randomness
 from tests.training import test_refusals as refusals
 from tests.training import test_step_equals_loop as whole_step

@@ -13,11 +13,11 @@ from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.accounting import Phase, epsilon_bound, rdp_epsilon
 from tests.accounting.test_epsilon import pld_epsilon
 from tests.conftest import Regressor, loader, regressor, trainer, weights
-from tests.functional.laws import FALSE_ALARM, standard_normal_p_values
 from tests.guarantees import mutations
 from tests.guarantees import mutations_outside as outside
 from tests.guarantees.mutations import caught
 from tests.guarantees.test_failures_01_to_10 import clipped_sums_are_right
+from tests.mechanism.laws import FALSE_ALARM, standard_normal_p_values
 from tests.nearly import assert_nearly
 from tests.training import test_budget as budget
 from tests.training import test_lightning_stays_itself as lightning

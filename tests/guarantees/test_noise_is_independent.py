@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lightning_dp.sample_release as sample_release_module
+import lightning_dp.step.sample_release as sample_release_module
 from lightning_dp import DifferentialPrivacy
 from tests.conftest import loader, trainer
-from tests.functional.laws import CAUGHT, FALSE_ALARM, independence_p_values, standard_normal_p_values
 from tests.guarantees.mutations import Mutation, patched
+from tests.mechanism.laws import CAUGHT, FALSE_ALARM, independence_p_values, standard_normal_p_values
 
 SIGMA, CLIP, BATCH, SIZE = 1.5, 0.5, 16, 8000
 

@@ -17,8 +17,8 @@ from jsonargparse import ArgumentParser
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for
-from lightning_dp.cli import main
-from lightning_dp.plan import PrivacyPlan
+from lightning_dp.cli.main import main
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 from tests.hostile.values import ARGUMENTS_TRIED, TRIED, Unprintable, anything, as_many_as_promised
 
 ARGUMENTS = {

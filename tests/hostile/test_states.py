@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from lightning_dp import PreflightError
 from lightning_dp.accounting import Ledger
 from lightning_dp.accounting.entry import Entry
-from lightning_dp.plan import PrivacyPlan
-from lightning_dp.records.checkpoint import Past, past_of, sealed, unsealed
-from lightning_dp.records.journal import Journal, JournalError
-from lightning_dp.records.journal_line import FILE_NAME
-from lightning_dp.records.lineage import Lineage
-from lightning_dp.records.lost_steps import Places, count_lost
+from lightning_dp.plan.privacy_plan import PrivacyPlan
+from lightning_dp.record.checkpoint import Past, past_of, sealed, unsealed
+from lightning_dp.record.journal import Journal, JournalError
+from lightning_dp.record.journal_line import FILE_NAME
+from lightning_dp.record.lineage import Lineage
+from lightning_dp.record.lost_steps import Places, count_lost
 from tests.hostile.values import STATES_TRIED, TRIED, as_many_as_promised, plain
 
 KEY = "DifferentialPrivacy"

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DifferentialPrivacy, PreflightError, make_trainable_privately
+from lightning_dp.layers.batch_norm import mixes_examples
 from lightning_dp.models.weight_standardisation import WSConv2d
-from lightning_dp.preflight import mixes_examples
 from tests.conftest import Regressor, trainer, weights
 from tests.engines.against_loop import agree
 from tests.nearly import assert_nearly

@@ -16,8 +16,8 @@ import yaml
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
+from lightning_dp.cli.recipes import RecipeCLI
 from lightning_dp.models import ImageClassifier, NormFreeNet, WideResNet
-from lightning_dp.recipe_cli import RecipeCLI
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"

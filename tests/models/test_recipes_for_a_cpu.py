@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lightning_dp import DifferentialPrivacy
+from lightning_dp.cli.recipes import RecipeCLI
 from lightning_dp.data.images import ImageArray
 from lightning_dp.models import TanhCNN
-from lightning_dp.recipe_cli import RecipeCLI
 from tests.models.test_recipes import FOLDER, build, configs, header
 
 RECIPES = ["cifar10/cnn_eps3.yaml", "cifar10/cnn_eps7.5.yaml"]

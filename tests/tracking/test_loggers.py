@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.records.loggers import tell_plan
+from lightning_dp.record.loggers import tell_plan
 from tests.conftest import loader, regressor, trainer
 
 

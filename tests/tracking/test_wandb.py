@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from wandb.proto import wandb_internal_pb2
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.functional.randomness import RandomKey
+from lightning_dp.mechanism.randomness import RandomKey
 from tests.conftest import PATIENCE, loader, regressor, trainer
 
 BLOCK, HEADER = 32768, 7

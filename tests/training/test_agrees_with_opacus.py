@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_dp.accounting import Phase, epsilon_bound
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import Engine
 from lightning_dp.engines.vmap import VmapEngine
-from lightning_dp.functional.gradient import Engine
 
 
 @pytest.mark.filterwarnings("ignore:.*[Bb]ackward hook")

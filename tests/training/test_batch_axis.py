@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
-from lightning_dp.functional.microbatch import BatchAxisError
-from lightning_dp.functional.opened import close_containers, open_containers
-from lightning_dp.loading.batch_axis import as_given, check_batch_axis_argument, to_front
+from lightning_dp.batches.axis import as_given, check_batch_axis_argument, to_front
+from lightning_dp.batches.containers import close_containers, open_containers
+from lightning_dp.batches.microbatch import BatchAxisError
 from tests.conftest import Regressor, loader, trainer, weights
 
 TABLE = torch.linspace(-1, 1, 3)

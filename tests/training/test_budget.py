@@ -114,7 +114,7 @@ def test_resume_never_reuses_noise(tmp_path: Path) -> None:
 
 
 def test_no_secret_and_only_public_numbers_in_a_checkpoint(tmp_path: Path) -> None:
-    from lightning_dp.functional.randomness import RandomKey
+    from lightning_dp.mechanism.randomness import RandomKey
 
     keys: list[bytes] = []
     original = RandomKey.reveal

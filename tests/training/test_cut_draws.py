@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.accounting.distance import truncation_probability
-from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.sample import cut
-from tests import test_loader as loaders
+from lightning_dp.accounting.slack import truncation_probability
+from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.mechanism.sampling import cut
+from tests.loading import test_loader as loaders
 from tests.conftest import loader, regressor, sample_of, trainer
-from tests.functional.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
+from tests.mechanism.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
 from tests.training import test_refusals as refusals
 
 BOUND = 40

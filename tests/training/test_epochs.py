@@ -18,11 +18,11 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dp import DifferentialPrivacy, PreflightError
-from lightning_dp.epochs import Progress, limited
-from lightning_dp.functional.randomness import RandomKey
 from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.look.epochs import Progress, limited
+from lightning_dp.mechanism.randomness import RandomKey
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer
-from tests.functional.laws import plan
+from tests.mechanism.laws import plan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),

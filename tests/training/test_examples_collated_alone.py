@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
-from lightning_dp.functional.microbatch import BatchAxisError
-from lightning_dp.loading.batch_axis import to_front
+from lightning_dp.batches.axis import to_front
+from lightning_dp.batches.microbatch import BatchAxisError
 from tests.conftest import Regressor, trainer, weights
 from tests.guarantees.mutations import caught, patched
 

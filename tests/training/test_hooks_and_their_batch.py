@@ -16,7 +16,7 @@ from transformers import BatchEncoding
 
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.loading.hook_batch import HookBatch
-from lightning_dp.user_step.batch_hooks import BatchHooks, writes_into_argument
+from lightning_dp.step.batch_hooks import BatchHooks, writes_into_argument
 from tests.conftest import Regressor, loader, regression_data, trainer, weights
 from tests.guarantees.mutations import caught, patched
 
@@ -207,7 +207,7 @@ def test_a_hook_cannot_mix_examples() -> None:
     no_example_reaches_another_through_a_hook()
 
     def on_the_whole(self: BatchHooks, batch: Any) -> Any:
-        from lightning_dp.functional.opened import close_containers, open_containers
+        from lightning_dp.batches.containers import close_containers, open_containers
 
         whole = close_containers(batch)
         self._run(self._to_be_run(), whole)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_dp import DifferentialPrivacy
+from lightning_dp.batches.containers import close_containers, open_containers
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.vmap import VmapEngine
-from lightning_dp.functional.opened import close_containers, open_containers
 from tests.conftest import loader, trainer
 from tests.gallery.text import SENTENCES, VOCABULARY, padded, padded_for_the_next_word
 

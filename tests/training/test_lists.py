@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy, PreflightError
-from lightning_dp.functional.microbatch import BatchAxisError
-from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.sample import poisson_sample
+from lightning_dp.batches.microbatch import BatchAxisError
+from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.mechanism.sampling import poisson_sample
 from tests.conftest import Regressor, trainer, weights
 
 LISTS = {"0": "list", "1": "list"}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy, PreflightError
-from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.sample import poisson_sample
-from lightning_dp.manual import optimization as manual
+from lightning_dp import manual_optimization as manual
+from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.mechanism.sampling import poisson_sample
 from tests.conftest import loader, regression_data, regressor, sample_of, trainer, weights
 from tests.guarantees.mutations import caught, patched
 from tests.nearly import assert_nearly

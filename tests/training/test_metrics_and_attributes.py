@@ -104,7 +104,7 @@ def a_later_step_cannot_see_an_earlier_one() -> None:
 
 
 def test_a_later_step_cannot_see_what_an_earlier_one_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_dp.user_step import attributes
+    from lightning_dp.step import attributes
 
     a_later_step_cannot_see_an_earlier_one()
     monkeypatch.setattr(attributes, "_hide", lambda one: {})  # the bug: it lies where it was left

@@ -350,7 +350,7 @@ def test_no_later_step_sees_what_a_metric_has_seen(read: str) -> None:
 
 
 def test_that_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_dp.user_step import metrics
+    from lightning_dp.step import metrics
 
     monkeypatch.setattr(metrics, "_is_trained", lambda one: False)  # the bug: what is there is taken as it is
     found = [moved_after_two_steps(shift, READ["its result"]) for shift in (0.0, 3.0)]

@@ -49,7 +49,7 @@ def test_what_moves_later_and_short_runs_are_not(steps: int) -> None:
 
 
 def test_a_step_without_examples_counts_for_nothing() -> None:
-    from lightning_dp.user_step.never_moved import NeverMoved
+    from lightning_dp.step.never_moved import NeverMoved
 
     look, zeros = NeverMoved(), {"w": torch.zeros(2)}
     for _ in range(5):

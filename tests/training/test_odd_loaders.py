@@ -23,9 +23,9 @@ from torch.utils.data import (
 )
 
 from lightning_dp import DifferentialPrivacy, PreflightError
-from lightning_dp.functional.microbatch import BatchAxisError
+from lightning_dp.batches.microbatch import BatchAxisError
 from lightning_dp.loading.loader import LogicalBatchConsumedError
-from lightning_dp.mixing import collation
+from lightning_dp.look.leaks import collation
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
 
 DATA = regression_data()

@@ -80,12 +80,12 @@ def test_the_batch_size_finder() -> None:
 
 def test_fp16_mixed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning itself refuses 16-mixed on a CPU, so the check is asked directly."""
-    from lightning_dp import preflight
+    from lightning_dp.look.trainer import check_trainer
 
     fit = trainer()
     monkeypatch.setattr(type(fit), "precision", property(lambda self: "16-mixed"))
     with pytest.raises(PreflightError, match=r"precision='16-mixed'.*expected.*bf16-mixed"):
-        preflight.check_trainer(fit)
+        check_trainer(fit)
 
 
 class _Ddp(DDPStrategy):

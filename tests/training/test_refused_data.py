@@ -79,7 +79,7 @@ def test_loaders_that_poisson_sampling_cannot_replace(name: str) -> None:
 def test_a_custom_sampler_under_ddp_is_found_inside_lightnings_wrapper() -> None:
     from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 
-    from lightning_dp.preflight import check_loader
+    from lightning_dp.look.loader import check_loader
 
     wrapped = DistributedSamplerWrapper(WeightedRandomSampler([1.0] * 64, 64), num_replicas=2, rank=0)
     with pytest.raises(PreflightError, match="WeightedRandomSampler"):

@@ -15,21 +15,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import lightning_dp.functional.grid as grid_module
 import lightning_dp.loading.draws as draws_module
+import lightning_dp.mechanism.grid as grid_module
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
-from lightning_dp.accounting.distance import discretisation_divergence
-from lightning_dp.functional import keystream
-from lightning_dp.functional.grid import RESOLUTION
-from lightning_dp.functional.keystream import Keystream, MissingSecureExtraError
-from lightning_dp.functional.randomness import Stream
-from lightning_dp.functional.sample import exact_poisson_sample
-from tests import test_loader as loaders
+from lightning_dp.accounting.slack import discretisation_divergence
+from lightning_dp.mechanism import keystream
+from lightning_dp.mechanism.grid import RESOLUTION
+from lightning_dp.mechanism.keystream import Keystream, MissingSecureExtraError
+from lightning_dp.mechanism.randomness import Stream
+from lightning_dp.mechanism.sampling import exact_poisson_sample
+from tests.loading import test_loader as loaders
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
-from tests.distributed.ranks import Shift
-from tests.functional.laws import FALSE_ALARM, poisson_sampling_p_values
-from tests.functional.test_discrete_gaussian import large_noise_p_values
+from tests.mechanism.laws import FALSE_ALARM, poisson_sampling_p_values
+from tests.mechanism.test_discrete_gaussian import large_noise_p_values
 from tests.nearly import assert_nearly
+from tests.ranks.ranks import Shift
 from tests.training.manual_modules import manual_regressor
 
 SIGMA, CLIP, BATCH = 1.5, 0.5, 16
@@ -84,7 +84,7 @@ def test_what_the_noise_is_added_to_is_the_clipped_sum() -> None:
     """With the noise taken away, the released integers are the sum of the loop engine's clipped gradients."""
     with pytest.MonkeyPatch.context() as patch:
         zeros = lambda variance, count, stream: np.zeros(count, dtype=np.int64)  # noqa: E731 (a stand-in for the sampler)
-        patch.setattr("lightning_dp.functional.grid.discrete_gaussian", zeros)
+        patch.setattr("lightning_dp.mechanism.grid.discrete_gaussian", zeros)
         drawn: list[Any] = []
         original = draws_module.exact_poisson_sample
         patch.setattr(draws_module, "exact_poisson_sample", lambda *args: drawn.append(original(*args)) or drawn[-1])

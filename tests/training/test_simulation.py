@@ -13,9 +13,9 @@ from torch import nn
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
-from lightning_dp.cli import main
-from lightning_dp.plan import PrivacyPlan
-from lightning_dp.simulation import as_if_real, simulated
+from lightning_dp.cli.main import main
+from lightning_dp.plan.privacy_plan import PrivacyPlan
+from lightning_dp.plan.simulation import as_if_real, simulated
 from tests.conftest import loader, regressor, trainer
 from tests.nearly import assert_nearly
 

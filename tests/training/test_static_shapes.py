@@ -11,10 +11,10 @@ from torch.func import functional_call, grad_and_value, vmap
 from torchmetrics import MeanSquaredError
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
+from lightning_dp.batches.microbatch import padded
+from lightning_dp.batches.transforms import ViewTransform
 from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
-from lightning_dp.functional.clip import clip_and_sum
-from lightning_dp.functional.microbatch import padded
-from lightning_dp.functional.transforms import ViewTransform
+from lightning_dp.mechanism.clip import clip_and_sum
 from lightning_dp.private_step import PrivateStep
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
 

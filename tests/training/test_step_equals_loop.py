@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.sample import poisson_sample
+from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.mechanism.sampling import poisson_sample
 from tests.conftest import loader, regression_data, regressor, trainer, weights
 
 

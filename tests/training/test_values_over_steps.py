@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.functional.randomness import RandomKey, Stream
-from lightning_dp.functional.sample import poisson_sample
-from lightning_dp.manual.same_draws import SameDraws
-from lightning_dp.manual.values_over_steps import PutBackInTime
+from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.mechanism.sampling import poisson_sample
+from lightning_dp.step.manual.same_draws import SameDraws
+from lightning_dp.step.manual.values_over_steps import PutBackInTime
 from tests.conftest import loader, trainer, weights
 from tests.guarantees.mutations import caught, patched
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.engines.select import EngineError
-from lightning_dp.user_step.contents import Contents, tensors_of
-from lightning_dp.user_step.undone import undone
+from lightning_dp.step.contents import Contents, tensors_of
+from lightning_dp.step.undone import undone
 from tests.conftest import Regressor, loader, trainer
 
 Write = Callable[[Any], None]

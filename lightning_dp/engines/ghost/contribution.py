@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_dp.functional.clip import accumulation_dtype, per_example_norms
+from lightning_dp.mechanism.clip import accumulation_dtype, per_example_norms
 
 ROUNDING = 8.0
 """Units in the last place by which a norm from Gram matrices is rounded up, see :func:`gram_norms`."""

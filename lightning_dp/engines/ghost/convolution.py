@@ -24,7 +24,7 @@ from lightning_dp.engines.ghost.contribution import (
     gram_norms,
 )
 from lightning_dp.engines.ghost.linear import of_positions
-from lightning_dp.functional.clip import accumulation_dtype
+from lightning_dp.mechanism.clip import accumulation_dtype
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

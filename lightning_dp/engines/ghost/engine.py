@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from lightning_dp.clipping import Clipping, as_clipping
+from lightning_dp.batches.microbatch import batch_of_one
 from lightning_dp.engines.decisions import answered_for_all
 from lightning_dp.engines.examples import mappable
 from lightning_dp.engines.ghost.attention import folded_attention
@@ -35,11 +35,11 @@ from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weigh
 from lightning_dp.engines.ghost.standardisation import Recognised
 from lightning_dp.engines.groups import Groups, joined
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import ClippedSum, LossFunction, first_rows, scalar_loss
 from lightning_dp.engines.uncompiled import uncompiled
-from lightning_dp.functional.clip import Factors, accumulation_dtype
-from lightning_dp.functional.full_precision import full_precision
-from lightning_dp.functional.gradient import ClippedSum, LossFunction, first_rows, scalar_loss
-from lightning_dp.functional.microbatch import batch_of_one
+from lightning_dp.mechanism.clip import Factors, accumulation_dtype
+from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.plan.clipping import Clipping, as_clipping
 
 
 class GhostEngine:
@@ -95,7 +95,7 @@ class GhostEngine:
         *,
         counted: int | None = None,
     ) -> ClippedSum:
-        """See :class:`lightning_dp.functional.gradient.Engine`."""
+        """See :class:`lightning_dp.engines.protocol.Engine`."""
 
         def one_by_one(rows: Any, count: int) -> ClippedSum:
             if self.keeper is not None:  # the loop needs all parameters

@@ -16,7 +16,7 @@ from lightning_dp.engines.ghost.embedding import Embedding
 from lightning_dp.engines.ghost.keeper import Keeper, stand_in
 from lightning_dp.engines.ghost.linear import Linear
 from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm, RMSNorm
-from lightning_dp.functional.instead import Instead
+from lightning_dp.mechanism.instead import Instead
 
 Forward = Callable[..., Any]
 

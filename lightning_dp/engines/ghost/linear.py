@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
-from lightning_dp.functional.clip import accumulation_dtype
+from lightning_dp.mechanism.clip import accumulation_dtype
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Output
 from lightning_dp.engines.ghost.contribution import Contribution, Written
-from lightning_dp.functional.clip import accumulation_dtype
+from lightning_dp.mechanism.clip import accumulation_dtype
 
 
 @dataclass(frozen=True)

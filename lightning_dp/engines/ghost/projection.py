@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.contribution import ROUNDING, Channels, Contribution, Factored, Written
-from lightning_dp.functional.clip import accumulation_dtype, per_example_norms
+from lightning_dp.mechanism.clip import accumulation_dtype, per_example_norms
 
 PROBES = 3
 WayBack = Callable[[Tensor, bool], dict[str, Tensor]]

@@ -23,7 +23,7 @@ from lightning_dp.engines.ghost.convolution import Convolution
 from lightning_dp.engines.ghost.linear import Linear, Product
 from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm
 from lightning_dp.engines.ghost.standardisation import Recognised
-from lightning_dp.functional.full_precision import full_precision
+from lightning_dp.mechanism.full_precision import full_precision
 
 
 class Leaves:

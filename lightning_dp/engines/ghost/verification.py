@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.ghost.engine import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import ClippedSum, LossFunction
 from lightning_dp.engines.uncompiled import uncompiled
-from lightning_dp.functional.full_precision import full_precision
-from lightning_dp.functional.gradient import ClippedSum, LossFunction
+from lightning_dp.mechanism.full_precision import full_precision
 
 TOLERANCE = 1e-6
 """Largest difference, as a part of the longest gradient, in float64."""

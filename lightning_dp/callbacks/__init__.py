@@ -1,0 +1,1 @@
+"""The callbacks that a Trainer is given."""

@@ -1,0 +1,171 @@
+"""The command ``lightning-dp``: recipes through LightningCLI, and the accountant as a calculator."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for, phases_of, side_by_side
+from lightning_dp.plan.privacy_plan import (
+    check_delta,
+    check_epsilon,
+    check_noise_multiplier,
+    check_sampling_probability,
+)
+from lightning_dp.version import __version__
+
+OVERVIEW = """\
+usage: lightning-dp COMMAND [options]
+
+Differentially private training with PyTorch Lightning.
+
+  recipes   fit, validate, test, predict   lightning-dp fit --config recipes/digits/cnn_eps8.yaml
+  numbers   epsilon                        the ε that a noise multiplier gives
+            calibrate                      the noise multiplier that an ε needs
+            search                         the ε of choosing settings by several runs
+  pictures  report                         finished runs: accuracy against ε, budget, validation
+  evidence  audit                          a lower bound on ε, from training a recipe once with canaries
+
+lightning-dp COMMAND --help says more. --version prints the version.
+"""
+
+
+_NAMES = {
+    "prv": "PRV, upper bound       ",
+    "rdp": "RDP, upper bound       ",
+    "pld_low": "PLD, optimistic        ",
+    "pld_high": "PLD, pessimistic       ",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``lightning-dp`` and ``python -m lightning_dp``.
+
+    Args:
+        arguments: command line without the program's name; ``None`` for the process's own.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = words[0] if words else "--help"
+    if command in ("-h", "--help"):
+        print(OVERVIEW, end="")
+    elif command == "--version":
+        print(f"lightning-dp {__version__}")
+    elif command == "epsilon":
+        _epsilon(words[1:])
+    elif command == "calibrate":
+        _calibrate(words[1:])
+    elif command == "search":
+        from lightning_dp.cli.search import run as run_search
+
+        run_search(words[1:])
+    elif command == "report":
+        from lightning_dp.cli.report import run as run_report
+
+        run_report(words[1:])
+    elif command == "audit":
+        from lightning_dp.cli.audit import run as run_audit
+
+        run_audit(words[1:])
+    else:
+        from lightning_dp.cli.recipes import run
+
+        run(words)
+
+
+def _epsilon(words: Sequence[str]) -> None:
+    parser = _parser("epsilon", "Print an upper bound on ε of DP-SGD with Poisson sampling (add/remove one example).")
+    parser.add_argument(
+        "--noise-multiplier", type=float, nargs="+", required=True, metavar="S", help="σ, noise over clip norm"
+    )
+    parser.add_argument("--all", action="store_true", help="also by RDP and PLD (the latter needs dp-accounting)")
+    parser.epilog = "Several σ, q or T, one for each phase, are composed; a single one holds for all phases."
+    args = _parse_common(parser, words, several=True)
+    try:
+        for sigma in args.noise_multiplier:
+            check_noise_multiplier(sigma)
+        phases = phases_of(args.noise_multiplier, args.sampling_probability, args.steps)
+        bound = epsilon_bound(phases, args.delta)
+        others = side_by_side(phases, args.delta) if args.all else {}
+    except ValueError as error:
+        parser.error(str(error))
+    if args.json:
+        also = {f"epsilon_{name}": epsilon for name, epsilon in others.items()}
+        _print_json(epsilon=bound.epsilon, delta=args.delta, accountant=bound.accountant, note=bound.note, **also)
+        return
+    plan = ", then ".join(
+        f"σ = {phase.noise_multiplier:g}, q = {phase.sampling_probability:g}, {phase.steps} steps" for phase in phases
+    )
+    note = "; " + bound.note if bound.note else ""
+    print(f"ε ≤ {_up(bound.epsilon)} at δ = {args.delta:g}: {plan} ({bound.accountant} accountant{note})")
+    for name, epsilon in others.items():
+        print(f"  {_NAMES[name]}  {'not installed (dp-accounting)' if epsilon is None else _up(epsilon)}")
+
+
+def _calibrate(words: Sequence[str]) -> None:
+    parser = _parser("calibrate", "Print the smallest noise multiplier σ that keeps DP-SGD within (ε, δ).")
+    parser.add_argument("--epsilon", type=float, required=True, metavar="E", help="target ε")
+    args = _parse_common(parser, words)
+    try:
+        check_epsilon(args.epsilon)
+        sigma = noise_multiplier_for(args.epsilon, args.delta, args.sampling_probability, args.steps)
+        bound = epsilon_bound([Phase(sigma, args.sampling_probability, args.steps)], args.delta)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.json:
+        _print_json(
+            noise_multiplier=sigma,
+            epsilon=bound.epsilon,
+            delta=args.delta,
+            accountant=bound.accountant,
+            note=bound.note,
+        )
+        return
+    print(
+        f"σ = {sigma:.6g} keeps ε ≤ {_up(bound.epsilon)} (target {args.epsilon:g}) at δ = {args.delta:g}: "
+        f"q = {args.sampling_probability:g}, {args.steps} steps ({bound.accountant} accountant)"
+    )
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"lightning-dp {command}", description=description)
+
+
+def _parse_common(parser: argparse.ArgumentParser, words: Sequence[str], several: bool = False) -> argparse.Namespace:
+    number: dict[str, Any] = {"nargs": "+"} if several else {}
+    parser.add_argument(
+        "--sampling-probability",
+        **number,
+        type=float,
+        required=True,
+        metavar="Q",
+        help="q, expected batch size / dataset size",
+    )
+    parser.add_argument("--steps", **number, type=int, required=True, metavar="T", help="number of private steps")
+    parser.add_argument("--delta", type=float, required=True, metavar="D", help="δ, well below 1 / dataset size")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
+    args = parser.parse_args(words)
+    try:
+        check_delta(args.delta)
+        for q in args.sampling_probability if several else [args.sampling_probability]:
+            check_sampling_probability(q)
+        for steps in args.steps if several else [args.steps]:
+            if steps < 0:
+                raise ValueError(f"steps={steps}: expected at least 0.")
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _up(epsilon: float) -> str:
+    """Four decimals, never rounded below the bound."""
+    text = f"{epsilon:.4f}"
+    return text if float(text) >= epsilon else f"{epsilon + 5e-5:.4f}"
+
+
+def _print_json(**values: float | str | None) -> None:
+    finite = {name: "inf" if value == math.inf else value for name, value in values.items()}
+    print(json.dumps(finite, ensure_ascii=False))

@@ -1,0 +1,104 @@
+"""From micro-batches to the sum of clipped gradients of a step, and the whole step of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.batches.microbatch import padded
+from lightning_dp.engines.protocol import Engine, LossFunction
+from lightning_dp.mechanism.clip import accumulation_dtype
+from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.mechanism.release import release
+from lightning_dp.plan.clipping import Clipping
+from lightning_dp.plan.privacy_plan import PrivacyPlan
+
+
+@dataclass
+class Accumulated:
+    """What a rank has of a step before anything is released. All of it is **private**.
+
+    Attributes:
+        gradient: parameter name → sum of clipped gradients, in the accumulation type.
+        losses: per-example losses, one ``(B_i,)`` tensor per micro-batch.
+        norms: per-example gradient norms before clipping, likewise.
+        outputs: what the loss function handed out beside the loss, per micro-batch.
+    """
+
+    gradient: dict[str, Tensor]
+    losses: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+    @property
+    def examples(self) -> int:
+        """How many examples this rank has seen in this step (private)."""
+        return sum(len(losses) for losses in self.losses)
+
+    @property
+    def not_finite(self) -> int:
+        """How many of them had a gradient that was not finite and contributed zero (private)."""
+        return sum(int((~torch.isfinite(norms)).sum()) for norms in self.norms)
+
+
+def accumulate(
+    engine: Engine,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    micro_batches: Iterable[tuple[Any, int]],
+    clipping: Clipping | float,
+    *,
+    pad_to: int | None = None,
+    dtype: torch.dtype | None = None,
+    apart: Collection[str] = (),
+) -> Accumulated:
+    """Sum of the clipped per-example gradients of a step's micro-batches. No noise yet, nothing may be released.
+
+    Args:
+        engine: how per-example gradients are computed; any engine gives the same sum.
+        loss_function: ``(parameters, batch of one) -> (loss, outputs)``.
+        parameters: the trainable parameters by name.
+        micro_batches: pairs of a batch and its number of examples. None at all is fine: the sum is zero.
+        clipping: the plan's; a number C for flat clipping to that norm.
+        pad_to: give every micro-batch this many rows, at least as many as any has, by copies that count in nothing. The
+            result is the same; shapes no longer vary with the draw.
+        dtype: of the sums; ``None`` for the accumulation type of each parameter, int64 for integers on a grid.
+        apart: parameters whose sums the engine hands to somebody else.
+    """
+    total = Accumulated(
+        {
+            name: torch.zeros_like(p, dtype=dtype or accumulation_dtype(p.dtype))
+            for name, p in parameters.items()
+            if name not in apart
+        }
+    )
+    for batch, examples in micro_batches:
+        rows, counted = examples, None
+        if pad_to is not None:
+            batch, rows, counted = padded(batch, examples, pad_to), pad_to, examples
+        clipped = engine.clipped_sum(loss_function, parameters, batch, rows, clipping, counted=counted)
+        for name, gradient in clipped.gradient.items():
+            total.gradient[name] += gradient
+        total.losses.append(clipped.losses)
+        total.norms.append(clipped.norms)
+        total.outputs.append(clipped.outputs)
+    return total
+
+
+def private_gradient(
+    engine: Engine,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    micro_batches: Iterable[tuple[Any, int]],
+    plan: PrivacyPlan,
+    key: RandomKey,
+    step: int,
+) -> dict[str, Tensor]:
+    """One DP-SGD step's gradient on a single rank, from micro-batches to what the optimizer gets."""
+    dtype = None if plan.resolution is None else torch.int64
+    total = accumulate(engine, loss_function, parameters, micro_batches, plan.clipping_rule, dtype=dtype)
+    return release(total.gradient, plan, key, step)

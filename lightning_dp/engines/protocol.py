@@ -1,0 +1,91 @@
+"""What a step asks of an engine: a micro-batch in, the sum of its clipped per-example gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_dp.plan.clipping import Clipping
+
+LossFunction = Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Any]]
+"""``(parameters by name, a batch of one) -> (scalar loss, outputs)``. Outputs are any nest of tensors."""
+
+
+@dataclass
+class ClippedSum:
+    """An engine's answer for one micro-batch of B examples. All of it is **private**.
+
+    Attributes:
+        gradient: parameter name → sum over the B examples of their clipped gradients, in the accumulation type.
+        norms: gradient norms before clipping over all parameters, ``(B,)``; not finite where a gradient was not.
+        losses: per-example losses, ``(B,)``.
+        outputs: the loss function's outputs, every tensor with a leading axis of B.
+    """
+
+    gradient: dict[str, Tensor]
+    norms: Tensor
+    losses: Tensor
+    outputs: Any
+
+
+class Engine(Protocol):
+    """A way to compute clipped sums. Engines differ in speed and memory, never in the result."""
+
+    name: str
+
+    def clipped_sum(
+        self,
+        loss_function: LossFunction,
+        parameters: Mapping[str, Tensor],
+        batch: Any,
+        examples: int,
+        clipping: Clipping | float,
+        *,
+        counted: int | None = None,
+    ) -> ClippedSum:
+        """Clip each of the ``examples`` per-example gradients in ``batch`` and add them up.
+
+        Args:
+            loss_function: the loss of a batch of one.
+            parameters: the trainable parameters, by name.
+            batch: any nest whose tensors have ``examples`` rows.
+            examples: B ≥ 1, how many examples ``batch`` holds.
+            clipping: how; a number C for flat clipping to that norm.
+            counted: how many of the examples count, ``None`` for all. The others, at the end, are padding: they add
+                exactly nothing to the sum, and norms, losses and outputs are those of the first ``counted``.
+
+        Raises:
+            BatchAxisError: a tensor of ``batch`` does not have one row per example.
+        """
+        ...
+
+
+def first_rows(outputs: Any, counted: int | None) -> Any:
+    """The outputs of the first ``counted`` examples: every tensor without its rows of padding."""
+    if counted is None:
+        return outputs
+    return pytree.tree_map(lambda leaf: leaf[:counted] if isinstance(leaf, Tensor) else leaf, outputs)
+
+
+def scalar_loss(loss: Any) -> Tensor:
+    """Check that a batch of one gave one number.
+
+    Raises:
+        TypeError: the loss is not a tensor.
+        ValueError: the loss is not a single number.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss of type {type(loss).__name__}: expected a tensor with one element. "
+            "Let training_step return the loss, or a dict with the loss under the key 'loss'."
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss of shape {tuple(loss.shape)}: expected a single number. Reduce it (for instance with .mean()) "
+            "before training_step returns it."
+        )
+    return loss.reshape(())

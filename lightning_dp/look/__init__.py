@@ -1,0 +1,1 @@
+"""Everything that is tried or refused before the first step."""

@@ -1,0 +1,156 @@
+"""How many examples are worked on at once. It changes memory and speed, never the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_dp.engines.explain import explain
+from lightning_dp.engines.protocol import Engine, LossFunction
+from lightning_dp.engines.select import make_engine
+from lightning_dp.errors import PreflightError
+from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.loading.transfer import to_device
+from lightning_dp.look.batch_size.memory import room_for_micro_batches
+from lightning_dp.look.batch_size.search import Found, measured, random_rows, search_size
+from lightning_dp.mechanism.complex import coordinates, in_real_parts
+from lightning_dp.plan.privacy_plan import PrivacyPlan
+from lightning_dp.ranks.facts import module_of, trainable, world_size_of
+from lightning_dp.ranks.gathering import gathered
+from lightning_dp.step.contents import check_nothing_written
+from lightning_dp.step.undone import undone
+from lightning_dp.validate import shown, whole
+
+WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
+"""``(batch on the device, indices, seed)`` → the batch with its views."""
+
+PhysicalBatchSize = int | Literal["auto"] | None
+"""As the user gives it: a number, ``"auto"`` to have it found by measuring, ``None`` for a size by rule of thumb."""
+
+
+def check_physical_batch_size(size: object) -> None:
+    """Raise ``ValueError`` unless ``size`` is a :data:`PhysicalBatchSize`."""
+    if size is None or (isinstance(size, str) and size == "auto"):
+        return
+    try:
+        whole("physical_batch_size", size, low=1)
+    except ValueError:
+        raise ValueError(
+            f"physical_batch_size={shown(size)}: expected at least 1, 'auto', or None for the default."
+        ) from None
+
+
+def default_physical_batch_size(
+    module: nn.Module, plan: PrivacyPlan, strategy: Strategy, views: int, most: int = 1
+) -> int:
+    """One micro-batch for nearly every step if its per-example gradients fit in 512 MiB (8 GiB on an accelerator).
+
+    At most 512 views, because their activations take memory too. With a privacy unit, of at most ``most`` examples, the
+    size counts examples.
+    """
+    parameters = coordinates(trainable(module).values())
+    room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
+    return max(1, min(room, 512 // views, largest_useful_size(plan, strategy) * most))
+
+
+def largest_useful_size(plan: PrivacyPlan, strategy: Strategy) -> int:
+    """A size that this rank's share of a draw hardly ever exceeds: its mean and four standard deviations.
+
+    Never more than its share of the largest draw there can be.
+    """
+    ranks = world_size_of(strategy)
+    share, most = plan.expected_batch_size / ranks, plan.max_batch_size or plan.dataset_size
+    return min(math.ceil(share + 4 * math.sqrt(share)), math.ceil(most / ranks))
+
+
+def settle_physical_batch_size(
+    strategy: Strategy,
+    loader: PoissonLoader,
+    given: PhysicalBatchSize,
+    engine: Engine,
+    loss_function: LossFunction,
+    with_views: WithViews | None,
+) -> PhysicalBatchSize:
+    """With ``"auto"``, find the size that fits and is fast, measured on random data, and have ``loader`` use it.
+
+    The ranks that look for a size agree on the smallest. Parameters, buffers, gradients, global random generators and the
+    ledger are as before when it returns. A collective call, whatever is given.
+
+    Args:
+        strategy: whose module is measured, on its device.
+        loader: of whose first examples shapes, types and ranges are taken. Where nothing can be measured it keeps its
+            size.
+        given: what the user asked for.
+        engine: the one to train with. ``loop`` needs no more memory for more examples, and is not measured.
+        loss_function: the user's training_step on one example.
+        with_views: gives each example its K views, or ``None``.
+
+    Returns:
+        The size found, or what was given if that is not ``"auto"``.
+
+    Raises:
+        PreflightError: training_step changes a tensor of the module.
+    """
+    if given != "auto":
+        gathered(strategy, None)
+        return given
+    room, found, reason = room_for_micro_batches(strategy), None, "engine 'loop' takes one example at a time"
+    if engine.name != "loop":
+        module = module_of(strategy)
+        try:
+            with undone(module) as before, torch.enable_grad():
+                found = _search(strategy, loader, engine, loss_function, with_views, room)
+                check_nothing_written(module, before)
+            reason = "a single example does not fit"
+        except PreflightError:
+            raise
+        except Exception as error:  # whatever a training_step has against random data; the default is safe
+            reason = f"random data cannot be trained on: {explain(error, module_of(strategy))}"
+        if strategy.root_device.type == "cuda":
+            torch.cuda.empty_cache()
+    size = found.examples if found else loader.physical_batch_size
+    agreed = min(other for other in gathered(strategy, size) if other is not None)
+    told = (
+        found.describe(room)
+        if found
+        else f"lightning_dp: physical_batch_size='auto' stays at {size} without being measured: {reason}."
+    )
+    rank_zero_info(told + ("" if agreed == size else f" Another rank has room for {agreed} only."))
+    loader.resize(agreed)
+    return agreed
+
+
+def _search(
+    strategy: Strategy,
+    loader: PoissonLoader,
+    engine: Engine,
+    loss_function: LossFunction,
+    with_views: WithViews | None,
+    room: int,
+) -> Found | None:
+    module = module_of(strategy)
+    raw, examples = loader.first_examples(2)
+    batch = to_device(strategy, raw)
+    if with_views is not None:
+        batch = with_views(batch, np.arange(examples), 0)
+
+    def measure(rows: int) -> Any:
+        drawn = random_rows(batch, rows)
+
+        def fresh() -> Callable[[], object]:
+            mine = make_engine(engine.name, module)
+            given = in_real_parts(trainable(module))
+            return lambda: mine.clipped_sum(loss_function, given, drawn, rows, loader.plan.clipping_rule)
+
+        return measured(fresh, rows, strategy.root_device)
+
+    most = 1 if loader.units is None else loader.units.most  # a user's examples need no more memory than as many users
+    return search_size(measure, room, largest_useful_size(loader.plan, strategy) * most)

@@ -1,0 +1,180 @@
+"""The engine of a run, tried on two examples before the first step. Nothing of the trial is kept or released."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+
+from lightning_dp.batches.axis import BatchAxis, has_lists, to_front
+from lightning_dp.batches.containers import open_containers
+from lightning_dp.batches.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
+from lightning_dp.batches.units import of_two
+from lightning_dp.engines.ghost import GhostEngine
+from lightning_dp.engines.ghost.verification import TOLERANCE_FLOAT32, check_agreement
+from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.plain import check_nothing_is_lost
+from lightning_dp.engines.protocol import Engine, LossFunction
+from lightning_dp.engines.select import EngineName, Selection, select_engine
+from lightning_dp.engines.uncompiled import uncompiled
+from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.loading.placeholder import without_content
+from lightning_dp.loading.rows import rows_in
+from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
+from lightning_dp.look.leaks.collation import check_not_left_out
+from lightning_dp.look.leaks.transforms import check_rows_stay_apart
+from lightning_dp.look.one_example import check_one_example
+from lightning_dp.mechanism.complex import in_real_parts
+from lightning_dp.ranks.facts import module_of, trainable
+from lightning_dp.step.contents import check_nothing_written
+from lightning_dp.step.undone import undone
+
+TRIAL_EXAMPLES = 2
+TOLERANCE_BFLOAT16 = 5e-2
+"""Where gradients are compared in bfloat16: the order of additions alone makes 1e-2."""
+
+WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
+"""``(batch on the device, indices, seed)`` → the batch with its views."""
+
+
+def try_engines(
+    strategy: Strategy,
+    loader: PoissonLoader,
+    engine_name: EngineName,
+    loss_function: LossFunction,
+    with_views: WithViews | None,
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    most: int = TRIAL_EXAMPLES,
+) -> Selection:
+    """The first engine that runs this training_step, and agrees with the loop where that has to be checked.
+
+    Args:
+        strategy: whose module is tried, on its device.
+        loader: whose first examples are used.
+        engine_name: the engine asked for, or ``"auto"``.
+        loss_function: the user's training_step on one example.
+        with_views: gives each example its K views, or ``None`` without any.
+        parameters: what is differentiated, by name; ``None`` for everything trainable.
+        most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
+
+    Raises:
+        EngineError: the engine asked for cannot run this training_step.
+        PreflightError: training_step cannot take a batch of one or changes a tensor of the module, or a hook mixes the
+            examples.
+    """
+    module = module_of(strategy)
+    given = in_real_parts(trainable(module) if parameters is None else parameters)
+    with undone(module) as before, torch.enable_grad():
+        on_device, examples = trial_batch(strategy, loader, with_views, most)
+        check_batch_axis(on_device, examples)
+        with undone(module), uncompiled():  # a look is not worth a graph
+            check_one_example(module, loss_function, given, on_device, before)
+        one, clipping = batch_of_one(on_device, 0), loader.plan.clipping_rule
+
+        def trial(engine: Engine) -> None:
+            if not isinstance(engine, LoopEngine):
+                check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(strategy))
+            engine.clipped_sum(loss_function, given, on_device, examples, clipping)
+            if isinstance(engine, GhostEngine):
+                check_agreement(engine, loss_function, given, on_device, examples)
+
+        selection = select_engine(engine_name, trial, module)
+        check_nothing_written(module, before)
+    return selection
+
+
+class WithoutData:
+    """Runs training_step on an example that has the form of the data and nothing of their content.
+
+    Args:
+        strategy: whose module is run, on its device.
+        loader: of whose first example the form is taken, once, when it is first asked for.
+        with_views: gives each example its K views, or ``None`` without any.
+    """
+
+    def __init__(self, strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None) -> None:
+        self._of_one: Callable[[], tuple[Any, int]] = partial(trial_batch, strategy, loader, with_views, 1)
+        self._example: Any = None
+
+    def __call__(self, loss_function: LossFunction, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        """What the loss function gives.
+
+        Raises:
+            TypeError: the batch holds objects whose content nobody can remove.
+        """
+        if self._example is None:
+            self._example = batch_of_one(without_content(self._of_one()[0]), 0)
+        with torch.enable_grad():
+            return loss_function(parameters, self._example)
+
+
+def _first_examples(loader: PoissonLoader, count: int, axis: BatchAxis) -> tuple[Any, int]:
+    """The first examples; where some are missing, or collate_fn fails, it is looked whether it leaves examples out."""
+    several = [*loader.first_indices(count), *next(loader.scattered(16))]
+    try:
+        batch, examples = loader.first_examples(count)
+    except Exception:
+        check_not_left_out(loader, axis, several)
+        raise
+    if isinstance(batch, Apart):
+        return batch, examples
+    rows = rows_in(to_front(open_containers(batch), axis, strict=False))
+    if rows is not None and rows < examples:
+        check_not_left_out(loader, axis, several)
+    return batch, examples
+
+
+def tolerance(strategy: Strategy) -> float:
+    """How far two gradients that should be the same may differ, as a part of the longest, in the precision of training."""
+    low = str(strategy.precision_plugin.precision).startswith("bf16")
+    return TOLERANCE_BFLOAT16 if low else TOLERANCE_FLOAT32
+
+
+def trial_batch(strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None, most: int) -> tuple[Any, int]:
+    """The first examples as engines get them, with their views and on the device, and how many they are.
+
+    Args:
+        strategy: whose device.
+        loader: whose first examples are used.
+        with_views: gives each example its K views, or ``None`` without any.
+        most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
+
+    Raises:
+        PreflightError: a hook or transform mixes the examples.
+        BatchAxisError: views are wanted of examples that are collated one by one.
+    """
+    axis = batch_axis_of(strategy)
+    raw_batch, examples = _first_examples(loader, min(TRIAL_EXAMPLES, most), axis)
+    if isinstance(raw_batch, Apart):  # nothing between dataset and training_step sees two examples
+        if with_views is not None:
+            raise BatchAxisError(
+                "AugmentationMultiplicity with examples that are collated one by one: expected a batch with one row for each "
+                "example, of which views can be made. Let collate_fn return tensors with rows, or leave it out."
+            )
+        return to_device(strategy, raw_batch), examples
+    batch = to_front(open_containers(raw_batch), axis, strict=False)
+    if has_lists(axis):  # two tensors are no list of two examples: of one example there must be a list of one
+        one = loader.first_examples(1)[0]
+        check_batch_axis(to_front(open_containers(one), axis, strict=False), 1)
+    check_rows_stay_apart(
+        lambda raw: to_device(strategy, as_training_step_takes_it(strategy, raw)),
+        batch,
+        examples,
+        "on_before_ or on_after_batch_transfer",
+    )
+
+    def prepared(raw: Any) -> Any:
+        on_device = to_device(strategy, as_training_step_takes_it(strategy, raw))
+        if with_views is None:
+            return on_device
+        return with_views(on_device, np.arange(examples), torch.initial_seed())
+
+    if with_views is not None:
+        check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
+    return of_two(prepared(batch), examples, loader.units), examples

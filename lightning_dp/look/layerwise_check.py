@@ -1,0 +1,124 @@
+"""Before the first step: can this module train with its parameters brought together layer by layer? Nothing is released."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_dp.engines.explain import explain
+from lightning_dp.engines.ghost import GhostEngine
+from lightning_dp.engines.ghost.coverage import used_by_rules_alone
+from lightning_dp.engines.protocol import ClippedSum, LossFunction
+from lightning_dp.engines.select import Selection
+from lightning_dp.errors import PreflightError
+from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.look.engine_check import WithViews, tolerance, trial_batch
+from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.ranks.facts import module_of, rank_of, trainable, world_size_of
+from lightning_dp.ranks.gathering import gathered, on_every_rank
+from lightning_dp.ranks.layerwise import Layerwise
+from lightning_dp.ranks.sharding import in_shards, reshard, whole
+from lightning_dp.step.spectral import SpectralNorms
+from lightning_dp.step.undone import undone
+
+MakeLoss = Callable[[Mapping[str, Tensor]], LossFunction]
+"""From the parameters that are not differentiated and not brought, by name, to the loss function."""
+
+
+def start_layerwise(
+    strategy: Strategy, loader: PoissonLoader, selection: Selection, make_loss: MakeLoss, with_views: WithViews | None
+) -> Layerwise | None:
+    """What keeps the parameters during the steps, tried on two examples; ``None`` unless the strategy has ``gather="layer"``.
+
+    The two gradients are taken with whole parameters and layer by layer, and compared, unless the engine was tried in shards.
+    A collective call.
+
+    Args:
+        strategy: whose module is sharded.
+        loader: whose first examples are used.
+        selection: the engine, which has run this training_step before; it brings layers from here on.
+        make_loss: makes the user's training_step on one example.
+        with_views: gives each example its K views, or ``None``.
+
+    Raises:
+        PreflightError: the module cannot be trained so; the message says what to do.
+    """
+    if getattr(strategy, "gather", "step") == "step":
+        return None
+    module = module_of(strategy)
+    engine = on_every_rank(strategy, lambda: _usable(strategy, loader, selection), PreflightError)
+    reshard(module)  # an evaluation leaves some parts whole
+    with undone(module), full_precision():
+        most = min(gathered(strategy, loader.physical_batch_size))  # the ranks run the same examples
+        batch, examples = trial_batch(strategy, loader, with_views, most)
+
+        def summed(parameters: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> ClippedSum:
+            with isolate_rng(), torch.enable_grad():
+                torch.manual_seed(0)
+                return engine.clipped_sum(make_loss(fixed), parameters, batch, examples, torch.inf)
+
+        before, engine.keeper, expected = engine.keeper, None, None
+        names = set() if before is None else set(before.names)
+        if before is None:
+            with whole(module, strategy):
+                expected = summed(trainable(module), {})
+                names = used_by_rules_alone(module, engine.handled)
+        own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+        kept = Layerwise(strategy, own, names & own.keys())
+        engine.keeper = kept
+        try:
+            with in_shards(module):
+                found = summed(*kept.begin(0))
+        except Exception as error:
+            raise PreflightError(
+                f"gather='layer' cannot run this training_step: {explain(error, module)}. Expected it to use the parameters of "
+                "its layers by calling these layers alone. Use gather='step'."
+            ) from error
+        kept.check_order()
+        if expected is not None:
+            on_every_rank(strategy, lambda: _compare(strategy, expected, found, kept.taken()), PreflightError)
+    part = sum(own[name].numel() for name in kept.names) / sum(p.numel() for p in own.values())
+    rank_zero_info(
+        f"lightning_dp: {len(kept.names)} parameters, {part:.1%} of all numbers, are brought layer by layer."
+    )
+    return kept
+
+
+def _usable(strategy: Strategy, loader: PoissonLoader, selection: Selection) -> GhostEngine:
+    """The engine, if it and the module can do it at all."""
+    if not isinstance(selection.engine, GhostEngine):
+        secure = "secure=True" if loader.plan.resolution is not None else selection.describe()
+        raise PreflightError(
+            f"gather='layer' with engine={selection.engine.name!r} ({secure}): expected 'ghost', which needs a parameter only "
+            "where its layer runs. Use gather='step'."
+        )
+    if SpectralNorms(module_of(strategy)).found:
+        raise PreflightError(
+            "gather='layer' with spectral_norm: expected none, for its power iteration reads the whole weight between the "
+            "steps. Use gather='step'."
+        )
+    return selection.engine
+
+
+def _compare(strategy: Strategy, expected: ClippedSum, found: ClippedSum, shards: Mapping[str, Tensor]) -> None:
+    """Raise unless this rank's rows are those of the gradient with whole parameters, on as many copies as there are ranks."""
+    ranks, rank = world_size_of(strategy), rank_of(strategy)
+    size = float(expected.norms.max())
+    for name, whole_gradient in expected.gradient.items():
+        if name in shards:
+            chunk = -(-len(whole_gradient) // ranks)
+            off = whole_gradient[rank * chunk : (rank + 1) * chunk] - shards[name] / ranks
+        else:
+            off = whole_gradient - found.gradient[name]
+        most = float(off.abs().max()) if off.numel() else 0.0
+        if not most <= tolerance(strategy) * max(size, torch.finfo(whole_gradient.dtype).tiny):
+            raise PreflightError(
+                f"gather='layer': the gradient of {name} differs by {most:.2g} from that with whole parameters, where the "
+                f"longest gradient has norm {size:.2g}: expected the same. Use gather='step'."
+            )

@@ -1,0 +1,1 @@
+"""Does anything let one example into another's gradient?"""

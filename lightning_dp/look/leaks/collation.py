@@ -1,0 +1,141 @@
+"""Does ``collate_fn`` give every example a row, and the same row at every time and place?"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import default_collate, default_convert
+
+from lightning_dp.batches.axis import BatchAxis, to_front
+from lightning_dp.batches.containers import open_containers
+from lightning_dp.errors import PreflightError
+from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.loading.rows import dropped, rows_in
+from lightning_dp.look.leaks.padding import Collate, row_contents
+
+LOOK = 1.0
+"""After so many seconds no further examples are collated to see whether one is left out."""
+
+COMPANY = 8
+"""So many are collated to compare their rows."""
+
+AT_ONCE = 32
+"""So many are collated together for it at most."""
+
+
+def check_every_example_has_a_row(loader: PoissonLoader, axis: BatchAxis) -> None:
+    """Refuse a ``collate_fn`` that leaves examples out, before one of them is drawn.
+
+    Examples all over the dataset are collated until all have been, or a second is over. What is never looked at is found
+    when it is drawn (:func:`lightning_dp.loading.rows.check_all_came`). torch's own functions leave nothing out.
+
+    Args:
+        loader: the private one.
+        axis: where a batch has its examples.
+
+    Raises:
+        PreflightError: an example has no row.
+    """
+    if loader.collate_fn in (default_collate, default_convert):
+        return
+    begun = time.monotonic()
+    with isolate_rng():
+        for indices in loader.scattered(min(AT_ONCE, loader.physical_batch_size)):
+            rows = _rows(loader, axis, indices)
+            if rows is None or rows < len(indices):
+                check_not_left_out(loader, axis, indices)
+                if rows is not None:
+                    raise PreflightError(dropped(f"{rows} rows for {len(indices)} examples"))
+            if time.monotonic() - begun > LOOK:
+                return
+
+
+def check_not_left_out(loader: PoissonLoader, axis: BatchAxis, indices: list[int]) -> None:
+    """Refuse if ``collate_fn`` makes a row of some of these examples, and none of others.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    with isolate_rng():
+        alone = [_rows(loader, axis, [index]) for index in indices]
+        without = [index for index, rows in zip(indices, alone, strict=True) if rows in (None, 0)]
+        kept = [index for index, rows in zip(indices, alone, strict=True) if rows == 1]
+        if without and kept and _rows(loader, axis, [kept[0], without[0]]) == 1:
+            raise PreflightError(dropped(f"no row for dataset[{without[0]}]"))
+
+
+def check_collate_repeats_itself(collate: Collate, records: list[Any], at_once: int) -> None:
+    """Refuse a ``collate_fn`` that draws from a generator of its own.
+
+    A few records are collated twice with all global generators seeded alike. With a seed of its own, what ``collate_fn`` draws for a row follows from how many rows came before it: removing one example would change
+    the rows of all later ones.
+
+    Args:
+        collate: the loader's, and the way to the device.
+        records: a few of the dataset.
+        at_once: so many are collated together at most.
+
+    Raises:
+        PreflightError: the rows differ.
+    """
+    company = records[: min(len(records), at_once, COMPANY)]
+    if _contents(collate, company, 0) != _contents(collate, company, 0):
+        raise PreflightError(
+            "collate_fn or a batch transfer hook made other rows of the same examples the second time, with the global random "
+            "generators of torch, NumPy and Python seeded alike: expected it to draw from those. What a generator of its own draws "
+            "for a row follows from how many rows came before it, so one example would change the rows of others. Let it draw from "
+            "torch's global generator, without a seed of its own (as in transformers' data collators with seed=None), or draw in the dataset."
+        )
+
+
+def check_collate_forgets_places(collate: Collate, records: list[Any], at_once: int) -> None:
+    """Refuse a ``collate_fn`` that makes a row of where its example stands, as with a generator seeded in every call.
+
+    A few records are collated in two orders. What the global generators change is left alone: their seeds are nobody's.
+
+    Args:
+        collate: the loader's, and the way to the device; it keeps examples apart.
+        records: a few of the dataset.
+        at_once: so many are collated together at most.
+
+    Raises:
+        PreflightError: the rows differ.
+    """
+    company = records[: min(len(records), at_once, COMPANY)]
+    first, other = (_contents(collate, company, seed) for seed in (0, 1))
+    turned = _contents(collate, company[1:] + company[:1], 0)
+    if first is None or turned is None or first != other or first[1] != turned[1]:
+        return
+    if first[0] != turned[0]:
+        raise PreflightError(
+            "collate_fn or a batch transfer hook makes another row of an example at another place in the batch, whatever the global "
+            "random generators hold: expected a row that follows from its example alone, not from the first of the "
+            "batch either. A generator that is seeded in every call does so, and so does a number of the row: removing one example "
+            "would change the rows of those behind it. Draw from torch's global generator without seeding it, and leave numbers of rows out."
+        )
+
+
+def _rows(loader: PoissonLoader, axis: BatchAxis, indices: list[int]) -> int | None:
+    """How many rows ``collate_fn`` makes of these examples; ``None`` if it fails."""
+    try:
+        return rows_in(to_front(open_containers(loader.collated(loader.records(indices))), axis, strict=False))
+    except Exception:  # of a collate_fn that is left with nothing, as of one that cannot do with these
+        return None
+
+
+def _contents(collate: Callable[[Any], Any], records: list[Any], seed: int) -> tuple[Counter[bytes], Any] | None:
+    with isolate_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 (the generator that people's functions use is the legacy one)
+        random.seed(seed)
+        given = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, records)
+        return row_contents(collate(given))

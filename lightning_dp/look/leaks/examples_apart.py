@@ -1,0 +1,164 @@
+"""The checks that nothing between dataset and loss couples examples, on a few examples before the first step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor
+
+from lightning_dp.batches.microbatch import take
+from lightning_dp.batches.views import Views
+from lightning_dp.engines.explain import explain
+from lightning_dp.engines.protocol import LossFunction
+from lightning_dp.engines.uncompiled import uncompiled
+from lightning_dp.engines.user_code import warn_user
+from lightning_dp.errors import PreflightError
+from lightning_dp.loading.loader import PoissonLoader
+from lightning_dp.loading.transfer import batch_axis_of, to_device
+from lightning_dp.look.leaks.collation import (
+    check_collate_forgets_places,
+    check_collate_repeats_itself,
+    check_every_example_has_a_row,
+)
+from lightning_dp.look.leaks.losses import (
+    PROBES,
+    BatchOf,
+    Reduction,
+    check_loss_keeps_examples_apart,
+    pairs_of_blocks,
+)
+from lightning_dp.look.leaks.padding import (
+    check_collate_keeps_examples_apart,
+    check_padding_is_masked,
+    row_contents,
+)
+from lightning_dp.look.leaks.transforms import seeded
+from lightning_dp.mechanism.complex import in_real_parts
+from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.ranks.facts import module_of, trainable
+from lightning_dp.ranks.gathering import on_every_rank
+from lightning_dp.step.contents import check_nothing_written
+from lightning_dp.step.logs import StepCapture
+from lightning_dp.step.undone import undone
+from lightning_dp.step.user_loss import example_loss, takes_batch_idx
+
+Losses = Callable[[Views | None], Sequence[tuple[LossFunction, Mapping[str, Tensor]]]]
+"""By how views are made, each loss whose gradients are clipped, and the parameters of which they are taken."""
+
+
+def of_training_step(strategy: Strategy, capture: StepCapture | None) -> Losses:
+    """The one loss of automatic optimization: that of the user's training_step, whose logs ``capture`` keeps."""
+    assert capture is not None, "the training loader is known"
+    rest = (0,) if takes_batch_idx(module_of(strategy)) else ()
+    return lambda views: [(example_loss(strategy, capture, views, rest), trainable(module_of(strategy)))]
+
+
+def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses: Losses, views: Views | None) -> None:
+    """Try ``collate_fn``, padding and losses on a few examples, evenly spaced in the dataset. Nothing of it is kept.
+
+    No more examples are worked on at once than in a micro-batch of the run. In micro-batches of one, nothing that is
+    private can be mixed, and nothing is looked at. A collective call: ranks with micro-batches of different sizes may see
+    different things, and all stop if one does.
+
+    Args:
+        strategy: whose module is tried, on its device.
+        loader: its dataset, ``collate_fn`` and ``physical_batch_size``.
+        losses: of training_step; under manual optimization one for each private optimizer.
+        views: how views are made, of which one of each example is enough here; ``None`` without any.
+
+    Raises:
+        PreflightError: one example enters another's row or gradient.
+    """
+    one_view = views and replace(views, k=1)
+    reductions = on_every_rank(
+        strategy, lambda: _reductions(strategy, loader, losses(one_view), one_view), PreflightError
+    )
+    if Reduction.SUM in reductions:
+        rank_zero_info(
+            "lightning_dp: training_step adds up the losses of its examples. The private gradient is the sum divided by the "
+            "expected batch size, so a learning rate tuned without privacy has to be multiplied by the batch size."
+        )
+    if Reduction.WEIGHTED in reductions:
+        rank_zero_only(warn_user)(
+            "The loss of a batch is neither the mean nor the sum of the losses of its examples, as with a mean over tokens "
+            "or with class weights: under differential privacy every example's loss is that of a batch of one (the mean "
+            "over its own tokens, without class weights) and counts the same. To weight examples, multiply the loss by "
+            "their weights instead of dividing by the sum of weights."
+        )
+
+
+def _reductions(
+    strategy: Strategy,
+    loader: PoissonLoader,
+    losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]],
+    views: Views | None,
+) -> list[Reduction]:
+    if loader.collate.each:
+        return []
+    check_every_example_has_a_row(loader, batch_axis_of(strategy))
+    if loader.physical_batch_size == 1:
+        return []
+    module = module_of(strategy)
+    with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph
+        found = [_look(strategy, loader, loss, in_real_parts(parameters), views) for loss, parameters in losses]
+        check_nothing_written(module, before)
+    return found
+
+
+def _look(
+    strategy: Strategy,
+    loader: PoissonLoader,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    views: Views | None,
+) -> Reduction:
+    module, at_once = module_of(strategy), loader.physical_batch_size
+    records = loader.evenly_spaced(PROBES if at_once >= PROBES else PROBES // 2)
+
+    def collate(some: list[Any]) -> Any:
+        return to_device(strategy, loader.collated(some))
+
+    check_collate_repeats_itself(collate, records, at_once)
+    check_collate_keeps_examples_apart(collate, records, at_once)
+    check_collate_forgets_places(collate, records, at_once)
+    if views is None:
+        check_padding_is_masked(collate, records, module, loss_function, parameters, at_once)
+    examples = PROBES if len(records) == PROBES else PROBES // 2
+    if len(records) < examples:
+        return Reduction.UNKNOWN  # a dataset of three
+
+    def batch_of(rows: list[int]) -> Any:
+        batch = seeded(collate, [records[row] for row in rows], 0)
+        return batch if views is None else views.seeded(batch, np.asarray(rows), 0)
+
+    try:
+        if examples <= at_once:
+            whole = batch_of(list(range(examples)))
+            return check_loss_keeps_examples_apart(module, loss_function, parameters, partial(take, whole), examples)
+        if _same_in_every_pair(batch_of, examples):
+            return check_loss_keeps_examples_apart(module, loss_function, parameters, batch_of, examples)
+        reason = "collate_fn makes other rows of an example in other company"
+    except PreflightError:
+        raise
+    except Exception as error:  # a step that takes single examples only, or no room for several at once
+        reason = explain(error, module)
+    rank_zero_info(
+        f"lightning_dp: whether the loss of a batch couples its examples could not be looked at: {reason}. In training every "
+        "example is a batch of its own."
+    )
+    return Reduction.UNKNOWN
+
+
+def _same_in_every_pair(batch_of: BatchOf, examples: int) -> bool:
+    """Whether each example has the same rows in both pairs that it is in, as with neither padding nor masking at random."""
+    contents = [row_contents(batch_of(pair)) or (Counter(), []) for pair in pairs_of_blocks(examples)]
+    rows, shapes = zip(*contents, strict=True)
+    return bool(rows[0] + rows[3] == rows[1] + rows[2]) and all(shape == shapes[0] for shape in shapes)

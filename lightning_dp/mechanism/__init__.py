@@ -1,0 +1,1 @@
+"""What a step does, as torch: never Lightning."""

@@ -1,0 +1,68 @@
+"""Products of matrices in full precision, whatever ``torch.set_float32_matmul_precision`` allows elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lightning_dp.mechanism.while_open import WhileOpen
+
+_FULL = ("none", "ieee")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """While open, float32 matrices are multiplied in float32.
+
+    ``"high"`` and ``"medium"`` let the factors be rounded to 10 or 7 bits first, an error of 2⁻¹¹ or 2⁻⁸ of their *sizes*.
+    That is no matter in the user's network, for the gradient is then that of the network as it was computed. But a norm
+    that is found from Gram matrices may be far smaller than its terms: by such an error an example would be clipped
+    too little, and sensitivity would exceed the clip norm. (Their rounding to float32 is taken into account, see
+    :func:`lightning_dp.engines.ghost.contribution.gram_norms`.) So norms and sums are always computed in full.
+
+    The setting is one of the whole process. Other threads multiply in full meanwhile too, and it is put back when no
+    thread is here any more. Nothing is set where it is full already, which is torch's default.
+    """
+    if all(backend.fp32_precision in _FULL for backend in _backends()):
+        yield
+        return
+    with _SETTING.open():
+        yield
+
+
+class _OneForAll:
+    """The setting of PyTorch 2.8, which is one for all backends."""
+
+    @property
+    def fp32_precision(self) -> str:
+        precision = torch.get_float32_matmul_precision()
+        return "ieee" if precision == "highest" else precision
+
+    @fp32_precision.setter
+    def fp32_precision(self, precision: str) -> None:
+        torch.set_float32_matmul_precision("highest" if precision == "ieee" else precision)
+
+
+def _backends() -> tuple[Any, ...]:
+    backends: Any = torch.backends
+    if not hasattr(backends.mkldnn, "matmul"):
+        return (_OneForAll(),)
+    return backends.cuda.matmul, backends.mkldnn.matmul
+
+
+@contextmanager
+def _full() -> Iterator[None]:
+    before = [(backend, backend.fp32_precision) for backend in _backends()]
+    try:
+        for backend, _ in before:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in before:
+            backend.fp32_precision = precision
+
+
+_SETTING = WhileOpen(_full)

@@ -1,0 +1,1 @@
+"""What a step is, as numbers: never torch."""

@@ -1,1 +1,0 @@
-"""How many examples are worked on at once."""

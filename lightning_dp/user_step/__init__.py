@@ -1,1 +1,0 @@
-"""The user's own ``training_step``, run on one example at a time."""

@@ -1,0 +1,72 @@
+"""A privacy unit goes with secure noise, a bound on draws and a measured physical batch size: it is still the user that is clipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_dp import DifferentialPrivacy
+from lightning_dp.private_step import PrivateStep
+from tests.batches.units.data import USERS, WithUser, dict_regressor, dp_sgd_over_users_by_hand
+from tests.batches.units.test_users import clipped_per_example
+from tests.conftest import trainer, weights
+from tests.guarantees.mutations import caught, patched
+from tests.nearly import assert_nearly
+
+CLIP, STEPS = 0.05, 4
+
+
+def fit(batch_size: int = USERS, **options: Any) -> tuple[Tensor, DifferentialPrivacy]:
+    private = DifferentialPrivacy(**{"clip_norm": CLIP, "privacy_unit": "user_id", **options})
+    module = dict_regressor()
+    trainer(private, max_steps=STEPS).fit(module, DataLoader(WithUser(), batch_size=batch_size))
+    return weights(module), private
+
+
+def check_secure() -> None:
+    """All users are drawn, so the sum of integers in the first step is that of the loop over users."""
+    sums: list[Tensor] = []
+
+    def recorded(step: PrivateStep, strategy: Any, number: int, gradient: Any, **options: Any) -> Any:
+        sums.append(torch.cat([g.flatten() for g in gradient.values()]))
+        return released(step, strategy, number, gradient, **options)
+
+    released = PrivateStep.released
+    with patched((PrivateStep, "released", recorded)):
+        _, private = fit(noise_multiplier=1.0, secure=True)
+    assert sums[0].dtype == torch.int64
+    start = weights(dict_regressor())
+    end = dp_sgd_over_users_by_hand(1, sigma=0.0, clip=CLIP, batch=USERS, seed=0, lr=1.0, most=32, dtype=torch.float32)
+    found = sums[0] * CLIP / private.plan.resolution / USERS
+    torch.testing.assert_close(found.float(), start - end, rtol=1e-3, atol=1e-6)
+    assert "user_id" in str(private.statement())
+
+
+def test_secure_noise_on_sums_over_users() -> None:
+    check_secure()
+    with caught(clipped_per_example()):
+        check_secure()
+
+
+def test_a_bound_on_draws_counts_users() -> None:
+    """Twelve users have 24 examples: a bound of 13 cuts no draw, and one of 12 of them would be paid for by no δ."""
+    bounded, private = fit(batch_size=9, noise_multiplier=1.0, seed=0, max_batch_size=13)
+    free, _ = fit(batch_size=9, noise_multiplier=1.0, seed=0)
+    assert private.plan.max_batch_size == 13
+    assert private.plan.dataset_size == USERS
+    assert_nearly(bounded, free, rtol=1e-5, atol=1e-6)  # float32, in another order of sums at most
+    with pytest.raises(ValueError, match=r"max_batch_size=10 with an expected batch size of 9: expected at least 13\."):
+        fit(batch_size=9, noise_multiplier=1.0, max_batch_size=10)
+
+
+@pytest.mark.parametrize("engine", ["ghost", "vmap"])
+def test_a_measured_size_changes_nothing(engine: str) -> None:
+    found = [
+        fit(batch_size=3, noise_multiplier=0.7, seed=3, engine=engine, physical_batch_size=size)[0]
+        for size in ("auto", None)
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
