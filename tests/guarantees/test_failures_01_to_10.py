@@ -14,7 +14,6 @@ from torch.utils.data import WeightedRandomSampler
 
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.engines.select import ENGINES, EngineName
-from tests.loading import test_loader as loaders
 from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, trainer, weights
 from tests.engines import oracle
 from tests.engines.family import case
@@ -22,6 +21,7 @@ from tests.guarantees import mutations
 from tests.guarantees import mutations_outside as outside
 from tests.guarantees.mutations import caught
 from tests.guarantees.on_ranks import WRONG, WRONG_AND_DISCRETE, noise_on_two_ranks
+from tests.loading import test_loader as loaders
 from tests.mechanism.laws import (
     CAUGHT,
     FALSE_ALARM,

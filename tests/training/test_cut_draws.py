@@ -14,8 +14,8 @@ from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting.slack import truncation_probability
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import cut
-from tests.loading import test_loader as loaders
 from tests.conftest import loader, regressor, sample_of, trainer
+from tests.loading import test_loader as loaders
 from tests.mechanism.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
 from tests.training import test_refusals as refusals
 

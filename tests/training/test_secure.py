@@ -24,8 +24,8 @@ from lightning_dp.mechanism.grid import RESOLUTION
 from lightning_dp.mechanism.keystream import Keystream, MissingSecureExtraError
 from lightning_dp.mechanism.randomness import Stream
 from lightning_dp.mechanism.sampling import exact_poisson_sample
-from tests.loading import test_loader as loaders
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
+from tests.loading import test_loader as loaders
 from tests.mechanism.laws import FALSE_ALARM, poisson_sampling_p_values
 from tests.mechanism.test_discrete_gaussian import large_noise_p_values
 from tests.nearly import assert_nearly
