@@ -39,12 +39,12 @@ from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks.agreement import check_same_on_every_rank, facts
 from lightning_dp.ranks.gathering import on_every_rank
 from lightning_dp.record.checkpoint import (
-    Past,
+    Spent,
     lost_since,
     of_a_copy,
-    past_of,
-    sealed,
-    unsealed,
+    read_with_digest,
+    spent_of,
+    with_digest,
     with_lost_steps,
 )
 from lightning_dp.record.course import facts_of
@@ -165,7 +165,7 @@ class DifferentialPrivacy(pl.Callback):
         self.privacy_unit = unit_from(privacy_unit, max_examples_per_unit, static_shapes)
         self._ledger: Ledger | None = None
         self._report: Report | None = None
-        self._past: Past | None = None
+        self._spent: Spent | None = None
         self._journal: Journal | None = None
         self._world_size: int | None = None
         self._at_start = Progress()
@@ -177,13 +177,13 @@ class DifferentialPrivacy(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy goes on from all that is spent; what a fit holds open stays with the original."""
-        past = self._now()
-        return {**self.__dict__, "_past": past, "_journal": None, "_to_parent": None}
+        spent = self._now()
+        return {**self.__dict__, "_spent": spent, "_journal": None, "_to_parent": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         address = register(self, self._address)
-        self._past = self._past if address == self._address else of_a_copy(self._past)  # not in a child
+        self._spent = self._spent if address == self._address else of_a_copy(self._spent)  # not in a child
         self._address = address
 
     @property
@@ -196,11 +196,11 @@ class DifferentialPrivacy(pl.Callback):
         """Take over what children have spent, if they have told anything since; given the Trainer, write it down too."""
         news = from_child(self._address, self._heard) if self._at_home else None
         if news is not None:
-            self._heard, self._past, self._journal, self._report = news.raw, news.past, None, news.report
-            self._ledger, self._world_size = news.report.ledger, news.past.world_size
-            self._unused_samples = news.past.unused_samples
-            if trainer is not None and news.past.lineage is not None:
-                news.report.write_for_child(trainer, news.past.lineage.counted)
+            self._heard, self._spent, self._journal, self._report = news.raw, news.spent, None, news.report
+            self._ledger, self._world_size = news.report.ledger, news.spent.world_size
+            self._unused_samples = news.spent.unused_samples
+            if trainer is not None and news.spent.lineage is not None:
+                news.report.write_for_child(trainer, news.spent.lineage.counted)
 
     @property
     def plan(self) -> PrivacyPlan | None:
@@ -225,7 +225,7 @@ class DifferentialPrivacy(pl.Callback):
         on_every_rank(trainer.strategy, lambda: check_before_setup(trainer, pl_module), PreflightError)
         check_same_on_every_rank(trainer.strategy, facts(self, trainer))
         strategy = make_private(trainer.strategy)
-        self._past = self._now()
+        self._spent = self._now()
         self._at_home = not in_a_child(trainer)
         if self._at_home:
             forget(self._address)
@@ -273,8 +273,8 @@ class DifferentialPrivacy(pl.Callback):
         self._begun = True
         self._report.open(trainer)
         if trainer.is_global_zero:
-            past = self._past.lineage if self._past else None
-            self._journal = Journal(self._report.folder, self._ledger.numbers, past, self._facts)
+            before = self._spent.lineage if self._spent else None
+            self._journal = Journal(self._report.folder, self._ledger.numbers, before, self._facts)
         if in_a_child(trainer) and trainer.local_rank == 0:
             now = self._now()
             assert now is not None
@@ -329,13 +329,13 @@ class DifferentialPrivacy(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        past = self._now()
-        return {} if past is None else sealed(past)
+        spent = self._now()
+        return {} if spent is None else with_digest(spent)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._past = unsealed(state_dict) if state_dict else None
-        self._unused_samples = 0 if self._past is None else self._past.unused_samples
+        self._spent = read_with_digest(state_dict) if state_dict else None
+        self._unused_samples = 0 if self._spent is None else self._spent.unused_samples
 
     @override
     def on_load_checkpoint(
@@ -343,16 +343,16 @@ class DifferentialPrivacy(pl.Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        on_every_rank(trainer.strategy, lambda: past_of(checkpoint, self.state_key), PreflightError)
+        on_every_rank(trainer.strategy, lambda: spent_of(checkpoint, self.state_key), PreflightError)
         self._at_start = Progress.in_checkpoint(checkpoint)
 
     def _plan(self, trainer: pl.Trainer, strategy: PrivateStrategy, loader: DataLoader[Any]) -> Ledger:
         where = Places() if self._planned else places(trainer, trainer.ckpt_path)
         if not self._planned:
             self._facts = facts = "" if self.seed is None else facts_of(trainer, self.automatic_gamma, self.batch_axis)
-            lost = on_rank_zero(strategy, lambda: lost_since(self._past, where, facts))
-            self._past = None if self._past is None else with_lost_steps(self._past, lost)
-        spent = None if self._past is None else self._past.ledger
+            lost = on_rank_zero(strategy, lambda: lost_since(self._spent, where, facts))
+            self._spent = None if self._spent is None else with_lost_steps(self._spent, lost)
+        spent = None if self._spent is None else self._spent.ledger
         plan = agreed_plan(
             strategy,
             loader,
@@ -376,12 +376,12 @@ class DifferentialPrivacy(pl.Callback):
         check_draws_in_an_epoch(trainer, real, loader)
         check_end_was_given(trainer, plan)
         check_batch_after_resume(
-            plan, spent, self.expected_batch_size, self._past.world_size if self._past else None, trainer.world_size
+            plan, spent, self.expected_batch_size, self._spent.world_size if self._spent else None, trainer.world_size
         )
         self._world_size = trainer.world_size
         ledger = self._ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
         self._steps_at_start = ledger.steps
-        lineage = self._past.lineage if self._past else None
+        lineage = self._spent.lineage if self._spent else None
         ledger.course = lineage.course if lineage else ""
         notes = on_rank_zero(strategy, lambda: caveats(lineage, ledger.numbers, where, self.seed is not None))
         self._report = Report(ledger, "secret" if self.seed is None else "reproducible", notes)
@@ -395,13 +395,13 @@ class DifferentialPrivacy(pl.Callback):
         per_batch = 1 if step is None else step.optimizer_steps_per_batch
         return planned_steps(trainer, per_epoch, self._at_start, per_batch)
 
-    def _now(self) -> Past | None:
+    def _now(self) -> Spent | None:
         """What this and all earlier fits have spent so far, for a checkpoint or the next fit."""
         if self.ledger is None:
-            return self._past
-        before = None if self._past is None else self._past.lineage
+            return self._spent
+        before = None if self._spent is None else self._spent.lineage
         lineage = before if self._journal is None else self._journal.lineage
-        return Past(self.ledger.state_dict(), lineage, self._world_size, self._unused_samples)
+        return Spent(self.ledger.state_dict(), lineage, self._world_size, self._unused_samples)
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         """Stop before a step that would overspend, unless the Trainer is about to end by itself."""

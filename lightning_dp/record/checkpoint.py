@@ -1,4 +1,4 @@
-"""What a checkpoint says of spent budget: sealed when it is written, read without running code, refused when damaged."""
+"""What a checkpoint says of spent budget: with a digest when it is written, read without running code, refused when damaged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _REMEDY = (
 
 
 @dataclass(frozen=True)
-class Past:
+class Spent:
     """What earlier fits of a training have spent.
 
     Args:
@@ -51,31 +51,31 @@ class Past:
         return () if self.lineage is None else self.lineage.notes
 
 
-def of_a_copy(past: Past | None) -> Past | None:
+def of_a_copy(spent: Spent | None) -> Spent | None:
     """What a copy of a callback goes on from: all that is spent, as a training of its own from here on.
 
     What the original does later is not the copy's, and the other way round.
     """
-    if past is None or past.lineage is None:
-        return past
-    own = replace(past.lineage, training=secrets.token_hex(8), counted={}, heads={}, last="")
-    return replace(past, lineage=own)
+    if spent is None or spent.lineage is None:
+        return spent
+    own = replace(spent.lineage, training=secrets.token_hex(8), counted={}, heads={}, last="")
+    return replace(spent, lineage=own)
 
 
-def sealed(past: Past) -> dict[str, Any]:
+def with_digest(spent: Spent) -> dict[str, Any]:
     """The state of the callback in a checkpoint: plain numbers, strings, lists and dicts, and a digest of them.
 
-    The digest notices damage and edits by hand. It is no signature: whoever can edit a checkpoint on purpose can seal it
-    again, and can say whatever they like about ε anyway.
+    The digest notices damage and edits by hand. It is no signature: whoever can edit a checkpoint on purpose can write
+    another, and can say whatever they like about ε anyway.
     """
-    journal = None if past.lineage is None else asdict(past.lineage)
-    content = {"ledger": past.ledger, "journal": journal, "world_size": past.world_size}
-    content["unused_samples"] = past.unused_samples
+    journal = None if spent.lineage is None else asdict(spent.lineage)
+    content = {"ledger": spent.ledger, "journal": journal, "world_size": spent.world_size}
+    content["unused_samples"] = spent.unused_samples
     return {**content, "digest": _digest(content)}
 
 
-def unsealed(state: object) -> Past:
-    """The inverse of :func:`sealed`.
+def read_with_digest(state: object) -> Spent:
+    """The inverse of :func:`with_digest`.
 
     Raises:
         PreflightError: there is no ledger, or it is not what was written.
@@ -93,10 +93,10 @@ def unsealed(state: object) -> Past:
         lineage = None if content["journal"] is None else Lineage.read(content["journal"])
     except ValueError as error:
         raise PreflightError(str(error)) from error
-    return Past(state["ledger"], lineage, state["world_size"], state["unused_samples"], resumed=True)
+    return Spent(state["ledger"], lineage, state["world_size"], state["unused_samples"], resumed=True)
 
 
-def past_of(checkpoint: Mapping[str, Any], key: str) -> Past:
+def spent_of(checkpoint: Mapping[str, Any], key: str) -> Spent:
     """What the checkpoint of a private run has spent.
 
     Args:
@@ -107,8 +107,8 @@ def past_of(checkpoint: Mapping[str, Any], key: str) -> Past:
         PreflightError: there is no ledger, it was changed, or it counts fewer steps than the weights have seen.
     """
     callbacks = checkpoint.get("callbacks")
-    past = unsealed(callbacks.get(key) if isinstance(callbacks, Mapping) else None)
-    phases, taken = past.ledger.get("phases"), checkpoint.get("global_step")
+    spent = read_with_digest(callbacks.get(key) if isinstance(callbacks, Mapping) else None)
+    phases, taken = spent.ledger.get("phases"), checkpoint.get("global_step")
     if type(taken) is not int or taken < 0:
         raise PreflightError(f"global_step={taken!r} in the checkpoint: expected a number of steps. {_REMEDY}")
     if isinstance(phases, list) and all(isinstance(phase, Mapping) for phase in phases):
@@ -119,38 +119,38 @@ def past_of(checkpoint: Mapping[str, Any], key: str) -> Past:
                 f"global_step={taken} in a checkpoint whose ledger counts {sum(steps)} steps: expected at least as many, since "
                 f"every step of the optimizer is a private step. {_REMEDY}"
             )
-    return past
+    return spent
 
 
-def lost_since(past: Past | None, where: Places, facts: str = "") -> tuple[list[dict[str, Any]], Lineage | None]:
+def lost_since(spent: Spent | None, where: Places, facts: str = "") -> tuple[list[dict[str, Any]], Lineage | None]:
     """The steps of this training that the checkpoint does not hold, as phases, and the lineage that counts them.
 
     Args:
-        past: of the checkpoint, or of the fit before in this process, if there was any.
+        spent: of the checkpoint, or of the fit before in this process, if there was any.
         where: to look for journals.
         facts: what is seen of the gradients to come, see :mod:`lightning_dp.record.course`.
 
     Raises:
         JournalError: a journal was edited or damaged.
     """
-    if past is None or past.lineage is None:
+    if spent is None or spent.lineage is None:
         return [], None
-    phases, lineage = count_lost(past.lineage, where, resumed=past.resumed)
+    phases, lineage = count_lost(spent.lineage, where, resumed=spent.resumed)
     steps = sum(lineage.counted.values())
-    course = course_of(past.lineage, lost=bool(phases), steps=steps, facts=facts)
+    course = course_of(spent.lineage, lost=bool(phases), steps=steps, facts=facts)
     return phases, replace(lineage, course=course, facts=facts)
 
 
-def with_lost_steps(past: Past, lost: tuple[list[dict[str, Any]], Lineage | None]) -> Past:
-    """``past``, with what :func:`lost_since` has found charged too, and a warning that says so."""
+def with_lost_steps(spent: Spent, lost: tuple[list[dict[str, Any]], Lineage | None]) -> Spent:
+    """``spent``, with what :func:`lost_since` has found charged too, and a warning that says so."""
     phases, lineage = lost
     if not phases:
-        return replace(past, lineage=lineage)
+        return replace(spent, lineage=lineage)
     rank_zero_only(warn_user)(
         f"An interrupted fit took {sum(phase['steps'] for phase in phases)} steps after the checkpoint: they are counted as "
         "spent, since what was logged of them may have been seen. Save checkpoints more often to lose fewer."
     )
-    return replace(past, ledger={**past.ledger, "phases": [*past.ledger["phases"], *phases]}, lineage=lineage)
+    return replace(spent, ledger={**spent.ledger, "phases": [*spent.ledger["phases"], *phases]}, lineage=lineage)
 
 
 def read_checkpoint(

@@ -37,7 +37,7 @@ class Journal:
     Args:
         folder: the Trainer's own, where the journal is or will be, or ``None`` to keep none (``fast_dev_run``).
         phase: the public numbers of this fit's steps, as the ledger writes them.
-        past: the lineage of the checkpoint that is resumed, if any.
+        before: the lineage of the checkpoint that is resumed, if any.
         facts: of a first fit, see :mod:`lightning_dp.record.course`.
 
     Raises:
@@ -57,15 +57,19 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path | None, phase: Mapping[str, Any], past: Lineage | None = None, facts: str = ""
+        self, folder: Path | None, phase: Mapping[str, Any], before: Lineage | None = None, facts: str = ""
     ) -> None:
         self.name = secrets.token_hex(8)
         self._file = None if folder is None else folder.absolute() / FILE_NAME
-        self._past = past or Lineage(self.name, str(self._file or ""), facts=facts)
+        self._before = before or Lineage(self.name, str(self._file or ""), facts=facts)
         origin = None
-        if past is not None:
-            origin = {"fit": past.last, "steps": past.counted.get(past.last, 0), "head": past.heads.get(past.last, "")}
-        self._line = Line(self.name, self._past.training, dict(phase), origin=origin)
+        if before is not None:
+            origin = {
+                "fit": before.last,
+                "steps": before.counted.get(before.last, 0),
+                "head": before.heads.get(before.last, ""),
+            }
+        self._line = Line(self.name, self._before.training, dict(phase), origin=origin)
         self._descriptor: int | None = None
         if self._file is not None:
             with _told(self._file):
@@ -82,10 +86,10 @@ class Journal:
     def lineage(self) -> Lineage:
         """What a checkpoint written now has to know."""
         return replace(
-            self._past,
-            file=str(self._file or self._past.file),
-            counted={**self._past.counted, self.name: self._line.steps},
-            heads={**self._past.heads, self.name: self._head},
+            self._before,
+            file=str(self._file or self._before.file),
+            counted={**self._before.counted, self.name: self._line.steps},
+            heads={**self._before.heads, self.name: self._head},
             last=self.name,
         )
 

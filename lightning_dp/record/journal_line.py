@@ -42,7 +42,7 @@ class Line:
         steps: how many are charged.
         state: ``"ended"`` if the fit took all the steps it had planned.
         closed: whether the fit ended in a way that let it say so: only then is ``steps`` surely its last word.
-        sealed: whether digests could be checked; the first version wrote none.
+        has_digest: whether digests could be checked; the first version wrote none.
     """
 
     fit: str
@@ -53,7 +53,7 @@ class Line:
     steps: int = 0
     state: State = "open"
     closed: bool = False
-    sealed: bool = True
+    has_digest: bool = True
 
     @property
     def head(self) -> str:
@@ -68,8 +68,8 @@ class Line:
             head: :attr:`head`, which is the same at every step.
         """
         steps, state, closed = f"{self.steps:<20d}", f"{json.dumps(self.state):<7}", int(self.closed)
-        seal = _seal(head, self.steps, self.state, closed)
-        return f'{steps}, "state": {state}, "closed": {closed}, "seal": "{seal}", "copy": [{steps}, {state}, {closed}, "{seal}"]'
+        digest = _digest(head, self.steps, self.state, closed)
+        return f'{steps}, "state": {state}, "closed": {closed}, "seal": "{digest}", "copy": [{steps}, {state}, {closed}, "{digest}"]'
 
     def text(self) -> str:
         """The whole line, with its end."""
@@ -122,7 +122,7 @@ def read_lines(file: Path) -> Lines:
         if line is None:
             shown = repr(text[:200])
             raise JournalError(f"{file}, line {number}: {shown}: expected the line of a fit. {_REMEDY}")
-        whole = whole and (not line.sealed or line.after == (found[-1].head if found else ""))
+        whole = whole and (not line.has_digest or line.after == (found[-1].head if found else ""))
         found.append(line)
     return Lines(found, whole)
 
@@ -136,14 +136,14 @@ def _read(text: str) -> Line | None:
             return None
         counts = [(raw["steps"], raw["state"], raw.get("closed", 0), raw.get("seal", ""))]
         if "head" not in raw:  # as the first version wrote it
-            return _counted(line, counts[0], sealed=False) if "copy" not in raw and "seal" not in raw else None
+            return _counted(line, counts[0], has_digest=False) if "copy" not in raw and "seal" not in raw else None
         if raw["head"] != line.head:
             return None
         counts.append(tuple(raw["copy"]))
-        whole = [count for count in counts if len(count) == 4 and count[3] == _seal(line.head, *count[:3])]
+        whole = [count for count in counts if len(count) == 4 and count[3] == _digest(line.head, *count[:3])]
         if not whole:
             return None
-        read = [made for count in whole if (made := _counted(line, count, sealed=True)) is not None]
+        read = [made for count in whole if (made := _counted(line, count, has_digest=True)) is not None]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if len(read) < len(whole):
@@ -152,12 +152,14 @@ def _read(text: str) -> Line | None:
     return most if len(whole) == 2 else replace(most, steps=most.steps + 1, state="open", closed=False)
 
 
-def _counted(line: Line, count: tuple[Any, ...], *, sealed: bool) -> Line | None:
+def _counted(line: Line, count: tuple[Any, ...], *, has_digest: bool) -> Line | None:
     steps, state, closed, _ = count
     if type(steps) is not int or not 0 <= steps <= MOST_STEPS or state not in ("open", "ended") or closed not in (0, 1):
         return None
-    return replace(line, steps=steps, state=state, closed=bool(closed) if sealed else state == "ended", sealed=sealed)
+    return replace(
+        line, steps=steps, state=state, closed=bool(closed) if has_digest else state == "ended", has_digest=has_digest
+    )
 
 
-def _seal(head: str, steps: object, state: object, closed: object) -> str:
+def _digest(head: str, steps: object, state: object, closed: object) -> str:
     return hashlib.blake2b(f"{head}:{steps}:{state}:{closed}".encode(), digest_size=8).hexdigest()

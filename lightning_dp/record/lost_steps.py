@@ -103,7 +103,7 @@ def count_lost(lineage: Lineage, where: Places, *, resumed: bool = True) -> tupl
     if not resumed:  # what this process did itself it knows
         return phases, replace(lineage, counted=counted, lost=lineage.lost + _steps(phases), heads=heads, beside=beside)
     last = fits.get(lineage.last)
-    proved = all(line.sealed and line.head == heads[line.fit] for line in fits.values()) and all(
+    proved = all(line.has_digest and line.head == heads[line.fit] for line in fits.values()) and all(
         journal.whole for journal in mine
     )
     behind = any(line.steps < lineage.counted.get(line.fit, 0) for line in fits.values())

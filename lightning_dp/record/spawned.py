@@ -24,7 +24,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-from lightning_dp.record.checkpoint import Past, sealed, unsealed
+from lightning_dp.record.checkpoint import Spent, read_with_digest, with_digest
 from lightning_dp.record.journal import Journal, JournalError
 from lightning_dp.record.report import Report
 
@@ -64,23 +64,23 @@ class ToParent:
     Args:
         address: of the callback that waits.
         report: of this fit.
-        past: what was spent when this fit began, and its lineage.
+        spent: what was spent when this fit began, and its lineage.
         journal: of this fit, on the rank that keeps one.
 
     Raises:
         JournalError: the file cannot be written, so what is spent could not become known.
     """
 
-    def __init__(self, address: str, report: Report, past: Past, journal: Journal | None) -> None:
+    def __init__(self, address: str, report: Report, spent: Spent, journal: Journal | None) -> None:
         facts = {
             "plan": asdict(report.ledger.plan),
             "numbers": report.ledger.numbers,
-            "past": sealed(past),
+            "spent": with_digest(spent),
             "fit": None if journal is None else journal.name,
             "randomness": report.randomness,
             "notes": report.notes,
         }
-        self._address, self._counts = address, (0, past.unused_samples)
+        self._address, self._counts = address, (0, spent.unused_samples)
         try:
             handle, name = tempfile.mkstemp(dir=Path(address).parent, prefix="lightning_dp-")  # for its owner alone
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -134,12 +134,12 @@ class News:
     Args:
         raw: what stands in the file, to tell whether it is new.
         report: with the ledger.
-        past: all that is spent, for a checkpoint or the next fit.
+        spent: all that is spent, for a checkpoint or the next fit.
     """
 
     raw: bytes
     report: Report
-    past: Past
+    spent: Spent
 
 
 def from_child(address: str, known: bytes) -> News | None:
@@ -162,14 +162,14 @@ def from_child(address: str, known: bytes) -> News | None:
     text = raw.decode("utf-8")
     steps, unused = int(text[:_WIDTH]), int(text[_WIDTH : 2 * _WIDTH])
     facts = json.loads(text[2 * _WIDTH :])
-    before = unsealed(facts["past"])
+    before = read_with_digest(facts["spent"])
     state = {**before.ledger, "phases": [*before.ledger["phases"], {**facts["numbers"], "steps": steps}]}
     ledger = Ledger.resume(PrivacyPlan(**facts["plan"]), state)
     lineage = before.lineage
     if lineage is not None and facts["fit"] is not None:
         lineage = replace(lineage, counted={**lineage.counted, facts["fit"]: steps})
-    past = Past(ledger.state_dict(), lineage, before.world_size, unused)
-    return News(raw, Report(ledger, facts["randomness"], tuple(facts["notes"])), past)
+    spent = Spent(ledger.state_dict(), lineage, before.world_size, unused)
+    return News(raw, Report(ledger, facts["randomness"], tuple(facts["notes"])), spent)
 
 
 def _header(steps: int, unused: int) -> str:

@@ -115,13 +115,13 @@ def edited(whole: bytes, tmp_path: Path, edit: Any) -> Path:
     return path
 
 
-def test_a_ledger_sealed_again_must_still_hold_the_steps_of_the_weights(tmp_path: Path, whole: bytes) -> None:
-    from lightning_dp.record.checkpoint import Past, sealed
+def test_a_ledger_with_a_new_digest_must_still_hold_the_steps_of_the_weights(tmp_path: Path, whole: bytes) -> None:
+    from lightning_dp.record.checkpoint import Spent, with_digest
 
     def fewer(content: dict[str, Any]) -> None:
         ledger = copy.deepcopy(content["callbacks"][KEY]["ledger"])
         ledger["phases"][0]["steps"] = 2
-        content["callbacks"][KEY] = sealed(Past(ledger))
+        content["callbacks"][KEY] = with_digest(Spent(ledger))
 
     said = refusal(edited(whole, tmp_path, fewer))
     assert said.startswith("global_step=3 in a checkpoint whose ledger counts 2 steps")

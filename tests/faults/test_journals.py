@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 import lightning_dp.record.lost_steps as lost_steps_module
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.accounting import Ledger
-from lightning_dp.record.checkpoint import sealed, unsealed
+from lightning_dp.record.checkpoint import read_with_digest, with_digest
 from lightning_dp.record.journal import FILE_NAME, Journal, JournalError
 from lightning_dp.record.journal_line import Line, read_lines
 from lightning_dp.record.lineage import Lineage
@@ -216,12 +216,12 @@ def test_two_fits_that_start_in_one_folder_at_once_follow_each_other(tmp_path: P
 
 
 def with_journal_at(path: Path, ckpt: str, target: str) -> Path:
-    """The checkpoint with another path in it, sealed again: nothing that is written can be kept from being forged."""
+    """The checkpoint with another path in it, with a new digest: nothing that is written can be kept from being forged."""
     content = torch.load(path / "ckpt" / ckpt, weights_only=True)
-    past = unsealed(content["callbacks"][KEY])
-    assert past.lineage is not None
-    forged = replace(past, lineage=replace(past.lineage, file=target, training="$(touch pwned)"))
-    content["callbacks"][KEY] = sealed(forged)
+    spent = read_with_digest(content["callbacks"][KEY])
+    assert spent.lineage is not None
+    forged = replace(spent, lineage=replace(spent.lineage, file=target, training="$(touch pwned)"))
+    content["callbacks"][KEY] = with_digest(forged)
     torch.save(content, path / "forged.ckpt")
     return path / "forged.ckpt"
 
@@ -391,7 +391,7 @@ def test_checkpoints_and_journals_of_the_first_version_go_on(
     assert bool([caveat for caveat in private.statement().caveats if "killed" in caveat]) == (name == "killed")
     lines = read_lines(path / FILE_NAME)
     assert lines.whole
-    assert [line.sealed for line in lines.lines] == [False, True]
+    assert [line.has_digest for line in lines.lines] == [False, True]
 
 
 def test_the_first_version_without_its_journal_is_said(tmp_path: Path) -> None:
@@ -440,4 +440,4 @@ def test_journals_are_looked_for_by_folders_alone(tmp_path: Path) -> None:
     assert [*found.own] == [tmp_path, tmp_path]
     assert [*found.near] == [tmp_path / "a" / "b", tmp_path / "a"]
     with pytest.raises(PreflightError):
-        unsealed({"ledger": {"phases": []}})
+        read_with_digest({"ledger": {"phases": []}})

@@ -19,7 +19,7 @@ import torch
 import lightning_dp.callbacks.differential_privacy as callback_module
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
-from lightning_dp.record.checkpoint import Past
+from lightning_dp.record.checkpoint import Spent
 from lightning_dp.record.journal import FILE_NAME, Journal
 from lightning_dp.record.run_record import records_in
 from tests.faults.lives import (
@@ -169,7 +169,7 @@ def charges_are_not_written_down() -> Iterator[None]:
 @contextmanager
 def lost_steps_are_forgotten() -> Iterator[None]:
     """The ledger of the checkpoint is all there is, as in every other library."""
-    with patched((callback_module, "with_lost_steps", lambda past, lost: past)):
+    with patched((callback_module, "with_lost_steps", lambda spent, lost: spent)):
         yield
 
 
@@ -296,6 +296,6 @@ def test_a_charge_reaches_the_journal_before_the_noise_is_drawn(tmp_path: Path) 
     assert counts == [1, 2, 3, 4, 5]
 
 
-def test_a_past_without_a_journal_is_taken_as_it_is() -> None:
-    past = Past({"version": 1, "phases": []})
-    assert callback_module.with_lost_steps(past, callback_module.lost_since(past, None)) == past
+def test_what_was_spent_without_a_journal_is_taken_as_it_is() -> None:
+    spent = Spent({"version": 1, "phases": []})
+    assert callback_module.with_lost_steps(spent, callback_module.lost_since(spent, None)) == spent

@@ -16,7 +16,7 @@ from lightning_dp import PreflightError
 from lightning_dp.accounting import Ledger
 from lightning_dp.accounting.entry import Entry
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-from lightning_dp.record.checkpoint import Past, past_of, sealed, unsealed
+from lightning_dp.record.checkpoint import Spent, read_with_digest, spent_of, with_digest
 from lightning_dp.record.journal import Journal, JournalError
 from lightning_dp.record.journal_line import FILE_NAME
 from lightning_dp.record.lineage import Lineage
@@ -40,7 +40,7 @@ def two_phases() -> dict[str, Any]:
 
 
 STATE = two_phases()
-PAST = Past(STATE, Lineage("training", "/nowhere/privacy.journal", {"fit": 4}), 1)
+SPENT = Spent(STATE, Lineage("training", "/nowhere/privacy.journal", {"fit": 4}), 1)
 LINEAGE = [field.name for field in fields(Lineage)]
 FIELDS = sorted(Entry.__dataclass_fields__)
 
@@ -94,29 +94,29 @@ def canonical(state: Any) -> str:
 
 @settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_sealed_state_changed_anywhere_is_refused(data: st.DataObject) -> None:
-    TRIED["sealed states"] += 1
-    state = sealed(PAST)
+def test_a_state_changed_anywhere_is_refused(data: st.DataObject) -> None:
+    TRIED["states with a digest"] += 1
+    state = with_digest(SPENT)
     changed = shaken(data, state)
     if canonical(changed) == canonical(state):
-        assert unsealed(changed) == PAST
+        assert read_with_digest(changed) == SPENT
         return
     with pytest.raises(PreflightError, match=r"expected|whole and unedited"):
-        unsealed(changed)
+        read_with_digest(changed)
 
 
 @settings(max_examples=500)
 @given(value=plain, place=st.sampled_from(["callbacks", "state", "global_step"]))
 def test_a_checkpoint_of_anything_is_refused(value: Any, place: str) -> None:
     TRIED["checkpoints"] += 1
-    right = {"callbacks": {KEY: sealed(PAST)}, "global_step": 4}
-    assert past_of(right, KEY) == PAST
+    right = {"callbacks": {KEY: with_digest(SPENT)}, "global_step": 4}
+    assert spent_of(right, KEY) == SPENT
     wrong = {**right, "callbacks": {KEY: value}} if place == "state" else {**right, place: value}
     if place == "global_step" and type(value) is int and 0 <= value <= 4:
-        assert past_of(wrong, KEY) == PAST
+        assert spent_of(wrong, KEY) == SPENT
         return
     with pytest.raises(PreflightError, match="expected"):
-        past_of(wrong, KEY)
+        spent_of(wrong, KEY)
 
 
 @pytest.fixture(scope="module")

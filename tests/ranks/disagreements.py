@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Ledger
 from lightning_dp.ranks import agreement
-from lightning_dp.record.checkpoint import Past, sealed
+from lightning_dp.record.checkpoint import Spent, with_digest
 from tests.conftest import loader, regression_data, regressor
 from tests.mechanism.laws import plan
 
@@ -85,4 +85,4 @@ class Restored(L.Callback):
         ledger = Ledger(plan(noise_multiplier=1.0, dataset_size=64, expected_batch_size=16))
         for _step in range(self.charged):
             ledger.charge()
-        self.private.load_state_dict(sealed(Past(ledger.state_dict())) if self.charged else {})
+        self.private.load_state_dict(with_digest(Spent(ledger.state_dict())) if self.charged else {})
