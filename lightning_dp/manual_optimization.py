@@ -29,7 +29,8 @@ from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
 from lightning_dp.look.dry_run import check_no_pieces, check_private_step, check_public_steps, rehearse
 from lightning_dp.look.one_example import raise_explained
 from lightning_dp.mechanism.complex import as_given
-from lightning_dp.ranks.facts import module_of, world_size_of
+from lightning_dp.ranks.facts import module_of
+from lightning_dp.ranks.world import world_of
 from lightning_dp.step.attributes import attributes_put_back
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.manual.commands import Commands, intercepted
@@ -301,11 +302,12 @@ class ManualOptimization:
     def _average_over_ranks(self, live: Live, place: int) -> None:
         """Public losses draw other random numbers on every rank: the mean of their gradients keeps the ranks equal."""
         live.known += [KnownLoss(loss.detach(), loss.detach()) for loss in live.losses]
-        if world_size_of(self._strategy) == 1:
+        world = world_of(self._strategy)
+        if world.size == 1:
             return
         for parameter in live.parameters[place].values():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self._strategy.reduce(gradient, reduce_op="mean")
+            parameter.grad = world.mean(gradient)
 
     @contextmanager
     def _outside_the_precision_context(self) -> Iterator[None]:

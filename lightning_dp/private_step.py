@@ -45,12 +45,14 @@ from lightning_dp.look.trainer import check_trainer
 from lightning_dp.manual_optimization import ManualOptimization
 from lightning_dp.mechanism.complex import as_given, in_real_parts
 from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.ranks.agreement import check_same_parameters_on_every_rank
-from lightning_dp.ranks.facts import module_of, rank_of, trainable, world_size_of
+from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import on_every_rank
 from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.sharding import reshard, whole
 from lightning_dp.ranks.shared_key import shared_key
+from lightning_dp.ranks.world import world_of
 from lightning_dp.step.batch_hooks import BatchHooks
 from lightning_dp.step.contents import Contents, check_nothing_written, tensors_of
 from lightning_dp.step.logs import StepCapture
@@ -63,8 +65,8 @@ from lightning_dp.step.spectral import SpectralNorms
 from lightning_dp.step.undone import undone
 from lightning_dp.step.user_loss import example_loss, takes_batch_idx
 
-Planner = Callable[[DataLoader[Any]], Ledger]
-"""Turns the user's training loader into the ledger of the run, which holds the plan."""
+Planner = Callable[[DataLoader[Any], Units | None], Ledger]
+"""From the user's training loader, and whose each example is, to the ledger of the run, which holds the plan."""
 
 
 class PrivateStep:
@@ -137,8 +139,8 @@ class PrivateStep:
         Raises:
             PreflightError: the loader cannot be sampled by Poisson, or there are several of them.
         """
-        module = module_of(strategy)
-        loader = on_every_rank(strategy, lambda: check_loader(dataloader), PreflightError)
+        module, world = module_of(strategy), world_of(strategy)
+        loader = on_every_rank(world, lambda: check_loader(dataloader), PreflightError)
         if self._loader is not None and module.trainer.fit_loop._combined_loader is None:
             raise PreflightError(
                 "several training loaders: expected exactly one. Each would need a budget of its own; join the datasets "
@@ -148,22 +150,22 @@ class PrivateStep:
         if not module.automatic_optimization and self._manual is None:
             self._manual = ManualOptimization(strategy, self._capture, self._views, self._public_optimizers)
             self.optimizer_steps_per_batch = self._manual.rehearse_early(loader, self._physical_batch_size)
-        self.units = read_units(strategy, self._unit, loader.dataset)
-        ledger = self._ledger = self._planner(loader)
-        key = self._key = self._key or shared_key(strategy, self._seed, ledger.changed)
+        self.units = read_units(world, self._unit, loader.dataset)
+        ledger = self._ledger = self._planner(loader, self.units)
+        key = self._key = self._key or shared_key(world, self._seed, ledger.changed)
         views, most = self._views.k if self._views else 1, 1 if self.units is None else self.units.most
         size = self._physical_batch_size
         if not isinstance(size, int):
-            size = default_physical_batch_size(module, ledger.plan, strategy, views, most)
-        check_same_data_on_every_rank(strategy, loader.dataset)
+            size = default_physical_batch_size(module, ledger.plan, world, views, most)
+        check_same_data_on_every_rank(world, loader.dataset)
         if self._loader is not None:
             self._loader.close()
         self._loader = PoissonLoader(
             loader,
             ledger.plan,
             key,
-            rank=rank_of(strategy),
-            world_size=world_size_of(strategy),
+            rank=world.rank,
+            world_size=world.size,
             physical_batch_size=size,
             next_step=lambda: ledger.steps + self.unused_samples,
             units=self.units,
@@ -186,12 +188,12 @@ class PrivateStep:
 
     def choose_engine(self, strategy: Strategy) -> Selection:
         """Try engines on two examples, or refuse, and keep the one to train with. Nothing of the trial is kept or released."""
-        module, loader = module_of(strategy), self._loader
+        module, world, loader = module_of(strategy), world_of(strategy), self._loader
         assert loader is not None
-        check_same_parameters_on_every_rank(strategy, module)
+        check_same_parameters_on_every_rank(world, module)
         make_loss = partial(self._loss_function, strategy, (0,) if takes_batch_idx(module) else ())
         self._selection = select_in_shards(strategy, loader, self._engine_name, make_loss, self._with_views)
-        with whole(module, strategy):
+        with whole(module, world):
             if self._manual is not None:
                 self.optimizer_steps_per_batch = self._manual.rehearse_late(self.optimizer_steps_per_batch)
                 self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
@@ -210,7 +212,7 @@ class PrivateStep:
 
     def _check_examples_stay_apart(self, strategy: Strategy, loader: PoissonLoader) -> None:
         losses = of_training_step(strategy, self._capture) if self._manual is None else self._manual.losses
-        with whole(module_of(strategy), strategy):
+        with whole(module_of(strategy), world_of(strategy)):
             check_examples_stay_apart(strategy, loader, losses, self._views)
 
     def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
@@ -226,13 +228,14 @@ class PrivateStep:
         assert capture is not None
         assert loader is not None
         assert self._selection is not None
+        world = world_of(strategy)
         batch = batch if self.batch_hooks is None else self.batch_hooks.sample_behind(batch)
         check_sample(batch, ledger.steps, self.unused_samples)
         check_trainer(module.trainer)  # a callback may have changed it since the start
-        some_rank_is_empty = 0 < batch.global_size < world_size_of(strategy)
-        share = strategy.broadcast if some_rank_is_empty else None
+        some_rank_is_empty = 0 < batch.global_size < world.size
+        share = world.broadcast if some_rank_is_empty else None
         if self._manual is not None:
-            seed = key.torch_seed(Stream.DROPOUT, batch.step, rank_of(strategy), 1)
+            seed = key.torch_seed(Stream.DROPOUT, batch.step, world.rank, 1)
             sample = StepSample(
                 micro_batches=lambda: self._micro_batches(strategy, batch, key),
                 sum_clipped=partial(self.clipped_sum, strategy, batch.step),
@@ -247,8 +250,8 @@ class PrivateStep:
         SpectralNorms(module).advance()
         parameters, loss_function = trainable(module), self._loss_function(strategy, rest)
         if parameters.keys() != self._tried:  # thawed or frozen on the way, as by BackboneFinetuning
-            check_same_parameters_on_every_rank(strategy, module)
-            with whole(module, strategy):
+            check_same_parameters_on_every_rank(world, module)
+            with whole(module, world):
                 self._selection = self.try_engines(strategy, loss_function, trainable(module))
             self._tried = set(parameters)
             make_loss = partial(self._loss_function, strategy, rest)
@@ -284,7 +287,7 @@ class PrivateStep:
         assert key is not None
         check_batch_norms_rest(module)
         before = Contents.of(tensors_of(module))
-        with forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, rank_of(strategy))):
+        with forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, world_of(strategy).rank)):
             total = accumulate(
                 FallBack(selection, module, (PreflightError,), partial(undone, module)),
                 loss_function,
@@ -321,7 +324,15 @@ class PrivateStep:
         assert self._ledger is not None
         assert self._key is not None
         return release_sample(
-            strategy, gradient, self._ledger, self._key, step, layers=self._layers, part=part, parts=parts
+            world_of(strategy),
+            module_of(strategy),
+            gradient,
+            self._ledger,
+            self._key,
+            step,
+            layers=self._layers,
+            part=part,
+            parts=parts,
         )
 
     def backward(self, strategy: Strategy, closure_loss: Tensor, **options: Any) -> Tensor:

@@ -35,7 +35,8 @@ from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import on_every_rank
 from lightning_dp.ranks.lost_ranks import naming_absent_nodes, naming_lost_ranks
-from lightning_dp.ranks.sharding import Gather, check_gather, check_sharding, in_shards, reshard, whole
+from lightning_dp.ranks.sharding import check_gather, check_sharding, in_shards, reshard, whole
+from lightning_dp.ranks.world import Gather, world_of
 from lightning_dp.record.checkpoint import check_before_reading, read_checkpoint
 
 
@@ -129,7 +130,7 @@ class PrivateDDPStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Start all ranks from rank 0's parameters and buffers, which is all that is needed of the DDP wrapper."""
         assert self.model is not None
-        with naming_lost_ranks(self):
+        with naming_lost_ranks(world_of(self)):
             _sync_module_states(self.model)
 
     @override
@@ -138,17 +139,17 @@ class PrivateDDPStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        with naming_lost_ranks(self):
+        with naming_lost_ranks(world_of(self)):
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, *args: Any, **kwargs: Any) -> Any:
-        with naming_lost_ranks(self):
+        with naming_lost_ranks(world_of(self)):
             return super().broadcast(*args, **kwargs)
 
     @override
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        with naming_lost_ranks(self):
+        with naming_lost_ranks(world_of(self)):
             return super().reduce(*args, **kwargs)
 
     @override
@@ -252,29 +253,30 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
         _require(self, trainer)
         reshard(module_of(self))  # as an evaluation before this fit may not have left it
         if trainer.state.fn == TrainerFn.FITTING:
-            check_sharding(self)
+            tensor_parallel = self.device_mesh["tensor_parallel"].size()
+            check_sharding(module_of(self), world_of(self).size, tensor_parallel)
         super().setup(trainer)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         if weights_only is not False:  # False is the caller's own risk, and nothing is looked through
-            on_every_rank(self, lambda: check_before_reading(path), PreflightError)
+            on_every_rank(world_of(self), lambda: check_before_reading(path), PreflightError)
         return read_checkpoint(super().load_checkpoint, path, weights_only, weights_apart=True)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        with naming_lost_ranks(self):
+        with naming_lost_ranks(world_of(self)):
             super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, *args: Any, **kwargs: Any) -> Any:
-        with naming_lost_ranks(self):
+        with naming_lost_ranks(world_of(self)):
             return super().broadcast(*args, **kwargs)
 
     @override
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        with naming_lost_ranks(self):
+        with naming_lost_ranks(world_of(self)):
             return super().reduce(*args, **kwargs)
 
     @override
@@ -294,7 +296,7 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        with in_shards(module_of(self)) if self.gather == "layer" else whole(module_of(self), self):
+        with in_shards(module_of(self)) if self.gather == "layer" else whole(module_of(self), world_of(self)):
             return _step(self).training_step(self, *args, **kwargs)
 
     @override

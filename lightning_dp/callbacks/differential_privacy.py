@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.batches.axis import Axis
+from lightning_dp.batches.units import Units
 from lightning_dp.callbacks.augmentation import views_of
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.errors import PreflightError
@@ -24,7 +25,6 @@ from lightning_dp.look.planning import (
     agreed_plan,
     check_batch_after_resume,
     check_plan_stays,
-    on_rank_zero,
     warn_spent,
 )
 from lightning_dp.look.privacy_unit import unit_from
@@ -37,7 +37,8 @@ from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.plan.simulation import as_if_real, simulated
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks.agreement import check_same_on_every_rank, facts
-from lightning_dp.ranks.gathering import on_every_rank
+from lightning_dp.ranks.gathering import on_every_rank, on_rank_zero
+from lightning_dp.ranks.world import World, world_of
 from lightning_dp.record.checkpoint import (
     Spent,
     lost_since,
@@ -54,7 +55,7 @@ from lightning_dp.record.report import Report
 from lightning_dp.record.spawned import ToParent, forget, from_child, in_a_child, register
 from lightning_dp.record.witness import Witness
 from lightning_dp.settings import check_arguments
-from lightning_dp.strategy import PrivateStrategy, make_private
+from lightning_dp.strategy import make_private
 
 
 class DifferentialPrivacy(pl.Callback):
@@ -222,8 +223,9 @@ class DifferentialPrivacy(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        on_every_rank(trainer.strategy, lambda: check_before_setup(trainer, pl_module), PreflightError)
-        check_same_on_every_rank(trainer.strategy, facts(self, trainer))
+        world = world_of(trainer.strategy)
+        on_every_rank(world, lambda: check_before_setup(trainer, pl_module), PreflightError)
+        check_same_on_every_rank(world, facts(self, trainer, world))
         strategy = make_private(trainer.strategy)
         self._spent = self._now()
         self._at_home = not in_a_child(trainer)
@@ -232,7 +234,7 @@ class DifferentialPrivacy(pl.Callback):
         self._at_start = Progress.of(trainer)
         self._planned = self._begun = False
         strategy.private_step = PrivateStep(
-            lambda loader: self._plan(trainer, strategy, loader),
+            lambda loader, units: self._plan(trainer, world, loader, units),
             seed=self.seed,
             engine=self.engine,
             physical_batch_size=self.physical_batch_size,
@@ -343,19 +345,20 @@ class DifferentialPrivacy(pl.Callback):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        on_every_rank(trainer.strategy, lambda: spent_of(checkpoint, self.state_key), PreflightError)
+        on_every_rank(world_of(trainer.strategy), lambda: spent_of(checkpoint, self.state_key), PreflightError)
         self._at_start = Progress.in_checkpoint(checkpoint)
 
-    def _plan(self, trainer: pl.Trainer, strategy: PrivateStrategy, loader: DataLoader[Any]) -> Ledger:
+    def _plan(self, trainer: pl.Trainer, world: World, loader: DataLoader[Any], units: Units | None) -> Ledger:
         where = Places() if self._planned else places(trainer, trainer.ckpt_path)
         if not self._planned:
             self._facts = facts = "" if self.seed is None else facts_of(trainer, self.automatic_gamma, self.batch_axis)
-            lost = on_rank_zero(strategy, lambda: lost_since(self._spent, where, facts))
+            lost = on_rank_zero(world, lambda: lost_since(self._spent, where, facts))
             self._spent = None if self._spent is None else with_lost_steps(self._spent, lost)
         spent = None if self._spent is None else self._spent.ledger
         plan = agreed_plan(
-            strategy,
+            world,
             loader,
+            units,
             epsilon=self.epsilon,
             noise_multiplier=self._sigma if self._planned else self.noise_multiplier,
             delta=self.delta,
@@ -383,10 +386,11 @@ class DifferentialPrivacy(pl.Callback):
         self._steps_at_start = ledger.steps
         lineage = self._spent.lineage if self._spent else None
         ledger.course = lineage.course if lineage else ""
-        notes = on_rank_zero(strategy, lambda: caveats(lineage, ledger.numbers, where, self.seed is not None))
+        notes = on_rank_zero(world, lambda: caveats(lineage, ledger.numbers, where, self.seed is not None))
         self._report = Report(ledger, "secret" if self.seed is None else "reproducible", notes)
-        if strategy.private_step is not None:
-            strategy.private_step.unused_samples = self._unused_samples  # a resumed run goes on behind them
+        step = make_private(trainer.strategy).private_step
+        if step is not None:
+            step.unused_samples = self._unused_samples  # a resumed run goes on behind them
         self._planned, self._sigma = True, sigma
         return ledger
 

@@ -31,7 +31,8 @@ from lightning_dp.look.leaks.collation import check_not_left_out
 from lightning_dp.look.leaks.transforms import check_rows_stay_apart
 from lightning_dp.look.one_example import check_one_example
 from lightning_dp.mechanism.complex import in_real_parts
-from lightning_dp.ranks.facts import module_of, trainable
+from lightning_dp.mechanism.trainable import trainable
+from lightning_dp.ranks.facts import module_of
 from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.undone import undone
 

@@ -22,10 +22,12 @@ from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.look.engine_check import WithViews, tolerance, trial_batch
 from lightning_dp.mechanism.full_precision import full_precision
-from lightning_dp.ranks.facts import module_of, rank_of, trainable, world_size_of
+from lightning_dp.mechanism.trainable import trainable
+from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import gathered
 from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.sharding import in_shards, reshard
+from lightning_dp.ranks.world import world_of
 from lightning_dp.step.contents import written
 from lightning_dp.step.undone import undone
 
@@ -57,17 +59,17 @@ def select_in_shards(
         ``None`` without ``gather="layer"``, and where the engines have to be tried with whole parameters: another engine was
         asked for, or this one cannot do without, which is said.
     """
-    module = module_of(strategy)
-    if getattr(strategy, "gather", "step") == "step":
+    module, world = module_of(strategy), world_of(strategy)
+    if world.gather == "step":
         return None
-    if not all(gathered(strategy, engine_name in ("auto", "ghost") and loader.plan.resolution is None)):
+    if not all(gathered(world, engine_name in ("auto", "ghost") and loader.plan.resolution is None)):
         return None
     reshard(module)  # an evaluation leaves some parts whole
     own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
     engine = GhostEngine(module)
-    kept = engine.keeper = Layerwise(strategy, own, used_by_rules_alone(module, {}) & own.keys())
+    kept = engine.keeper = Layerwise(world, own, used_by_rules_alone(module, {}) & own.keys())
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision(), inert(module):
-        most = min(gathered(strategy, loader.physical_batch_size))  # the ranks run the same examples
+        most = min(gathered(world, loader.physical_batch_size))  # the ranks run the same examples
         batch, examples = trial_batch(strategy, loader, with_views, most)
         failure = None
         try:
@@ -77,10 +79,10 @@ def select_in_shards(
                 given, fixed = kept.begin(0)
                 torch.manual_seed(0)
                 found = engine.clipped_sum(make_loss(fixed), given, batch, examples, torch.inf)
-            rows = {name: total / world_size_of(strategy) for name, total in kept.taken().items()}
+            rows = {name: total / world.size for name, total in kept.taken().items()}
             for name, total in found.gradient.items():
-                chunk = -(-len(total) // world_size_of(strategy))
-                rows[name] = total[rank_of(strategy) * chunk : (rank_of(strategy) + 1) * chunk]
+                chunk = -(-len(total) // world.size)
+                rows[name] = total[world.rank * chunk : (world.rank + 1) * chunk]
             _compare(
                 {"norms": norms, **expected}, {"norms": found.norms, **rows}, tolerance(strategy) * float(norms.max())
             )
@@ -91,7 +93,7 @@ def select_in_shards(
             for parameter in module.parameters():
                 parameter.grad = None
         changed = before.changed()
-    failures = [told for told in gathered(strategy, failure) if told is not None]
+    failures = [told for told in gathered(world, failure) if told is not None]
     if failures:
         rank_zero_info(f"lightning_dp: engines are tried with whole parameters: {failures[0]}")
         return None

@@ -20,10 +20,12 @@ from lightning_dp.errors import PreflightError
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.look.engine_check import WithViews, tolerance, trial_batch
 from lightning_dp.mechanism.full_precision import full_precision
-from lightning_dp.ranks.facts import module_of, rank_of, trainable, world_size_of
+from lightning_dp.mechanism.trainable import trainable
+from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import gathered, on_every_rank
 from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.sharding import in_shards, reshard, whole
+from lightning_dp.ranks.world import world_of
 from lightning_dp.step.spectral import SpectralNorms
 from lightning_dp.step.undone import undone
 
@@ -49,13 +51,13 @@ def start_layerwise(
     Raises:
         PreflightError: the module cannot be trained so; the message says what to do.
     """
-    if getattr(strategy, "gather", "step") == "step":
+    module, world = module_of(strategy), world_of(strategy)
+    if world.gather == "step":
         return None
-    module = module_of(strategy)
-    engine = on_every_rank(strategy, lambda: _usable(strategy, loader, selection), PreflightError)
+    engine = on_every_rank(world, lambda: _usable(strategy, loader, selection), PreflightError)
     reshard(module)  # an evaluation leaves some parts whole
     with undone(module), full_precision():
-        most = min(gathered(strategy, loader.physical_batch_size))  # the ranks run the same examples
+        most = min(gathered(world, loader.physical_batch_size))  # the ranks run the same examples
         batch, examples = trial_batch(strategy, loader, with_views, most)
 
         def summed(parameters: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> ClippedSum:
@@ -66,11 +68,11 @@ def start_layerwise(
         before, engine.keeper, expected = engine.keeper, None, None
         names = set() if before is None else set(before.names)
         if before is None:
-            with whole(module, strategy):
+            with whole(module, world):
                 expected = summed(trainable(module), {})
                 names = used_by_rules_alone(module, engine.handled)
         own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
-        kept = Layerwise(strategy, own, names & own.keys())
+        kept = Layerwise(world, own, names & own.keys())
         engine.keeper = kept
         try:
             with in_shards(module):
@@ -82,7 +84,7 @@ def start_layerwise(
             ) from error
         kept.check_order()
         if expected is not None:
-            on_every_rank(strategy, lambda: _compare(strategy, expected, found, kept.taken()), PreflightError)
+            on_every_rank(world, lambda: _compare(strategy, expected, found, kept.taken()), PreflightError)
     part = sum(own[name].numel() for name in kept.names) / sum(p.numel() for p in own.values())
     rank_zero_info(
         f"lightning_dp: {len(kept.names)} parameters, {part:.1%} of all numbers, are brought layer by layer."
@@ -108,7 +110,8 @@ def _usable(strategy: Strategy, loader: PoissonLoader, selection: Selection) -> 
 
 def _compare(strategy: Strategy, expected: ClippedSum, found: ClippedSum, shards: Mapping[str, Tensor]) -> None:
     """Raise unless this rank's rows are those of the gradient with whole parameters, on as many copies as there are ranks."""
-    ranks, rank = world_size_of(strategy), rank_of(strategy)
+    world = world_of(strategy)
+    ranks, rank = world.size, world.rank
     size = float(expected.norms.max())
     for name, whole_gradient in expected.gradient.items():
         if name in shards:

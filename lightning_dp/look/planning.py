@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Ledger, check_distance_is_affordable, noise_multiplier_for, noise_with_reserve
+from lightning_dp.batches.units import Units
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.errors import PreflightError
-from lightning_dp.look.privacy_unit import units_of
 from lightning_dp.plan.clipping import Clipping
 from lightning_dp.plan.privacy_plan import EXAMPLE, PrivacyPlan
 from lightning_dp.ranks.agreement import check_same_on_every_rank
-from lightning_dp.ranks.facts import world_size_of
-from lightning_dp.ranks.gathering import on_every_rank
-
-T = TypeVar("T")
+from lightning_dp.ranks.gathering import on_every_rank, on_rank_zero
+from lightning_dp.ranks.world import World
 
 
 def agreed_plan(
-    strategy: Strategy,
+    world: World,
     loader: DataLoader[Any],
+    units: Units | None,
     *,
     epsilon: float | None,
     noise_multiplier: float | None,
@@ -42,14 +40,15 @@ def agreed_plan(
     """The plan of a run, computed on rank 0 and checked to suit every rank's data.
 
     Args:
-        strategy: for its number of ranks and its broadcast.
+        world: whose ranks agree.
         loader: the user's training loader; ``batch_size`` × ranks is the expected batch size unless given.
+        units: whose each example is, or ``None`` where each is a unit of its own.
         epsilon: target ε, or ``None``.
         noise_multiplier: σ, or ``None`` to have it found.
         delta: δ.
         clipping: C and how it is kept.
         expected_batch_size: B, or ``None``.
-        dataset_size: N, of examples or of the strategy's privacy units, or ``None``.
+        dataset_size: N, of examples or of units, or ``None``.
         max_batch_size: M, or ``None`` for draws of any size.
         resolution: Δ, the clip norm in units of the grid of discrete noise, or ``None`` for noise in floating point.
         coordinates: P, how many trainable coordinates there are; needed with ``resolution``.
@@ -60,8 +59,7 @@ def agreed_plan(
         PreflightError: the number of steps is unknown although σ must be found, or ranks disagree.
         ValueError: a number is out of range, or no σ reaches ε.
     """
-    world_size = world_size_of(strategy)
-    units = units_of(strategy)
+    world_size = world.size
     length = len(loader.dataset if units is None else units)  # type: ignore[arg-type]  # preflight saw that it has a length
     size = dataset_size if dataset_size is not None else length
     batch = expected_batch_size if expected_batch_size is not None else (loader.batch_size or 1) * world_size
@@ -125,9 +123,9 @@ def agreed_plan(
         check_distance_is_affordable(_ledger(made, spent))
         return made
 
-    mine = on_every_rank(strategy, probe, PreflightError)
+    mine = on_every_rank(world, probe, PreflightError)
     check_same_on_every_rank(
-        strategy,
+        world,
         {
             "len(dataset)": len(loader.dataset),  # type: ignore[arg-type]  # preflight saw that it has a length
             "whose each example is (digest)": None if units is None else units.digest,
@@ -137,7 +135,7 @@ def agreed_plan(
             "len(train_dataloader)": len(loader),  # an epoch: a rank with a shorter one would leave the others waiting
         },
     )
-    return on_rank_zero(strategy, make)
+    return on_rank_zero(world, make)
 
 
 def check_batch_after_resume(
@@ -169,21 +167,6 @@ def check_batch_after_resume(
 
 def _ledger(plan: PrivacyPlan, spent: dict[str, Any] | None) -> Ledger:
     return Ledger.resume(plan, spent) if spent else Ledger(plan)
-
-
-def on_rank_zero(strategy: Strategy, make: Callable[[], T]) -> T:
-    """Rank 0's result on every rank, or rank 0's error on every rank."""
-    outcome: T | ValueError | None = None
-    if strategy.is_global_zero:
-        try:
-            outcome = make()
-        except ValueError as error:
-            outcome = error
-    outcome = strategy.broadcast(outcome)
-    if isinstance(outcome, ValueError):
-        raise outcome
-    assert outcome is not None
-    return outcome
 
 
 def check_plan_stays(before: PrivacyPlan, now: PrivacyPlan) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -22,6 +21,7 @@ from lightning_dp.errors import PreflightError
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.loading.reading import item
 from lightning_dp.ranks.gathering import on_every_rank
+from lightning_dp.ranks.world import World
 from lightning_dp.validate import shown, whole
 
 DEFAULT_MOST = 32
@@ -143,14 +143,9 @@ class PrivacyUnit:
         return user
 
 
-def read_units(strategy: Strategy, unit: PrivacyUnit | None, dataset: Any) -> Units | None:
+def read_units(world: World, unit: PrivacyUnit | None, dataset: Any) -> Units | None:
     """:meth:`PrivacyUnit.read` on every rank, which all stop if one refuses; ``None`` without a unit."""
-    return None if unit is None else on_every_rank(strategy, lambda: unit.read(dataset), PreflightError)
-
-
-def units_of(strategy: Strategy) -> Units | None:
-    """Whose each training example is, once it has been read; ``None`` where each is a unit of its own."""
-    return getattr(getattr(strategy, "private_step", None), "units", None)
+    return None if unit is None else on_every_rank(world, lambda: unit.read(dataset), PreflightError)
 
 
 def unit_from(given: Any, most: int | None, static_shapes: bool) -> PrivacyUnit | None:

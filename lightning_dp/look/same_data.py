@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -19,8 +18,8 @@ from lightning_dp.batches.containers import open_containers
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.loading.reading import item, order
-from lightning_dp.ranks.facts import world_size_of
 from lightning_dp.ranks.gathering import gathered, on_every_rank
+from lightning_dp.ranks.world import World
 
 PROBES, READS = 8, 2
 """So many examples, evenly spaced, are compared between ranks, each read so often."""
@@ -39,7 +38,7 @@ _REMEDY = (
 )
 
 
-def check_same_data_on_every_rank(strategy: Strategy, dataset: Any) -> None:
+def check_same_data_on_every_rank(world: World, dataset: Any) -> None:
     """Compare digests of a few examples between the ranks. A collective call; nothing leaves the ranks.
 
     To be called for every loader: data that are loaded anew are ordered anew. Of torch's ``Subset`` all indices are compared.
@@ -47,7 +46,7 @@ def check_same_data_on_every_rank(strategy: Strategy, dataset: Any) -> None:
     about the order, and is left out.
 
     Args:
-        strategy: whose ranks. With one there is nothing to do.
+        world: whose ranks. With one there is nothing to do.
         dataset: map-style, as long on every rank; examples are read with all global random generators seeded alike.
 
     Raises:
@@ -55,19 +54,19 @@ def check_same_data_on_every_rank(strategy: Strategy, dataset: Any) -> None:
         HeldRecordsError: records are held that were not divided among these ranks.
     """
     if isinstance(dataset, HeldRecords):
-        dataset.check_ranks(world_size_of(strategy))  # it has compared them when it read them
+        dataset.check_ranks(world.size)  # it has compared them when it read them
         return
-    if world_size_of(strategy) == 1:
+    if world.size == 1:
         return
-    indices, of_rank = _gather(strategy, dataset, PROBES, READS)
+    indices, of_rank = _gather(world, dataset, PROBES, READS)
     random_parts = _random(of_rank)
     if random_parts or _first_difference(indices, of_rank, random_parts) is not None:
-        indices, of_rank = _gather(strategy, dataset, MORE_PROBES, MORE_READS)
+        indices, of_rank = _gather(world, dataset, MORE_PROBES, MORE_READS)
         random_parts |= _random(of_rank)
     found = _first_difference(indices, of_rank, random_parts)
     if found is not None:
         raise PreflightError(f"dataset[{found[0]}] differs between rank 0 and rank {found[1]}: {_REMEDY}")
-    orders = gathered(strategy, order(dataset))
+    orders = gathered(world, order(dataset))
     odd = next((rank for rank, theirs in enumerate(orders) if theirs != orders[0]), None)
     if odd is not None:
         raise PreflightError(f"the indices of dataset=Subset differ between rank 0 and rank {odd}: {_REMEDY}")
@@ -79,11 +78,11 @@ def check_same_data_on_every_rank(strategy: Strategy, dataset: Any) -> None:
         )
 
 
-def _gather(strategy: Strategy, dataset: Any, probes: int, times: int) -> tuple[list[int], list[list[Content]]]:
+def _gather(world: World, dataset: Any, probes: int, times: int) -> tuple[list[int], list[list[Content]]]:
     """The indices that were read, and what each rank found at them."""
     indices = sorted({int(index) for index in np.linspace(0, len(dataset) - 1, probes)})
-    mine = on_every_rank(strategy, lambda: [_content(dataset, index, times) for index in indices], PreflightError)
-    return indices, gathered(strategy, mine)
+    mine = on_every_rank(world, lambda: [_content(dataset, index, times) for index in indices], PreflightError)
+    return indices, gathered(world, mine)
 
 
 def _random(of_rank: Sequence[Sequence[Content]]) -> set[str]:

@@ -14,11 +14,11 @@ from importlib.metadata import version
 from itertools import zip_longest
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from lightning_dp.errors import PreflightError
 from lightning_dp.ranks.gathering import gathered
+from lightning_dp.ranks.world import World
 from lightning_dp.version import __version__
 
 PACKAGES = ("lightning", "torch", "numpy", "prv-accountant")
@@ -40,7 +40,7 @@ _REMEDIES = {
 _REMEDY = "Start every rank with the same arguments and data."
 
 
-def facts(callback: pl.Callback, trainer: pl.Trainer) -> dict[str, object]:
+def facts(callback: pl.Callback, trainer: pl.Trainer, world: World) -> dict[str, object]:
     """What must be the same on every rank before anything is planned, by name.
 
     The versions of what draws, computes and counts, the number of ranks, the Trainer's idea of the end, and the
@@ -50,24 +50,24 @@ def facts(callback: pl.Callback, trainer: pl.Trainer) -> dict[str, object]:
     arguments = [name for name in inspect.signature(type(callback).__init__).parameters if name not in ("self", *SPEED)]
     return {
         **{f"version of {name}": text for name, text in {**own, **{name: version(name) for name in PACKAGES}}.items()},
-        "number of ranks": trainer.world_size,
+        "number of ranks": world.size,
         **{name: getattr(trainer, name) for name in ("max_steps", "max_epochs", "limit_train_batches", "precision")},
-        "gather": getattr(trainer.strategy, "gather", "step"),
+        "gather": world.gather,
         **{name: getattr(callback, name, None) for name in arguments},
     }
 
 
-def check_same_on_every_rank(strategy: Strategy, facts: Mapping[str, object]) -> None:
+def check_same_on_every_rank(world: World, facts: Mapping[str, object]) -> None:
     """Compare public facts about the run between the ranks. A collective call; every rank stops if any differs.
 
     Args:
-        strategy: whose ranks.
+        world: whose ranks.
         facts: name → a small value with a telling ``repr``, the same names on every rank.
 
     Raises:
         PreflightError: a value differs; the message names it, both values, a rank that has each, and the remedy.
     """
-    of_rank = gathered(strategy, {name: re.sub(r" at 0x\w+", "", repr(value)) for name, value in facts.items()})
+    of_rank = gathered(world, {name: re.sub(r" at 0x\w+", "", repr(value)) for name, value in facts.items()})
     for name, first in of_rank[0].items():
         for rank, theirs in enumerate(of_rank):
             other = theirs.get(name, "nothing")
@@ -79,20 +79,20 @@ def check_same_on_every_rank(strategy: Strategy, facts: Mapping[str, object]) ->
                 )
 
 
-def check_same_parameters_on_every_rank(strategy: Strategy, module: nn.Module) -> None:
+def check_same_parameters_on_every_rank(world: World, module: nn.Module) -> None:
     """Compare names, shapes and trainability of the parameters between the ranks. A collective call.
 
     The ranks' gradients are added up as one flat vector, so their parameters must come in the same order.
 
     Args:
-        strategy: whose ranks.
+        world: whose ranks.
         module: complete, with what is frozen frozen.
 
     Raises:
         PreflightError: a rank's parameters differ from rank 0's.
     """
     mine = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()]
-    of_rank = gathered(strategy, mine)
+    of_rank = gathered(world, mine)
     for rank, theirs in enumerate(of_rank):
         odd = next((a for a, b in zip_longest(theirs, of_rank[0]) if a != b), None)
         if theirs != of_rank[0]:

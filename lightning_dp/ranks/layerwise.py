@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -25,6 +24,7 @@ from lightning_dp.mechanism.shards import by_rank, of_rank
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.gathering import gathered
 from lightning_dp.ranks.lost_ranks import naming_lost_ranks
+from lightning_dp.ranks.world import World
 
 BRING, ADD = "bring", "add"
 
@@ -37,7 +37,7 @@ class Layerwise:
     """A :class:`~lightning_dp.engines.ghost.keeper.Keeper` of parameters that FSDP2 keeps in shards.
 
     Args:
-        strategy: whose ranks.
+        world: whose ranks.
         parameters: all parameters of the module, by name, as FSDP2 keeps them.
         names: of those to bring together layer by layer. The others are whole for the length of a step.
 
@@ -46,10 +46,10 @@ class Layerwise:
         order: the collective calls of a pass, once the first has been made.
     """
 
-    def __init__(self, strategy: Strategy, parameters: Mapping[str, DTensor], names: Iterable[str]) -> None:
+    def __init__(self, world: World, parameters: Mapping[str, DTensor], names: Iterable[str]) -> None:
         self.names = frozenset(names)
         self.order: list[tuple[str, str]] | None = None
-        self._strategy, self._parameters = strategy, dict(parameters)
+        self._world, self._parameters = world, dict(parameters)
         mesh = next(iter(self._parameters.values())).device_mesh
         self._mesh, self._ranks, self._rank, self._group = mesh, mesh.size(), mesh.get_local_rank(), mesh.get_group()
         self._types = list(dict.fromkeys(p.dtype for p in self._parameters.values()))
@@ -136,7 +136,7 @@ class Layerwise:
         Raises:
             LayerOrderError: they did not.
         """
-        orders = gathered(self._strategy, self.order)
+        orders = gathered(self._world, self.order)
         for rank, order in enumerate(orders):
             if order != orders[0]:
                 raise LayerOrderError(
@@ -262,7 +262,7 @@ class Layerwise:
 
     def _anybody(self, working: bool) -> bool:
         """Whether any rank has something to run in the next pass."""
-        flag = torch.tensor([float(working)], device=self._strategy.root_device)
+        flag = torch.tensor([float(working)], device=self._world.device)
         with self._call():
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
@@ -271,7 +271,7 @@ class Layerwise:
     def _call(self) -> Iterator[None]:
         """Around a collective call: remember if it failed, and say who is missing."""
         try:
-            with naming_lost_ranks(self._strategy, self._step):
+            with naming_lost_ranks(self._world, self._step):
                 yield
         except BaseException:
             self._lost = True

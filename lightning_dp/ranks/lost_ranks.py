@@ -11,9 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import Strategy
 
-from lightning_dp.ranks.facts import rank_of, world_size_of
+from lightning_dp.ranks.world import World
 
 PATIENCE = timedelta(seconds=10)
 """So long the others have to say that they are there."""
@@ -28,7 +27,7 @@ _NAMING: ContextVar[bool] = ContextVar("naming_lost_ranks", default=False)
 
 
 @contextmanager
-def naming_lost_ranks(strategy: Strategy, step: int | None = None) -> Iterator[None]:
+def naming_lost_ranks(world: World, step: int | None = None) -> Iterator[None]:
     """Around collective calls: turn the backend's error into one that says which ranks are missing.
 
     A rank whose call fails says so in the store through which the processes have met, and waits a while for the others
@@ -38,7 +37,7 @@ def naming_lost_ranks(strategy: Strategy, step: int | None = None) -> Iterator[N
     Inside another of its kind it does nothing, so that the innermost call can be named by the outermost.
 
     Args:
-        strategy: whose ranks.
+        world: whose ranks.
         step: of the run, if it is charged already; ``None`` before the first step and between steps.
 
     Raises:
@@ -53,17 +52,17 @@ def naming_lost_ranks(strategy: Strategy, step: int | None = None) -> Iterator[N
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        if world_size_of(strategy) == 1 or not dist.is_initialized():
+        if world.size == 1 or not dist.is_initialized():
             raise
-        silent = _silent(strategy)
+        silent = _silent(world)
         if not silent:
             raise
         when, spent = ("outside a step's release", "What was released before is charged, and nothing else")
         if step is not None:
             when, spent = f"of step {step}", "The step is charged and nothing of it is used"
         raise RankLostError(
-            f"{', '.join(f'rank {rank}' for rank in silent)} of {world_size_of(strategy)} did not answer within "
-            f"{PATIENCE.total_seconds():g} s after a collective call {when} failed on rank {rank_of(strategy)} "
+            f"{', '.join(f'rank {rank}' for rank in silent)} of {world.size} did not answer within "
+            f"{PATIENCE.total_seconds():g} s after a collective call {when} failed on rank {world.rank} "
             f"({socket.gethostname()}): expected every rank to be there. {spent}. Look "
             "into that rank's own log, and resume from the last checkpoint (ckpt_path='last'), as torchrun "
             f"--max-restarts does. The backend said: {next(iter(str(error).splitlines()), type(error).__name__)}"
@@ -96,17 +95,17 @@ def naming_absent_nodes(nodes: int, devices: int) -> Iterator[None]:
         ) from error
 
 
-def _silent(strategy: Strategy) -> list[int]:
+def _silent(world: World) -> list[int]:
     """The ranks that do not say that they are there; rank 0, if the store is gone with it.
 
     They need not have failed in the same call: what one rank could still finish, another could not.
     """
-    here = rank_of(strategy)
+    here = world.rank
     silent: list[int] = []
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(_name(here), "here")
-        for rank in range(world_size_of(strategy)):
+        for rank in range(world.size):
             try:
                 store.wait([_name(rank)], PATIENCE if not silent else timedelta(seconds=1))
             except dist.DistStoreError:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakSet
 
+import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
@@ -22,12 +22,9 @@ from torch.distributed.tensor import DTensor, Shard
 from lightning_dp.errors import PreflightError
 from lightning_dp.mechanism.reduce import AllReduceSum, Unflatten, unflatten
 from lightning_dp.mechanism.shards import by_rank, of_rank
-from lightning_dp.ranks.facts import module_of, world_size_of
 from lightning_dp.ranks.lost_ranks import naming_lost_ranks
+from lightning_dp.ranks.world import Gather, World
 from lightning_dp.validate import shown
-
-Gather = Literal["step", "layer"]
-"""How long parameters are whole: for a step, or each only while its layer runs."""
 
 
 def check_gather(gather: str) -> Gather:
@@ -41,28 +38,29 @@ def check_gather(gather: str) -> Gather:
     raise ValueError(f"gather={shown(gather)}: expected 'step' or 'layer'.")
 
 
-def check_sharding(strategy: ModelParallelStrategy) -> None:
+def check_sharding(module: pl.LightningModule, ranks: int, tensor_parallel: int) -> None:
     """Refuse modules whose parameters are cut in another way than ``fully_shard`` cuts them over all ranks.
 
     Args:
-        strategy: connected to the module, after ``configure_model``.
+        module: after ``configure_model``.
+        ranks: how many processes train together.
+        tensor_parallel: over how many of them each layer is cut.
 
     Raises:
         PreflightError: see the message.
     """
-    ranks, tensor_parallel = world_size_of(strategy), strategy.device_mesh["tensor_parallel"].size()
     if tensor_parallel > 1:
         raise PreflightError(
             f"tensor_parallel_size={tensor_parallel}: expected 1. A rank that holds a part of each layer cannot take its "
             f"examples' gradients alone. Use ModelParallelStrategy(data_parallel_size={ranks}, tensor_parallel_size=1), or "
             "strategy='private_fsdp'."
         )
-    if not module_of(strategy).automatic_optimization:
+    if not module.automatic_optimization:
         raise PreflightError(
             "automatic_optimization=False with sharded parameters: expected True. Optimizers would step in the middle of a "
             "training_step, for whose length the parameters are whole. Use strategy='ddp'."
         )
-    for name, parameter in module_of(strategy).named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.is_complex() and parameter.requires_grad:
             raise PreflightError(
                 f"{name} is complex and sharded: expected real parameters under 'private_fsdp'. Keep real and imaginary parts "
@@ -89,7 +87,7 @@ _WHOLE: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def whole(module: nn.Module, strategy: Strategy | None = None) -> Iterator[None]:
+def whole(module: nn.Module, world: World | None = None) -> Iterator[None]:
     """The module with all its parameters whole, and without the hooks that would take them apart again.
 
     A collective call: every rank brings its shards. A module without shards is left as it is, and so is one that is whole
@@ -97,7 +95,7 @@ def whole(module: nn.Module, strategy: Strategy | None = None) -> Iterator[None]
 
     Args:
         module: any module; its parts that ``fully_shard`` was called on are found.
-        strategy: whose ranks bring their shards, to name those that are gone.
+        world: whose ranks bring their shards, to name those that are gone.
 
     Raises:
         RankLostError: a rank is gone.
@@ -111,7 +109,7 @@ def whole(module: nn.Module, strategy: Strategy | None = None) -> Iterator[None]
     stored = {name: parameter.dtype for name, parameter in module.named_parameters()}
     _WHOLE.add(module)
     try:
-        with nullcontext() if strategy is None else naming_lost_ranks(strategy):
+        with nullcontext() if world is None else naming_lost_ranks(world):
             for part in parts:
                 part.unshard()
         _check_dtypes(module, stored)
@@ -149,11 +147,12 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def sum_over_ranks(strategy: Strategy, names: Iterable[str]) -> tuple[AllReduceSum, Unflatten]:
+def sum_over_ranks(world: World, module: nn.Module, names: Iterable[str]) -> tuple[AllReduceSum, Unflatten]:
     """How the ranks' sums become the one gradient: by one all-reduce, or to each rank its shards by one reduce-scatter.
 
     Args:
-        strategy: for its ranks, and its module, whose parameters are in shards or were never sharded.
+        world: whose ranks add up.
+        module: whose parameters are in shards or were never sharded.
         names: of the parameters whose gradients are added up, in their order in the flat sum.
 
     Returns:
@@ -163,11 +162,11 @@ def sum_over_ranks(strategy: Strategy, names: Iterable[str]) -> tuple[AllReduceS
     Raises:
         RuntimeError: some of the parameters are sharded and others are not.
     """
-    named = dict(module_of(strategy).named_parameters())
+    named = dict(module.named_parameters())
     wanted = list(names)
     parameters = {name: parameter for name in wanted if isinstance(parameter := named[name], DTensor)}
     if not parameters:
-        return lambda flat: strategy.reduce(flat, reduce_op="sum"), unflatten
+        return world.sum, unflatten
     if len(parameters) != len(wanted):
         raise RuntimeError(
             f"{len(parameters)} of {len(wanted)} parameters are sharded: expected all of them or none. Do not change the "

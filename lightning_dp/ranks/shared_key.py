@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import Strategy
-
 from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.ranks.world import World
 
 
-def shared_key(strategy: Strategy, seed: int | None, changed: str = "") -> RandomKey:
+def shared_key(world: World, seed: int | None, changed: str = "") -> RandomKey:
     """The key from the seed, or from rank 0's operating-system entropy, written nowhere. A collective call.
 
     Args:
-        strategy: whose ranks.
+        world: whose ranks.
         seed: ``None`` for a secret key.
         changed: see :meth:`~lightning_dp.mechanism.randomness.RandomKey.from_seed`.
     """
     if seed is not None:
         return RandomKey.from_seed(seed, changed)
-    return RandomKey(strategy.broadcast(RandomKey.fresh().reveal()), "secret")
+    return RandomKey(world.broadcast(RandomKey.fresh().reveal()), "secret")

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_dp.ranks.facts import trainable
+from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.record.lineage import Lineage
 
 CAVEAT = (

@@ -6,20 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning.pytorch.strategies import Strategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.release import release
-from lightning_dp.ranks.facts import rank_of, world_size_of
 from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.lost_ranks import naming_lost_ranks
 from lightning_dp.ranks.sharding import sum_over_ranks
+from lightning_dp.ranks.world import World
 
 
 def release_sample(
-    strategy: Strategy,
+    world: World,
+    module: nn.Module,
     gradient: Mapping[str, Tensor],
     ledger: Ledger,
     key: RandomKey,
@@ -32,7 +32,8 @@ def release_sample(
     """Charge for a sample at its first release, and give the noisy gradient that may be used and published.
 
     Args:
-        strategy: adds the ranks' sums up.
+        world: whose ranks' sums are added up.
+        module: whose parameters the gradient is of.
         gradient: this rank's sum of clipped gradients.
         ledger: is charged, and holds the plan.
         key: of the run.
@@ -54,15 +55,15 @@ def release_sample(
     plan = ledger.plan
     if parts > 1:
         plan = replace(plan, noise_multiplier=plan.noise_multiplier * math.sqrt(parts))
-    add_up, unflatten = sum_over_ranks(strategy, gradient)
-    with naming_lost_ranks(strategy, step):
+    add_up, unflatten = sum_over_ranks(world, module, gradient)
+    with naming_lost_ranks(world, step):
         return release(
             gradient,
             plan,
             key,
             step,
-            rank=rank_of(strategy),
-            world_size=world_size_of(strategy),
+            rank=world.rank,
+            world_size=world.size,
             all_reduce_sum=add_up,
             unflatten=unflatten,
         )

@@ -20,10 +20,10 @@ import lightning_dp.mechanism.release as release_module
 import lightning_dp.private_step as private_step_module
 import lightning_dp.step.sample_release as sample_release_module
 from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.clipping import as_clipping
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.ranks.facts import module_of, trainable
 
 Mutation = Callable[[], AbstractContextManager[None]]
 
@@ -56,7 +56,7 @@ def private_gradient_made_but_not_used() -> Iterator[None]:
         assert self._pending is not None
         total = self._pending
         loss = original(self, strategy, closure_loss)
-        for name, parameter in trainable(module_of(strategy)).items():
+        for name, parameter in trainable(strategy.lightning_module).items():
             parameter.grad = total.gradient[name] / self._ledger.plan.expected_batch_size
         return loss
 
@@ -114,7 +114,7 @@ def empty_steps_are_skipped(*, charged: bool) -> Iterator[None]:
         assert self._ledger is not None
         if self._pending.examples:
             return original(self, strategy, closure_loss)
-        for parameter in trainable(module_of(strategy)).values():
+        for parameter in trainable(strategy.lightning_module).values():
             parameter.grad = torch.zeros_like(parameter)
         self._pending = None
         if charged:

@@ -23,6 +23,7 @@ from lightning_dp.look.batch_size.physical import largest_useful_size
 from lightning_dp.look.batch_size.search import Found, Measured, measured, random_rows, search_size
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
+from lightning_dp.ranks.world import World, world_of
 from tests.conftest import Regressor, loader, regressor, trainer, weights
 
 CPU = torch.device("cpu")
@@ -149,8 +150,7 @@ def test_memory_is_known_on_every_system(tmp_path: Path, monkeypatch: pytest.Mon
     assert available_memory(tmp_path) > 0
     monkeypatch.setattr("os.sysconf_names", {})
     assert available_memory(tmp_path) == UNKNOWN
-    strategy = trainer().strategy
-    assert 0 < room_for_micro_batches(strategy) <= 2**32
+    assert 0 < room_for_micro_batches(world_of(trainer().strategy)) <= 2**32
 
 
 def test_on_cuda_the_allocator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,15 +167,13 @@ def test_on_cuda_the_allocator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None
     for name, function in stand_in.items():
         monkeypatch.setattr(torch.cuda, name, function)
     device = torch.device("cuda", 0)
-    strategy: Any = type("OnCuda", (), {"root_device": device})()
-    assert room_for_micro_batches(strategy) == int(0.8 * (1000 + 500 - 200))
+    assert room_for_micro_batches(World(0, 1, device)) == int(0.8 * (1000 + 500 - 200))
     assert peak_bytes(lambda: peak.__setitem__(0, 900), device) == 700
     found = measured(lambda: lambda: peak.__setitem__(0, 900), 3, device)
     assert found is not None
     assert found.bytes == 700
     assert len(synchronised) >= 2 + 2 + 2  # before and after each memory, and after each time
-    strategy.root_device = torch.device("mps")
-    assert room_for_micro_batches(strategy) == UNKNOWN
+    assert room_for_micro_batches(World(0, 1, torch.device("mps"))) == UNKNOWN
 
 
 class Random(Regressor):
@@ -305,7 +303,7 @@ def test_no_size_is_larger_than_a_draw_can_be() -> None:
         plan = PrivacyPlan(
             **{"noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, **numbers}
         )
-        return largest_useful_size(plan, trainer().strategy)
+        return largest_useful_size(plan, 1)
 
     assert most(expected_batch_size=100) == 140
     assert most(expected_batch_size=1000) == 1000

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning.pytorch.strategies import Strategy
+
+from lightning_dp.ranks.world import World
 
 SHARE = {"cpu": 0.5, "cuda": 0.8}
 """The part of the free memory that micro-batches may take: the rest is for data workers, the optimizer and chance."""
@@ -19,17 +20,16 @@ UNKNOWN = 2**30
 """What is taken to be free where the system does not say."""
 
 
-def room_for_micro_batches(strategy: Strategy) -> int:
+def room_for_micro_batches(world: World) -> int:
     """Bytes that one rank's micro-batch may take on its device, beside what is held already."""
-    device = strategy.root_device
+    device = world.device
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(SHARE["cuda"] * (free + cached))
     if device.type != "cpu":
         return UNKNOWN
-    neighbours = int(getattr(strategy, "num_processes", 1))  # the ranks of this machine share its memory
-    return min(CPU_CAP, int(SHARE["cpu"] * available_memory() / max(neighbours, 1)))
+    return min(CPU_CAP, int(SHARE["cpu"] * available_memory() / world.neighbours))  # shared by those on this machine
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -22,9 +22,11 @@ from lightning_dp.loading.transfer import to_device
 from lightning_dp.look.batch_size.memory import room_for_micro_batches
 from lightning_dp.look.batch_size.search import Found, measured, random_rows, search_size
 from lightning_dp.mechanism.complex import coordinates, in_real_parts
+from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-from lightning_dp.ranks.facts import module_of, trainable, world_size_of
+from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import gathered
+from lightning_dp.ranks.world import World, world_of
 from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.undone import undone
 from lightning_dp.validate import shown, whole
@@ -48,25 +50,22 @@ def check_physical_batch_size(size: object) -> None:
         ) from None
 
 
-def default_physical_batch_size(
-    module: nn.Module, plan: PrivacyPlan, strategy: Strategy, views: int, most: int = 1
-) -> int:
+def default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, world: World, views: int, most: int = 1) -> int:
     """One micro-batch for nearly every step if its per-example gradients fit in 512 MiB (8 GiB on an accelerator).
 
     At most 512 views, because their activations take memory too. With a privacy unit, of at most ``most`` examples, the
     size counts examples.
     """
     parameters = coordinates(trainable(module).values())
-    room = (2**29 if strategy.root_device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
-    return max(1, min(room, 512 // views, largest_useful_size(plan, strategy) * most))
+    room = (2**29 if world.device.type == "cpu" else 2**33) // (4 * max(parameters, 1))
+    return max(1, min(room, 512 // views, largest_useful_size(plan, world.size) * most))
 
 
-def largest_useful_size(plan: PrivacyPlan, strategy: Strategy) -> int:
+def largest_useful_size(plan: PrivacyPlan, ranks: int) -> int:
     """A size that this rank's share of a draw hardly ever exceeds: its mean and four standard deviations.
 
     Never more than its share of the largest draw there can be.
     """
-    ranks = world_size_of(strategy)
     share, most = plan.expected_batch_size / ranks, plan.max_batch_size or plan.dataset_size
     return min(math.ceil(share + 4 * math.sqrt(share)), math.ceil(most / ranks))
 
@@ -99,10 +98,11 @@ def settle_physical_batch_size(
     Raises:
         PreflightError: training_step changes a tensor of the module.
     """
+    world = world_of(strategy)
     if given != "auto":
-        gathered(strategy, None)
+        gathered(world, None)
         return given
-    room, found, reason = room_for_micro_batches(strategy), None, "engine 'loop' takes one example at a time"
+    room, found, reason = room_for_micro_batches(world), None, "engine 'loop' takes one example at a time"
     if engine.name != "loop":
         module = module_of(strategy)
         try:
@@ -117,7 +117,7 @@ def settle_physical_batch_size(
         if strategy.root_device.type == "cuda":
             torch.cuda.empty_cache()
     size = found.examples if found else loader.physical_batch_size
-    agreed = min(other for other in gathered(strategy, size) if other is not None)
+    agreed = min(other for other in gathered(world, size) if other is not None)
     told = (
         found.describe(room)
         if found
@@ -153,4 +153,4 @@ def _search(
         return measured(fresh, rows, strategy.root_device)
 
     most = 1 if loader.units is None else loader.units.most  # a user's examples need no more memory than as many users
-    return search_size(measure, room, largest_useful_size(loader.plan, strategy) * most)
+    return search_size(measure, room, largest_useful_size(loader.plan, world_of(strategy).size) * most)

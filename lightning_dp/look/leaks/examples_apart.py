@@ -43,8 +43,10 @@ from lightning_dp.look.leaks.padding import (
 from lightning_dp.look.leaks.transforms import seeded
 from lightning_dp.mechanism.complex import in_real_parts
 from lightning_dp.mechanism.full_precision import full_precision
-from lightning_dp.ranks.facts import module_of, trainable
+from lightning_dp.mechanism.trainable import trainable
+from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import on_every_rank
+from lightning_dp.ranks.world import world_of
 from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.undone import undone
@@ -79,7 +81,7 @@ def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses:
     """
     one_view = views and replace(views, k=1)
     reductions = on_every_rank(
-        strategy, lambda: _reductions(strategy, loader, losses(one_view), one_view), PreflightError
+        world_of(strategy), lambda: _reductions(strategy, loader, losses(one_view), one_view), PreflightError
     )
     if Reduction.SUM in reductions:
         rank_zero_info(
