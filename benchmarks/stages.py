@@ -20,16 +20,17 @@ import torch
 from engine_models import TASKS, loss_of
 from engines import ours, plain
 
-from lightning_dp.engines.ghost import convolution, embedding, engine, linear, normalisation, projection
+from lightning_dp.engines.ghost import engine, projection
 from lightning_dp.engines.ghost.contribution import Factored, Written
+from lightning_dp.engines.ghost.rules import convolution, embedding, group_norm, layer_norm, linear
 from lightning_dp.engines.ghost.standardisation import Recognised
 
 RULES = (
     convolution.Convolution,
     linear.Linear,
     embedding.Embedding,
-    normalisation.GroupNorm,
-    normalisation.LayerNorm,
+    group_norm.GroupNorm,
+    layer_norm.LayerNorm,
 )
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "forward, in layers with a rule": [(rule, "forward") for rule in RULES],

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_dp.engines.ghost import GhostEngine
-from lightning_dp.engines.ghost import convolution as convolution_rule
-from lightning_dp.engines.ghost import normalisation as normalisation_rule
+from lightning_dp.engines.ghost import positions as sums_over_positions
 from lightning_dp.engines.ghost.buffers import Buffers
+from lightning_dp.engines.ghost.rules.convolution import Convolution
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.plan.clipping import Clipping
 from tests.engines.against_loop import agree, both, build, same
@@ -87,12 +87,12 @@ class TestRules:
     @pytest.mark.parametrize("gram", [True, False])
     @pytest.mark.parametrize("kernel", [1, 3])
     def test_convolution_either_way(self, gram: bool, kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(convolution_rule.Convolution, "_gram_is_cheaper", lambda *_: gram)
+        monkeypatch.setattr(Convolution, "_gram_is_cheaper", lambda *_: gram)
         agree(*build(lambda: nn.Conv2d(3, 4, kernel, stride=2, padding=1, dilation=2), 0, 3, 3, 9, 8))
 
     def test_convolution_in_one_call_as_on_an_accelerator(self) -> None:
         """The form for devices other than the CPU gives the CPU's numbers, also with several samples per example."""
-        rule = convolution_rule.Convolution((2, 1), (1, 0), (1, 2), 2)
+        rule = Convolution((2, 1), (1, 0), (1, 2), 2)
         layer, x = build(lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), groups=2), 0, 3, 2, 4, 8, 7)
         g = torch.randn_like(layer(x.flatten(0, 1))).unflatten(0, (3, 2))
         expected = rule._rows(x, g, layer.weight.detach(), Buffers())
@@ -390,7 +390,7 @@ def test_autocast_computes_layers_in_bfloat16_and_norms_in_float32() -> None:
 
 
 def test_normalisations_of_more_numbers_than_are_worked_on_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normalisation_rule, "IN_CACHE", 50)
+    monkeypatch.setattr(sums_over_positions, "IN_CACHE", 50)
 
     def make() -> nn.Module:
         return nn.Sequential(nn.LayerNorm(6), nn.Tanh(), nn.RMSNorm(6), nn.Tanh(), nn.LayerNorm((4, 6)))

@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 from lightning_dp import DifferentialPrivacy, EngineError
 from lightning_dp.batches.microbatch import BatchAxisError
-from lightning_dp.engines.ghost import GhostEngine, linear, normalisation
+from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.contribution import Written, gram, gram_norms
+from lightning_dp.engines.ghost.rules.layer_norm import LayerNorm
+from lightning_dp.engines.ghost.rules.linear import Linear
 from lightning_dp.engines.ghost.verification import DisagreementError, check_agreement
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine
@@ -239,7 +241,7 @@ class TestAgreement:
 
         assert self.check(Insists(), data(3, 4)) == "float32"
 
-    @pytest.mark.parametrize("rule", [linear.Linear, normalisation.LayerNorm])
+    @pytest.mark.parametrize("rule", [Linear, LayerNorm])
     @pytest.mark.parametrize("factor", [1.001, 0.0])
     def test_a_wrong_rule_is_found(self, rule: Any, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
         right = rule.of_weight
@@ -248,7 +250,7 @@ class TestAgreement:
             self.check(mlp(), data(3, 4))
 
     def test_a_rule_that_breaks_is_not_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(linear.Linear, "of_weight", lambda *given: Written(torch.full((3, 8, 4), math.nan)))
+        monkeypatch.setattr(Linear, "of_weight", lambda *given: Written(torch.full((3, 8, 4), math.nan)))
         with pytest.raises((DisagreementError, RuntimeError)):
             self.check(mlp(), data(3, 4))
 
@@ -263,8 +265,8 @@ class TestSelection:
     def test_auto_falls_back_when_its_gradients_are_wrong_and_says_why(
         self, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        right = linear.Linear.of_weight
-        monkeypatch.setattr(linear.Linear, "of_weight", lambda *given: Written(2 * right(*given).rows()))
+        right = Linear.of_weight
+        monkeypatch.setattr(Linear, "of_weight", lambda *given: Written(2 * right(*given).rows()))
         trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(regressor(), loader())
         told = "\n".join(record.message for record in caplog.records)
         assert "engine 'vmap': ghost cannot" in told

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_dp.engines.ghost import projection as rule
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.contribution import Channels, Factored, Written
-from lightning_dp.engines.ghost.convolution import Convolution
 from lightning_dp.engines.ghost.projection import Projection, find_projection
+from lightning_dp.engines.ghost.rules.convolution import Convolution
 from lightning_dp.models.weight_standardisation import WSConv2d
 from tests.engines.against_loop import agree, build
 

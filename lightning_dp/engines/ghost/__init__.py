@@ -3,10 +3,11 @@
     training_step under vmap → calls of layers → gradient of each call's output → each example's norm → weighted sum
 
 ``engine``       the passes, the clipping and the sum
-``layers``       which layer of the module has a rule, and its forward pass while an engine runs
+``registry``     which layers and functions have a rule: each says so by a decorator
+``rules``        one file for each kind of layer; a new rule is a new file
+``layers``       the forward pass of a layer with a rule while the engine runs
 ``reparametrised`` layers that compute their weight from other parameters
 ``call``         one call of a layer: its physical input and the gradient of its output
-``linear``, ``convolution``, ``embedding``, ``normalisation``   a rule each
 ``contribution`` what one call adds to each example's gradient of one parameter
 ``keeper``       parameters that somebody else keeps, brought for a call; ``coverage``: which can be
 ``verification`` the proof on a few examples before training
@@ -14,6 +15,7 @@
 Whatever has no rule gets a copy of its parameters for each example, as under ``vmap``, so nothing is ever left out.
 """
 
+from lightning_dp.engines.ghost import rules
 from lightning_dp.engines.ghost.engine import GhostEngine
 
-__all__ = ["GhostEngine"]
+__all__ = ["GhostEngine", "rules"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_dp.engines.ghost.layers import has_rule
+from lightning_dp.engines.ghost.registry import is_composite, rule_of
 
 MATRIX = 2
 
@@ -27,12 +27,12 @@ def used_by_rules_alone(module: nn.Module, handled: Mapping[str, str]) -> set[st
     parts_of_others = {
         part
         for layer in module.modules()
-        if isinstance(layer, nn.MultiheadAttention) or nn.utils.parametrize.is_parametrized(layer)
+        if is_composite(layer) or nn.utils.parametrize.is_parametrized(layer)
         for part in layer.modules()
     }
     users: dict[str, set[str | None]] = defaultdict(set)
     for layer in module.modules():
-        by_rule = has_rule(layer) and layer not in parts_of_others
+        by_rule = rule_of(layer) is not None and layer not in parts_of_others
         for place, parameter in layer._parameters.items():
             if parameter is not None:
                 use = by_rule and place in ("weight", "bias") and parameter.ndim >= MATRIX

@@ -22,15 +22,8 @@ from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Pass
 from lightning_dp.engines.ghost.contribution import Contribution, Written, merged
 from lightning_dp.engines.ghost.keeper import Keeper
-from lightning_dp.engines.ghost.layers import (
-    Forward,
-    book_keeping_forward,
-    has_rule,
-    operands_of,
-    replaced,
-    trainable_of,
-)
-from lightning_dp.engines.ghost.multihead import has_multihead_rule, multihead_forward
+from lightning_dp.engines.ghost.layers import book_keeping_forward, operands_of, replaced, trainable_of
+from lightning_dp.engines.ghost.registry import Forward, composite_rule_of, rule_of
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
 from lightning_dp.engines.ghost.standardisation import Recognised
 from lightning_dp.engines.groups import Groups, joined
@@ -205,16 +198,17 @@ class GhostEngine:
             if layer in covered or layer in self._per_example:
                 continue
             own, kind = trainable_of(layer, names), type(layer).__name__
-            if own and has_rule(layer):
+            rule = rule_of(layer) if own else None
+            if rule is not None:
                 operands = operands_of(own, parameters, partial(books.deliver, how=kind), self.keeper, kept)
-                forwards[layer] = book_keeping_forward(layer, operands, of)
+                forwards[layer] = book_keeping_forward(layer, rule.operation_of, operands, of)
                 continue
             inside = {part: found for part in layer.modules() if (found := trainable_of(part, names))}
-            multihead = has_multihead_rule(layer)
-            if inside and (multihead or computes_its_weight(layer)):
+            composite = composite_rule_of(layer)
+            if inside and (composite is not None or computes_its_weight(layer)):
                 covered.update(layer.modules())
                 all_names = {name for found in inside.values() for name in found.values()}
-                how = kind if multihead else f"{kind}, from within"
+                how = f"{kind}, from within" if composite is None else kind
                 leaves = Leaves(
                     {name: parameters[name] for name in all_names},
                     partial(books.deliver, how=how),
@@ -222,15 +216,12 @@ class GhostEngine:
                     self._recognised,
                 )
                 books.leaves[layer] = leaves
-                if isinstance(layer, nn.MultiheadAttention):
-                    by_place = {
-                        place: names[id(p)]
-                        for place, p in layer.named_parameters(remove_duplicate=False)
-                        if id(p) in names
-                    }
-                    forwards[layer] = multihead_forward(layer, by_place, leaves, of)
-                else:
+                if composite is None:
                     forwards[layer] = intercepting_forward(layer, inside, leaves, of)
+                else:
+                    every = layer.named_parameters(remove_duplicate=False)
+                    by_place = {place: names[id(p)] for place, p in every if id(p) in names}
+                    forwards[layer] = composite.forward(layer, by_place, leaves, of)
         with replaced(forwards):
             yield
 

@@ -32,7 +32,7 @@ class Keeper(Protocol):
         ...
 
 
-def stand_in(like: Tensor) -> Tensor:
+def shape_only(like: Tensor) -> Tensor:
     """A tensor of the shape and type of ``like`` that takes no memory, and whose numbers nobody can use unnoticed."""
     return torch.full((1,), torch.nan, dtype=like.dtype, device=like.device).expand(like.shape)
 

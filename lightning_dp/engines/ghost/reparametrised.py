@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_dp.engines.ghost.buffers import Buffers
-from lightning_dp.engines.ghost.call import Deliver, Operand, Operation, Pass
+from lightning_dp.engines.ghost.call import Deliver, Operand, Pass
 from lightning_dp.engines.ghost.contribution import Contribution, Written
-from lightning_dp.engines.ghost.convolution import Convolution
-from lightning_dp.engines.ghost.linear import Linear, Product
-from lightning_dp.engines.ghost.normalisation import GroupNorm, LayerNorm
+from lightning_dp.engines.ghost.registry import FUNCTIONS, Forward
 from lightning_dp.engines.ghost.standardisation import Recognised
 from lightning_dp.mechanism.full_precision import full_precision
 
@@ -77,7 +74,7 @@ class Leaves:
 
 def intercepting_forward(
     layer: nn.Module, trainable: Mapping[nn.Module, Mapping[str, str]], leaves: Leaves, of: Pass
-) -> Any:
+) -> Forward:
     """A forward pass for ``layer`` that runs its own with ``leaves`` and keeps the books of the calls inside.
 
     Args:
@@ -116,7 +113,7 @@ class _Interception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        read = _READERS.get(func)
+        read = FUNCTIONS.get(func)
         if read is None:
             return func(*args, **kwargs)
         operation, x, weight, bias = read(*args, **kwargs)
@@ -127,78 +124,6 @@ class _Interception(TorchFunctionMode):
         ):
             return func(*args, **kwargs)
         return self._pass.call(operation, x, self._leaves.operand(weight), self._leaves.operand(bias))
-
-
-Read = tuple[Operation | None, Tensor, Tensor | None, Tensor | None]
-
-
-def _read_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Read:
-    return Linear(), input, weight, bias
-
-
-def _read_product(input: Tensor, other: Tensor) -> Read:
-    known = isinstance(other, Tensor) and other.ndim == MATRIX and input.ndim > 1
-    return Product() if known else None, input, other, None
-
-
-def _read_sum_and_product(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Read:
-    known = not scales and input.ndim == 1 and len(input) == mat2.shape[1]
-    return Product() if known else None, mat1, mat2, input
-
-
-MATRIX = 2
-
-
-def _reader_of_convolution(axes: int) -> Callable[..., Read]:
-    def read(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Read:
-        if isinstance(padding, str):
-            return None, input, weight, bias
-        stride, padding, dilation = (_per_axis(value, axes) for value in (stride, padding, dilation))
-        own_axes = input.ndim - axes - 1
-        return Convolution(stride, padding, dilation, groups, own_axes, keeps_output=True), input, weight, bias
-
-    return read
-
-
-def _read_group_norm(
-    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Read:
-    return GroupNorm(num_groups, eps), input, weight, bias
-
-
-def _read_layer_norm(
-    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Read:
-    return LayerNorm(tuple(normalized_shape), eps), input, weight, bias
-
-
-def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
-    if isinstance(value, int):
-        return (value,) * axes
-    return tuple(value) * (axes if len(value) == 1 else 1)
-
-
-_READERS: dict[Any, Callable[..., Read]] = {
-    F.linear: _read_linear,
-    torch.mm: _read_product,
-    torch.matmul: _read_product,
-    Tensor.matmul: _read_product,
-    Tensor.__matmul__: _read_product,
-    torch.addmm: _read_sum_and_product,
-    F.conv1d: _reader_of_convolution(1),
-    F.conv2d: _reader_of_convolution(2),
-    F.conv3d: _reader_of_convolution(3),
-    F.group_norm: _read_group_norm,
-    F.layer_norm: _read_layer_norm,
-}
 
 
 def computes_its_weight(layer: nn.Module) -> bool:

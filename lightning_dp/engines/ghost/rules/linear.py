@@ -1,4 +1,4 @@
-"""The rule of ``nn.Linear``: y = x Wᵀ + b, with any number of leading axes."""
+"""The rule of ``nn.Linear``, y = x Wᵀ + b with any number of leading axes, and of products of matrices."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.engines.ghost.buffers import Buffers
-from lightning_dp.engines.ghost.call import Output
+from lightning_dp.engines.ghost.call import Operation, Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
+from lightning_dp.engines.ghost.registry import Arguments, function_rule, rule
 from lightning_dp.mechanism.clip import accumulation_dtype
+
+MATRIX = 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,29 @@ class Product(Linear):
     def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         return of_positions(g.reshape(len(x), -1, g.shape[-1]), x.reshape(len(x), -1, x.shape[-1]))
+
+
+@rule(nn.Linear)
+def linear(layer: nn.Linear, x: Tensor) -> tuple[Operation, Tensor]:
+    """``nn.Linear``."""
+    return Linear(), x
+
+
+@function_rule(F.linear)
+def _linear_call(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
+    return Linear(), input, weight, bias
+
+
+@function_rule(torch.mm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def _product_call(input: Tensor, other: Tensor) -> Arguments:
+    known = isinstance(other, Tensor) and other.ndim == MATRIX and input.ndim > 1
+    return Product() if known else None, input, other, None
+
+
+@function_rule(torch.addmm)
+def _sum_and_product_call(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Arguments:
+    known = not scales and input.ndim == 1 and len(input) == mat2.shape[1]
+    return Product() if known else None, mat1, mat2, input
 
 
 def of_positions(a: Tensor, g: Tensor) -> Contribution:

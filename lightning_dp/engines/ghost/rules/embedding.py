@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.engines.ghost.buffers import Buffers
-from lightning_dp.engines.ghost.call import Output
+from lightning_dp.engines.ghost.call import Operation, Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
+from lightning_dp.engines.ghost.registry import rule
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Embedding:
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """An embedding has none."""
         raise AssertionError("nn.Embedding has no bias")
+
+
+@rule(nn.Embedding, when=lambda layer: layer.max_norm is None and not layer.scale_grad_by_freq)
+def embedding(layer: nn.Embedding, x: Tensor) -> tuple[Operation, Tensor]:
+    """``nn.Embedding`` that leaves its weight and its gradients as they are."""
+    return Embedding(layer.padding_idx), x
 
 
 def _norms(tokens: Tensor, g: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.engines.ghost.buffers import Buffers
-from lightning_dp.engines.ghost.call import Output
+from lightning_dp.engines.ghost.call import Operation, Output
 from lightning_dp.engines.ghost.contribution import (
     ROUNDING,
     Channels,
@@ -23,10 +23,54 @@ from lightning_dp.engines.ghost.contribution import (
     gram,
     gram_norms,
 )
-from lightning_dp.engines.ghost.linear import of_positions
+from lightning_dp.engines.ghost.registry import Arguments, Reader, function_rule, rule
+from lightning_dp.engines.ghost.rules.linear import of_positions
 from lightning_dp.mechanism.clip import accumulation_dtype
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, inherited=("forward", "_conv_forward"))
+def convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> tuple[Operation, Tensor]:
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
+    axes = len(layer.stride)
+    padding = layer.padding
+    if isinstance(padding, str) or layer.padding_mode != "zeros":
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * axes
+    own_axes = x.ndim - axes - 1
+    return Convolution(layer.stride, tuple(padding), layer.dilation, layer.groups, own_axes), x
+
+
+def _reader(axes: int) -> Reader:
+    """How the arguments of the function for so many axes are read."""
+
+    def read(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Arguments:
+        if isinstance(padding, str):
+            return None, input, weight, bias
+        stride, padding, dilation = (_per_axis(value, axes) for value in (stride, padding, dilation))
+        own_axes = input.ndim - axes - 1
+        return Convolution(stride, padding, dilation, groups, own_axes, keeps_output=True), input, weight, bias
+
+    return read
+
+
+def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * axes
+    return tuple(value) * (axes if len(value) == 1 else 1)
+
+
+for _axes, _function in _CONVOLUTIONS.items():
+    function_rule(_function)(_reader(_axes))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,17 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.engines.ghost.call import Operand, Pass
-from lightning_dp.engines.ghost.linear import Linear
+from lightning_dp.engines.ghost.registry import Forward, composite_rule
 from lightning_dp.engines.ghost.reparametrised import Leaves
+from lightning_dp.engines.ghost.rules.linear import Linear
 
 
-def has_multihead_rule(layer: nn.Module) -> bool:
-    """Whether ``layer`` is torch's own attention with one matrix for the three projections and nothing appended."""
+def _one_matrix(layer: nn.MultiheadAttention) -> bool:
+    """Whether ``layer`` has one matrix for the three projections and appends nothing."""
     return (
-        isinstance(layer, nn.MultiheadAttention)
-        and type(layer).forward is nn.MultiheadAttention.forward
-        and "forward" not in layer.__dict__
-        and layer._qkv_same_embed_dim
+        layer._qkv_same_embed_dim
         and layer.bias_k is None
         and layer.bias_v is None
         and not layer.add_zero_attn
@@ -28,11 +27,12 @@ def has_multihead_rule(layer: nn.Module) -> bool:
     )
 
 
-def multihead_forward(layer: nn.MultiheadAttention, names: dict[str, str], leaves: Leaves, of: Pass) -> Any:
+@composite_rule(nn.MultiheadAttention, when=_one_matrix)
+def multihead_attention(layer: nn.MultiheadAttention, names: Mapping[str, str], leaves: Leaves, of: Pass) -> Forward:
     """A forward pass for ``layer`` that keeps the books of its projections.
 
     Args:
-        layer: one for which :func:`has_multihead_rule` holds.
+        layer: one with one matrix for the three projections.
         names: the layer's trainable parameters, name in the layer (``out_proj.weight`` included) → name in the module.
         leaves: their plain values.
         of: the pass it belongs to.
