@@ -26,6 +26,7 @@ from lightning_dp.engines.rounded import OnGrid
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.layers.batch_norm import check_batch_norms_rest
+from lightning_dp.lightning_internals import has_no_loader_yet
 from lightning_dp.loading.apart import collate_each_if_needed
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader, check_sample
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through, to_device
@@ -141,7 +142,7 @@ class PrivateStep:
         """
         module, world = module_of(strategy), world_of(strategy)
         loader = on_every_rank(world, lambda: check_loader(dataloader), PreflightError)
-        if self._loader is not None and module.trainer.fit_loop._combined_loader is None:
+        if self._loader is not None and has_no_loader_yet(module.trainer):
             raise PreflightError(
                 "several training loaders: expected exactly one. Each would need a budget of its own; join the datasets "
                 "with torch.utils.data.ConcatDataset."

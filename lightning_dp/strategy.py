@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -28,6 +27,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import set_device, share_over, sync_module_states
 from lightning_dp.loading.columns import with_batch_size
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.look.trainer import check_strategy
@@ -61,7 +61,7 @@ class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
             raise PreflightError(
                 f"strategy='private' with {len(devices)} devices: expected one. Use strategy='private_ddp' for several."
             )
-        self._root_device = devices[0]
+        set_device(self, devices[0])
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -131,7 +131,7 @@ class PrivateDDPStrategy(DDPStrategy):
         """Start all ranks from rank 0's parameters and buffers, which is all that is needed of the DDP wrapper."""
         assert self.model is not None
         with naming_lost_ranks(world_of(self)):
-            _sync_module_states(self.model)
+            sync_module_states(self.model)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -243,8 +243,7 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        if self._data_parallel_size == "auto" and self._tensor_parallel_size == 1:
-            self._data_parallel_size = self.num_nodes * self.num_processes
+        share_over(self, self.num_nodes * self.num_processes)
         with naming_absent_nodes(self.num_nodes, self.num_processes):
             super().setup_environment()
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dp.lightning_internals import BEFORE_TRANSFER, TRANSFER, before_transfer, transfer
 from lightning_dp.loading.reading import item
 from lightning_dp.look.module import CANARIES
 from lightning_dp.step.logs import split_output
@@ -162,17 +163,17 @@ def _audited(user: type[pl.LightningModule], views: int) -> type[pl.LightningMod
             loss = torch.where((canary < 0).all(), loss, spike.to(loss.dtype))
             return {"loss": loss, **extras} if extras else loss
 
-        def _on_before_batch_transfer(self, batch: tuple[Any, Tensor], dataloader_idx: int = 0) -> Any:
-            inner, canary = batch
-            return super()._on_before_batch_transfer(inner, dataloader_idx), canary
+    def before(self: Any, batch: tuple[Any, Tensor], dataloader_idx: int = 0) -> Any:
+        inner, canary = batch
+        return before_transfer(super(Audited, self), inner, dataloader_idx), canary
 
-        def _apply_batch_transfer_handler(
-            self, batch: tuple[Any, Tensor], device: torch.device | None = None, dataloader_idx: int = 0
-        ) -> Any:
-            inner, canary = batch
-            moved = super()._apply_batch_transfer_handler(inner, device=device, dataloader_idx=dataloader_idx)
-            return moved, canary if device is None else canary.to(device)
+    def moved(self: Any, batch: tuple[Any, Tensor], device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        inner, canary = batch
+        there = transfer(super(Audited, self), inner, device, dataloader_idx)
+        return there, canary if device is None else canary.to(device)
 
+    setattr(Audited, BEFORE_TRANSFER, before)
+    setattr(Audited, TRANSFER, moved)
     Audited.__name__ = f"Audited{user.__name__}"
     Audited.__qualname__ = Audited.__name__
     return Audited

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_dp.audit.canaries import NOT_A_CANARY, WithCanaries, coordinates
 from lightning_dp.audit.expected import Scores, log_likelihood_ratio
 from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_dp.lightning_internals import before_transfer, transfer
 from lightning_dp.step.logs import StepCapture
 
 
@@ -61,8 +62,7 @@ class Observer(pl.Callback):
         with torch.no_grad():
             for number in range(len(dataset.canaries.inputs)):
                 batch = collate([(dataset.input_canary(number), NOT_A_CANARY)])
-                batch = module._on_before_batch_transfer(batch)
-                batch = module._apply_batch_transfer_handler(batch, device=trainer.strategy.root_device)
+                batch = transfer(module, before_transfer(module, batch), trainer.strategy.root_device)
                 with trainer.strategy.precision_plugin.train_step_context():
                     loss, _ = capture.run(functools.partial(module.training_step, batch, 0))
                 losses.append(float(loss))

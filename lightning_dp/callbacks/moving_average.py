@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp.callbacks.raw_validation import RawValidation
+from lightning_dp.lightning_internals import average_of
 from lightning_dp.look.trainer import check_averaging
 from lightning_dp.mechanism.average import average, warmed_up_decay
 from lightning_dp.validate import number, truth
@@ -61,9 +62,9 @@ class ExponentialMovingAverage(WeightAveraging):
         if stage == "fit":
             check_averaging(trainer)
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self._average_model is not None:
+        if stage == "fit":
             # AveragedModel would overwrite the initial parameters at its first update; the paper averages them in.
-            self._average_model.n_averaged.fill_(1)
+            average_of(self).n_averaged.fill_(1)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dp.lightning_internals import METRICS, PROGRESS, attribute, connector_of
+
 RAW = "_raw"
 """What the name of a metric ends with if it was computed on the weights as trained."""
 
@@ -89,13 +91,13 @@ def _the_module_alone(trainer: pl.Trainer) -> Iterator[None]:
     The loop is given the same Trainer without callbacks, and the module the same one with loggers that write nothing.
     """
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
-    connector: Any = trainer._logger_connector
+    connector: Any = connector_of(trainer)
     whole: Any = trainer  # Lightning sets the datamodule where type checkers do not see it
     owners = [owner for owner in (connector, trainer.lightning_module, whole.datamodule) if owner is not None]
     loggers = [_Unheard(logger) for logger in trainer.loggers]
     unheard = _showing(trainer, loggers=lambda: loggers, log_dir=lambda: trainer.log_dir)
-    of_connector = {name: dict(getattr(connector, name)) for name in _CONNECTOR}
-    of_loop = {name: deepcopy(getattr(loop, name)) for name in _LOOP}
+    of_connector = {name: dict(attribute(connector, name)) for name in METRICS}
+    of_loop = {name: deepcopy(attribute(loop, name)) for name in PROGRESS}
     loop.trainer = _showing(unheard, callbacks=list)
     for owner in owners:
         owner.trainer = unheard
@@ -156,7 +158,3 @@ class _Unheard(DummyLogger):
     @override
     def log_dir(self) -> str | None:
         return self._of.log_dir
-
-
-_CONNECTOR = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
-_LOOP = ("batch_progress", "_seen_batches_per_dataloader", "restarting")

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from lightning_dp.lightning_internals import sampler_within
+
 
 class Columns(Dataset[Any]):
     """A dataset that takes a list of indices, read as torch reads one with ``__getitems__``."""
@@ -37,8 +39,7 @@ def with_batch_size(loader: object) -> object:
     """
     if not isinstance(loader, DataLoader) or loader.batch_size is not None or loader.batch_sampler is not None:
         return loader
-    given: Any = loader.sampler
-    sampler = getattr(getattr(given, "dataset", None), "_sampler", given)  # inside Lightning's wrapper under DDP
+    sampler: Any = sampler_within(loader.sampler)
     if type(sampler) is not BatchSampler:
         return loader
     usual = _AsLong(

@@ -10,12 +10,10 @@ from lightning.pytorch.strategies import Strategy
 from lightning_dp.batches.axis import BatchAxis, as_given, to_front
 from lightning_dp.batches.containers import close_containers, open_containers, own_copy
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element
+from lightning_dp.lightning_internals import BEFORE_TRANSFER, attribute, before_transfer, transfer
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.loading.rows import check_all_came
 from lightning_dp.mechanism.instead import Instead
-
-HOOK = "_on_before_batch_transfer"
-"""Lightning's way to the user's ``on_before_batch_transfer``."""
 
 
 def to_device(strategy: Strategy, batch: Any, drawn: int | None = None) -> Any:
@@ -49,8 +47,7 @@ def _moved(strategy: Strategy, batch: Any) -> Any:
     module = strategy.lightning_module
     assert module is not None
     batch = strategy.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return module._apply_batch_transfer_handler(batch, device=strategy.root_device, dataloader_idx=0)
+    return transfer(module, before_transfer(module, batch), strategy.root_device)
 
 
 def batch_axis_of(strategy: Strategy) -> BatchAxis:
@@ -72,14 +69,14 @@ def as_training_step_takes_it(strategy: Strategy, batch: Any) -> Any:
 
 def let_logical_batches_through(module: pl.LightningModule) -> None:
     """Spare the user's ``on_before_batch_transfer`` the logical batch; its micro-batches go through it one by one."""
-    original = type(module)._on_before_batch_transfer
+    original = attribute(type(module), BEFORE_TRANSFER)
 
     def hook(batch: Any, dataloader_idx: int = 0) -> Any:
         return batch if isinstance(batch, LogicalBatch) else original(module, batch, dataloader_idx)
 
-    module.__dict__[HOOK] = Instead(module, HOOK, hook)
+    module.__dict__[BEFORE_TRANSFER] = Instead(module, BEFORE_TRANSFER, hook)
 
 
 def stop_letting_through(module: pl.LightningModule) -> None:
     """Leave the module as it was before :func:`let_logical_batches_through`."""
-    module.__dict__.pop(HOOK, None)
+    module.__dict__.pop(BEFORE_TRANSFER, None)

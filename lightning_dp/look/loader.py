@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -15,6 +14,7 @@ from torch.utils.data import (
 )
 
 from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import index_batch_sampler, sampler_within
 
 
 def check_loader(loader: object) -> DataLoader[Any]:
@@ -53,9 +53,9 @@ def check_loader(loader: object) -> DataLoader[Any]:
             "Here an index is a whole batch, which would be drawn, clipped and protected as one example. Batches that are tuples "
             "of tensors become examples with TensorDataset(*map(torch.cat, zip(*dataset)))."
         )
-    if loader.batch_size is None or type(loader.batch_sampler) not in (BatchSampler, _IndexBatchSamplerWrapper):
+    if loader.batch_size is None or type(loader.batch_sampler) not in (BatchSampler, index_batch_sampler()):
         given: Any = loader.batch_sampler
-        within = _given(getattr(given, "sampler", None))
+        within = sampler_within(getattr(given, "sampler", None))
         kind = f"{type(given).__name__}({'' if within is None else type(within).__name__})"
         if within is not None:
             _check_sampler(within, loader.dataset)
@@ -64,7 +64,7 @@ def check_loader(loader: object) -> DataLoader[Any]:
             f"batch_sampler={kind}: expected none. Poisson sampling, which the accountant assumes, would replace it. Give "
             f"DataLoader(dataset, batch_size={size}, drop_last={getattr(given, 'drop_last', False)}) instead."
         )
-    _check_sampler(_given(loader.sampler), loader.dataset)
+    _check_sampler(sampler_within(loader.sampler), loader.dataset)
     if len(loader) == 0 and len(loader.dataset) > 0:
         raise PreflightError(
             f"drop_last=True with batch_size={loader.batch_size} leaves no batch of {len(loader.dataset)} examples: expected "
@@ -89,11 +89,6 @@ def check_not_nested(given: object, loader: object) -> None:
             f"train_dataloader nested in a {type(given).__name__}: expected the DataLoader itself. Pass the loader "
             "without a list, dict or CombinedLoader around it."
         )
-
-
-def _given(sampler: Any) -> Any:
-    """The user's sampler inside Lightning's wrapper under DDP."""
-    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
 
 
 def _check_sampler(sampler: Any, dataset: Any) -> None:

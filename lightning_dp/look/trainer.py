@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from lightning_dp.engines.user_code import library_that_calls
 from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import refused_of_ddp
 from lightning_dp.look.module import check_module
 from lightning_dp.validate import whole
 
@@ -106,14 +107,10 @@ def check_strategy(strategy: Strategy, convertible: tuple[type[Strategy], ...]) 
             "'private' or 'private_ddp', and for sharded parameters 'private_fsdp' with fully_shard in configure_model; "
             "DeepSpeed, FSDPStrategy (FSDP1) and XLA shard gradients before they could be clipped per example."
         )
-    hooks = [
-        name
-        for name in ("_ddp_comm_hook", "_ddp_comm_state", "_model_averaging_period")
-        if getattr(strategy, name, None)
-    ]
+    hooks = refused_of_ddp(strategy) if isinstance(strategy, DDPStrategy) else []
     if hooks:
         raise PreflightError(
-            f"DDPStrategy({hooks[0].removeprefix('_')}=...): expected none. The ranks' clipped gradients are added up once "
+            f"DDPStrategy({hooks[0]}=...): expected none. The ranks' clipped gradients are added up once "
             "a step without DistributedDataParallel, so it would never run. Remove it."
         )
 

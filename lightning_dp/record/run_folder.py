@@ -8,9 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
+from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import is_local
 from lightning_dp.record.whole_file import create_whole, write_whole
 
 LONGEST = 2**20
@@ -52,7 +53,7 @@ class RunFolder:
                 f"default_root_dir={str(address)!r}: expected a folder that can be written to ({error}). Install the package "
                 "that is named, or give Trainer(default_root_dir=...) or the logger's save_dir another folder."
             ) from error
-        local = _is_local_file_protocol(str(address))
+        local = is_local(str(address))
         self.path = Path(self._system._strip_protocol(str(address))) if local else None
         """Where the folder is on this machine, or ``None``."""
         self._address = str(address).rstrip("/")

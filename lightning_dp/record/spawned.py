@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.lightning_internals import starts_processes
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.record.checkpoint import Spent, read_with_digest, with_digest
 from lightning_dp.record.journal import Journal, JournalError
@@ -49,7 +49,7 @@ def register(recipient: object, address: str | None = None) -> str:
 
 def in_a_child(trainer: pl.Trainer) -> bool:
     """Whether the Trainer has started the process in which it trains."""
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    return starts_processes(trainer.strategy.launcher)
 
 
 def forget(address: str) -> None:

@@ -15,13 +15,11 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.late import Late
 from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import KEPT_BY_LIGHTNING
 from lightning_dp.step.same import same, snapshot
 
 TORCH_KEEPS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 """Entries of a module's ``__dict__`` that are torch's: parameters and buffers are watched elsewhere."""
-
-LIGHTNING_KEEPS = frozenset(pl.LightningModule().__dict__) | {"log", "_param_requires_grad_state"}
-"""Entries of a LightningModule's ``__dict__`` that are Lightning's, or this package's for the time of a pass."""
 
 _ABSENT = object()
 _CONTAINERS = (list, dict, set, deque)
@@ -220,7 +218,7 @@ def _joined(leaf: Any, kind: type) -> Any:
 
 def _changes(path: str, one: pl.LightningModule, found: dict[str, tuple[Any, Any]]) -> dict[Place, Any]:
     changes: dict[Place, Any] = {}
-    for name in {*found, *one.__dict__} - LIGHTNING_KEEPS - TORCH_KEEPS:
+    for name in {*found, *one.__dict__} - KEPT_BY_LIGHTNING - TORCH_KEEPS:
         value, items = found.get(name, (_ABSENT, None))
         now = one.__dict__.get(name, _ABSENT)
         if now is not value:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_dp.engines.late import at_hand
 from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import wrapped_optimizers
 from lightning_dp.mechanism.instead import Instead
 
 _ABSENT = object()
@@ -68,7 +69,7 @@ def intercepted(module: pl.LightningModule, on_step: Callable[[Commands, int], N
         (module, "clip_gradients", _no_clipping),
         (module, "zero_grad", nothing),
     ]
-    for place, wrapped in enumerate(strategy._lightning_optimizers):
+    for place, wrapped in enumerate(wrapped_optimizers(strategy)):
         replacements += [
             (wrapped, "step", step_of(place)),
             (wrapped, "zero_grad", nothing),

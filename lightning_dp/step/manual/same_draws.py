@@ -7,8 +7,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_dp.lightning_internals import put_back_random_states, random_states
 
 
 class SameDraws:
@@ -44,6 +45,6 @@ class SameDraws:
         place = self._micro_batch, self._call
         self._call += 1
         if self._passes <= 1:
-            self._states[place] = _collect_rng_states(self._on_cuda)
+            self._states[place] = random_states(self._on_cuda)
         elif place in self._states:
-            _set_rng_states(dict(self._states[place]))
+            put_back_random_states(self._states[place])

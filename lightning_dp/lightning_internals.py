@@ -1,0 +1,225 @@
+"""Every private name of Lightning that this package uses, each behind a function or constant of its own.
+
+Lightning may move a private name in any release. Whatever has moved raises :class:`LightningMovedError`, which says what the
+name was for; nothing goes on as if the name had been empty. ``tests/test_lightning_internals.py`` holds a contract for each
+name, and that no other module of this package knows any of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+PURPOSES = {
+    "_apply_batch_transfer_handler": "a micro-batch is moved to the device through the user's hooks",
+    "_average_model": "the average of the weights starts from the initial weights",
+    "_callback_metrics": "a validation on the weights as trained leaves no metrics behind",
+    "_collect_rng_states": "several private optimizers see the same random numbers",
+    "_combined_loader": "several training loaders are refused",
+    "_compiler_ctx": "a module under torch.compile is told from others",
+    "_current_fx_name": "what training_step logs for one example is kept from the loggers",
+    "_DatasetSamplerWrapper": "the user's sampler is found inside Lightning's wrapper",
+    "_data_parallel_size": "parameters are shared by all ranks",
+    "_ddp_comm_hook": "a hook around the ranks' sum, which would never run, is refused",
+    "_ddp_comm_state": "a hook around the ranks' sum, which would never run, is refused",
+    "_IndexBatchSamplerWrapper": "Lightning's own batch sampler is told from the user's",
+    "_is_local_file_protocol": "a folder of this machine is told from one behind an address",
+    "_lightning_optimizers": "the steps of manual optimization are made private",
+    "_logged_metrics": "a validation on the weights as trained leaves no metrics behind",
+    "_logger_connector": "a validation on the weights as trained leaves no metrics behind",
+    "_model_averaging_period": "post-local SGD, which would never run, is refused",
+    "_MultiProcessingLauncher": "what a child process spends becomes known in its parent",
+    "_on_before_batch_transfer": "a micro-batch goes through the user's hooks",
+    "_param_requires_grad_state": "Lightning's own attributes of a module are told from the user's",
+    "_progress_bar_metrics": "a validation on the weights as trained leaves no metrics behind",
+    "_root_device": "strategy='private' gets its device",
+    "_sampler": "the user's sampler is found inside Lightning's wrapper",
+    "_seen_batches_per_dataloader": "a validation on the weights as trained leaves the progress as it was",
+    "_set_rng_states": "several private optimizers see the same random numbers",
+    "_sync_module_states": "all ranks start from the same parameters",
+    "_tensor_parallel_size": "parameters are shared by all ranks",
+}
+"""What is done by each private name."""
+
+
+class LightningMovedError(ImportError):
+    """The installed Lightning has no longer a private name that this package needs."""
+
+    def __init__(self, owner: str, name: str) -> None:
+        super().__init__(
+            f"lightning {pl.__version__} no longer has {owner}.{name}, by which {PURPOSES[name]}: expected lightning>=2.6,<2.7. "
+            "Install such a version."
+        )
+
+
+def attribute(owner: Any, name: str) -> Any:
+    """A private attribute of one of Lightning's objects.
+
+    Raises:
+        LightningMovedError: there is no such attribute, whatever its value.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        kind = owner if isinstance(owner, type) else type(owner)
+        raise LightningMovedError(kind.__name__, name) from None
+
+
+def imported(module: str, name: str) -> Any:
+    """A private function or class of one of Lightning's modules.
+
+    Raises:
+        LightningMovedError: the module or the name in it is gone.
+    """
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        raise LightningMovedError(module, name) from None
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    """Set a private attribute that is there: one that Lightning no longer reads would be set in vain."""
+    attribute(owner, name)
+    setattr(owner, name, value)
+
+
+# ---- a batch on its way to training_step
+
+BEFORE_TRANSFER = "_on_before_batch_transfer"
+"""The module's way to the user's ``on_before_batch_transfer``; an instance may hold another of that name."""
+
+TRANSFER = "_apply_batch_transfer_handler"
+"""The module's way to the user's ``transfer_batch_to_device`` and ``on_after_batch_transfer``."""
+
+
+def before_transfer(module: Any, batch: Any, dataloader_idx: int = 0) -> Any:
+    """Convert a batch to the Trainer's precision and give it to the user's ``on_before_batch_transfer``."""
+    return attribute(module, BEFORE_TRANSFER)(batch, dataloader_idx)
+
+
+def transfer(module: Any, batch: Any, device: torch.device | None, dataloader_idx: int = 0) -> Any:
+    """Move a batch to the device by the user's hooks, and give it to ``on_after_batch_transfer``."""
+    return attribute(module, TRANSFER)(batch, device=device, dataloader_idx=dataloader_idx)
+
+
+# ---- loaders
+
+
+def index_batch_sampler() -> type:
+    """The batch sampler that Lightning puts around the user's, to note indices."""
+    found: type = imported("lightning.pytorch.overrides.distributed", "_IndexBatchSamplerWrapper")
+    return found
+
+
+def sampler_within(sampler: Any) -> Any:
+    """The user's sampler inside the one that Lightning puts around it under DDP; any other as it is."""
+    within = getattr(sampler, "dataset", None)
+    wrapper = imported("lightning.fabric.utilities.distributed", "_DatasetSamplerWrapper")
+    return attribute(within, "_sampler") if isinstance(within, wrapper) else sampler
+
+
+def has_no_loader_yet(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer is still making its training loader, so that the one at hand is a further one."""
+    return attribute(trainer.fit_loop, "_combined_loader") is None
+
+
+# ---- modules and optimizers
+
+CURRENT_HOOK = "_current_fx_name"
+"""A module's note of the hook that it is in; while it is ``None``, ``self.log`` refuses."""
+
+KEPT_BY_LIGHTNING = frozenset(pl.LightningModule().__dict__) | {"log"}
+"""Entries of a LightningModule's ``__dict__`` that are Lightning's, or this package's for the time of a pass."""
+
+
+def current_hook(module: pl.LightningModule) -> str | None:
+    """The hook that the module is in."""
+    found: str | None = attribute(module, CURRENT_HOOK)
+    return found
+
+
+def wrapped_optimizers(strategy: Any) -> list[Any]:
+    """What ``self.optimizers()`` gives the user: Lightning's wrappers, in the order of ``configure_optimizers``."""
+    found: list[Any] = attribute(strategy, "_lightning_optimizers")
+    return found
+
+
+def average_of(callback: WeightAveraging) -> AveragedModel:
+    """What the callback averages the weights in, from its ``setup`` for a fit on."""
+    found: AveragedModel = attribute(callback, "_average_model")
+    return found
+
+
+# ---- a validation that leaves no trace
+
+
+def connector_of(trainer: pl.Trainer) -> Any:
+    """What holds the Trainer's metrics."""
+    return attribute(trainer, "_logger_connector")
+
+
+METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+"""Attributes of :func:`connector_of`, each a dict."""
+
+PROGRESS = ("batch_progress", "_seen_batches_per_dataloader", "restarting")
+"""Attributes of a validation loop that a validation moves on."""
+
+
+# ---- random generators
+
+
+def random_states(cuda: bool) -> dict[str, Any]:
+    """The state of all random generators."""
+    found: dict[str, Any] = imported("lightning.fabric.utilities.seed", "_collect_rng_states")(cuda)
+    return found
+
+
+def put_back_random_states(states: dict[str, Any]) -> None:
+    """Undo what was drawn since :func:`random_states`."""
+    imported("lightning.fabric.utilities.seed", "_set_rng_states")(dict(states))
+
+
+# ---- strategies and processes
+
+
+def refused_of_ddp(strategy: DDPStrategy) -> list[str]:
+    """The arguments of ``DDPStrategy`` that were given and could not be honoured."""
+    names = ("ddp_comm_hook", "ddp_comm_state", "model_averaging_period")
+    return [name for name in names if attribute(strategy, f"_{name}")]
+
+
+def set_device(strategy: SingleDeviceStrategy, device: torch.device) -> None:
+    """Train on this device."""
+    _replace(strategy, "_root_device", device)
+
+
+def share_over(strategy: ModelParallelStrategy, ranks: int) -> None:
+    """With ``data_parallel_size="auto"``, let all ranks share the parameters."""
+    if attribute(strategy, "_data_parallel_size") == "auto" and attribute(strategy, "_tensor_parallel_size") == 1:
+        _replace(strategy, "_data_parallel_size", ranks)
+
+
+def sync_module_states(module: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers."""
+    imported("lightning.pytorch.overrides.distributed", "_sync_module_states")(module)
+
+
+def starts_processes(launcher: object) -> bool:
+    """Whether this launcher starts the processes that train, by spawn or fork."""
+    where = "lightning.pytorch.strategies.launchers.multiprocessing"
+    return isinstance(launcher, imported(where, "_MultiProcessingLauncher"))
+
+
+# ---- folders
+
+
+def is_local(address: str) -> bool:
+    """Whether a folder is on this machine, not behind an address such as ``s3://``."""
+    return bool(imported("lightning.fabric.utilities.cloud_io", "_is_local_file_protocol")(address))
