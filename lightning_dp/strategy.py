@@ -1,14 +1,17 @@
 """The private twins of Lightning's single-device, DDP and model-parallel (FSDP2) strategies.
 
 Each has its stock class as its only base (so that a stock strategy can be turned into its twin by assigning
-``__class__``) and delegates to one :class:`~lightning_dp.private_step.PrivateStep`.
+``__class__``) and delegates to one :class:`~lightning_dp.private_step.PrivateStep`. What all of them do is written once, in
+``_EveryTwin``; :func:`private_twin` gives it to a class that says no more than what is different about its strategy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import CellType, FunctionType
+from typing import Any, Literal, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -39,99 +42,21 @@ from lightning_dp.ranks.sharding import check_gather, check_sharding, in_shards,
 from lightning_dp.ranks.world import Gather, world_of
 from lightning_dp.record.checkpoint import check_before_reading, read_checkpoint
 
+TwinT = TypeVar("TwinT", bound=type[Strategy])
 
-class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
-    """Lightning's single-device strategy with private training steps; ``strategy="private"``.
 
-    Validation, testing, prediction, checkpoints and precision are the stock strategy's. It needs the
-    :class:`~lightning_dp.DifferentialPrivacy` callback and refuses to fit without it.
+class _EveryTwin(SingleDeviceStrategy):
+    """What every private twin does. Never made: its methods are copied, and their ``super()`` is the twin's.
+
+    It is written upon one stock strategy, as good as any other, so that type checkers know what ``super()`` is.
     """
 
-    strategy_name = "private"
-    private_step: PrivateStep | None = None
-
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """The one device; Lightning's connector sets it when the strategy is asked for by name."""
-        return []
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device]) -> None:
-        if len(devices) != 1:
-            raise PreflightError(
-                f"strategy='private' with {len(devices)} devices: expected one. Use strategy='private_ddp' for several."
-            )
-        set_device(self, devices[0])
-
-    @override
-    def setup(self, trainer: pl.Trainer) -> None:
-        _require(self, trainer)
-        super().setup(trainer)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        return _process_dataloader(self, dataloader)
-
-    @override
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if isinstance(batch, LogicalBatch):
-            return _shown_to_hooks(self, batch)
-        return super().batch_to_device(batch, device, dataloader_idx)
-
-    @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        _step(self).on_train_batch_start(self)
-        super().on_train_batch_start(batch, batch_idx)
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        return _step(self).training_step(self, *args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        return _step(self).backward(self, closure_loss, **kwargs)
-
-    @override
-    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        return super().optimizer_step(optimizer, _step(self).step_closure(optimizer, closure), model, **kwargs)
-
-    @override
-    def teardown(self) -> None:
-        _forget(self)
-        super().teardown()
-
-
-class PrivateDDPStrategy(DDPStrategy):
-    """Lightning's DDP strategy with private training steps; ``strategy="private_ddp"``.
-
-    The module is not wrapped in ``DistributedDataParallel``: the ranks' sums of clipped gradients are added up once a
-    step, in one all-reduce, so ranks may hold different numbers of examples. It needs the
-    :class:`~lightning_dp.DifferentialPrivacy` callback and refuses to fit without it.
-    """
-
-    strategy_name = "private_ddp"
     private_step: PrivateStep | None = None
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        _require(self, trainer)
+        require(self, trainer)
         super().setup(trainer)
-
-    @override
-    def setup_distributed(self) -> None:
-        with naming_absent_nodes(self.num_nodes, self.num_processes):
-            super().setup_distributed()
-
-    @override
-    def configure_ddp(self) -> None:
-        """Start all ranks from rank 0's parameters and buffers, which is all that is needed of the DDP wrapper."""
-        assert self.model is not None
-        with naming_lost_ranks(world_of(self)):
-            sync_module_states(self.model)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -154,35 +79,133 @@ class PrivateDDPStrategy(DDPStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        return _process_dataloader(self, dataloader)
+        module = self.lightning_module
+        if module is None or not module.trainer.training:
+            return dataloader
+        return step_of(self).process_dataloader(self, with_batch_size(dataloader))
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, LogicalBatch):
-            return _shown_to_hooks(self, batch)
+            hooks = step_of(self).batch_hooks
+            return batch if hooks is None else hooks.shown(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        _step(self).on_train_batch_start(self)
+        step_of(self).on_train_batch_start(self)
         super().on_train_batch_start(batch, batch_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        return _step(self).training_step(self, *args, **kwargs)
+        return step_of(self).training_step(self, *args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        return _step(self).backward(self, closure_loss, **kwargs)
+        return step_of(self).backward(self, closure_loss, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        return super().optimizer_step(optimizer, _step(self).step_closure(optimizer, closure), model, **kwargs)
+        return super().optimizer_step(optimizer, step_of(self).step_closure(optimizer, closure), model, **kwargs)
 
     @override
     def teardown(self) -> None:
-        _forget(self)
+        if self.private_step is not None:
+            self.private_step.teardown(self)
+            self.private_step = None
         super().teardown()
+
+
+PrivateStrategy = _EveryTwin
+"""For type checkers: a strategy that has been made private."""
+
+TWINS: dict[type[Strategy], type[PrivateStrategy]] = {}
+"""Stock strategy → its private twin."""
+
+
+def private_twin(stock: type[Strategy]) -> Callable[[TwinT], TwinT]:
+    """Make a class, whose only base is ``stock``, the private twin of it.
+
+    The class gets every method of ``_EveryTwin`` that it does not define itself. A new twin is such a class, with
+    ``strategy_name``, what its ranks have to do beside that, and a test.
+    """
+
+    def fill(twin: TwinT) -> TwinT:
+        for name, member in vars(_EveryTwin).items():
+            if name not in vars(twin) and not name.startswith("__"):
+                setattr(twin, name, _rebound(member, twin))
+        TWINS[stock] = cast(type[PrivateStrategy], twin)
+        return twin
+
+    return fill
+
+
+def _rebound(member: Any, owner: type) -> Any:
+    """A member of a class body for the body of ``owner``, whose base ``super()`` then leads to."""
+    if isinstance(member, property):
+        return property(_rebound(member.fget, owner), _rebound(member.fset, owner), doc=member.__doc__)
+    if isinstance(member, classmethod):
+        return classmethod(_rebound(member.__func__, owner))
+    if not isinstance(member, FunctionType) or member.__closure__ is None:
+        return member
+    cells = tuple(
+        CellType(owner) if name == "__class__" else cell
+        for name, cell in zip(member.__code__.co_freevars, member.__closure__, strict=True)
+    )
+    copy = FunctionType(member.__code__, member.__globals__, member.__name__, member.__defaults__, cells)
+    copy.__dict__.update(member.__dict__)
+    copy.__kwdefaults__, copy.__annotations__ = member.__kwdefaults__, member.__annotations__
+    copy.__doc__ = member.__doc__
+    copy.__qualname__ = f"{owner.__qualname__}.{member.__name__}"
+    return copy
+
+
+@private_twin(SingleDeviceStrategy)
+class PrivateSingleDeviceStrategy(SingleDeviceStrategy):
+    """Lightning's single-device strategy with private training steps; ``strategy="private"``.
+
+    Validation, testing, prediction, checkpoints and precision are the stock strategy's. It needs the
+    :class:`~lightning_dp.DifferentialPrivacy` callback and refuses to fit without it.
+    """
+
+    strategy_name = "private"
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """The one device; Lightning's connector sets it when the strategy is asked for by name."""
+        return []
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) != 1:
+            raise PreflightError(
+                f"strategy='private' with {len(devices)} devices: expected one. Use strategy='private_ddp' for several."
+            )
+        set_device(self, devices[0])
+
+
+@private_twin(DDPStrategy)
+class PrivateDDPStrategy(DDPStrategy):
+    """Lightning's DDP strategy with private training steps; ``strategy="private_ddp"``.
+
+    The module is not wrapped in ``DistributedDataParallel``: the ranks' sums of clipped gradients are added up once a
+    step, in one all-reduce, so ranks may hold different numbers of examples. It needs the
+    :class:`~lightning_dp.DifferentialPrivacy` callback and refuses to fit without it.
+    """
+
+    strategy_name = "private_ddp"
+
+    @override
+    def setup_distributed(self) -> None:
+        with naming_absent_nodes(self.num_nodes, self.num_processes):
+            super().setup_distributed()
+
+    @override
+    def configure_ddp(self) -> None:
+        """Start all ranks from rank 0's parameters and buffers, which is all that is needed of the DDP wrapper."""
+        assert self.model is not None
+        with naming_lost_ranks(world_of(self)):
+            sync_module_states(self.model)
 
     @classmethod
     @override
@@ -201,6 +224,7 @@ class PrivateDDPStrategy(DDPStrategy):
             )
 
 
+@private_twin(ModelParallelStrategy)
 class PrivateModelParallelStrategy(ModelParallelStrategy):
     """Lightning's model-parallel strategy with private training steps; ``strategy="private_fsdp"``.
 
@@ -224,7 +248,6 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
     """
 
     strategy_name = "private_fsdp"
-    private_step: PrivateStep | None = None
     gather: Gather = "step"
 
     def __init__(
@@ -249,7 +272,7 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        _require(self, trainer)
+        require(self, trainer)
         reshard(module_of(self))  # as an evaluation before this fit may not have left it
         if trainer.state.fn == TrainerFn.FITTING:
             tensor_parallel = self.device_mesh["tensor_parallel"].size()
@@ -264,62 +287,14 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
         return read_checkpoint(super().load_checkpoint, path, weights_only, weights_apart=True)
 
     @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        with naming_lost_ranks(world_of(self)):
-            super().barrier(*args, **kwargs)
-
-    @override
-    def broadcast(self, *args: Any, **kwargs: Any) -> Any:
-        with naming_lost_ranks(world_of(self)):
-            return super().broadcast(*args, **kwargs)
-
-    @override
-    def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        with naming_lost_ranks(world_of(self)):
-            return super().reduce(*args, **kwargs)
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        return _process_dataloader(self, dataloader)
-
-    @override
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if isinstance(batch, LogicalBatch):
-            return _shown_to_hooks(self, batch)
-        return super().batch_to_device(batch, device, dataloader_idx)
-
-    @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        _step(self).on_train_batch_start(self)
-        super().on_train_batch_start(batch, batch_idx)
-
-    @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         with in_shards(module_of(self)) if self.gather == "layer" else whole(module_of(self), world_of(self)):
-            return _step(self).training_step(self, *args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        return _step(self).backward(self, closure_loss)
-
-    @override
-    def teardown(self) -> None:
-        _forget(self)
-        super().teardown()
+            return step_of(self).training_step(self, *args, **kwargs)
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         strategy_registry.register(cls.strategy_name, cls, description="Private FSDP2, by fully_shard")
-
-
-PrivateStrategy = PrivateSingleDeviceStrategy | PrivateDDPStrategy | PrivateModelParallelStrategy
-
-TWINS: dict[type[Strategy], type[PrivateStrategy]] = {
-    SingleDeviceStrategy: PrivateSingleDeviceStrategy,
-    DDPStrategy: PrivateDDPStrategy,
-    ModelParallelStrategy: PrivateModelParallelStrategy,
-}
 
 
 def make_private(strategy: Strategy) -> PrivateStrategy:
@@ -341,37 +316,29 @@ def register_strategies() -> None:
             twin.register_strategies(StrategyRegistry)
 
 
-def _step(strategy: PrivateStrategy) -> PrivateStep:
-    if strategy.private_step is None:
+def step_of(strategy: Strategy) -> PrivateStep:
+    """The private step of a twin.
+
+    Raises:
+        PreflightError: there is none, because the callback is missing.
+    """
+    private = cast(PrivateStrategy, strategy)
+    if private.private_step is None:
         raise PreflightError(
-            f"strategy={strategy.strategy_name!r} without DifferentialPrivacy: expected the callback, which holds the "
+            f"strategy={private.strategy_name!r} without DifferentialPrivacy: expected the callback, which holds the "
             "plan. Add lightning_dp.DifferentialPrivacy(...) to Trainer(callbacks=[...]), or use a stock strategy."
         )
-    return strategy.private_step
+    return private.private_step
 
 
-def _shown_to_hooks(strategy: PrivateStrategy, sample: LogicalBatch) -> Any:
-    """What hooks and callbacks get for the batch of a step."""
-    hooks = _step(strategy).batch_hooks
-    return sample if hooks is None else hooks.shown(sample)
+def require(strategy: Strategy, trainer: pl.Trainer) -> None:
+    """Refuse a fit without the callback.
 
-
-def _forget(strategy: PrivateStrategy) -> None:
-    if strategy.private_step is not None:
-        strategy.private_step.teardown(strategy)
-        strategy.private_step = None
-
-
-def _require(strategy: PrivateStrategy, trainer: pl.Trainer) -> None:
+    Raises:
+        PreflightError: it is missing.
+    """
     if trainer.state.fn == TrainerFn.FITTING:
-        _step(strategy)
-
-
-def _process_dataloader(strategy: PrivateStrategy, dataloader: object) -> object:
-    module = strategy.lightning_module
-    if module is None or not module.trainer.training:
-        return dataloader
-    return _step(strategy).process_dataloader(strategy, with_batch_size(dataloader))
+        step_of(strategy)
 
 
 register_strategies()
