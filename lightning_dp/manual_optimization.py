@@ -186,7 +186,7 @@ class ManualOptimization:
                 self._private_steps.append(wanted)
                 first = first or (self._selections[key], loss_function)
         assert first is not None, "rehearsal saw a private step"
-        loop = next((one for one in self._selections.values() if one.engine.name == "loop"), None)
+        loop = next((one for one in self._selections.values() if one.engine.is_reference), None)
         if loop is not None:  # one engine for all: each draws random numbers in a way of its own
             self._selections = dict.fromkeys(self._selections, loop)
             first = loop, first[1]

@@ -22,7 +22,7 @@ from lightning_dp.batches.views import Views
 from lightning_dp.engines.accumulate import Accumulated, accumulate
 from lightning_dp.engines.fall_back import FallBack
 from lightning_dp.engines.protocol import LossFunction
-from lightning_dp.engines.rounded import OnGrid
+from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.layers.batch_norm import check_batch_norms_rest
@@ -296,7 +296,6 @@ class PrivateStep:
                 micro_batches,
                 ledger.plan.clipping_rule,
                 pad_to=self.physical_batch_size if self._static_shapes else None,
-                dtype=torch.int64 if ledger.plan.resolution else None,
                 apart=() if self._layers is None else self._layers.names,
             )
             if self._layers is not None:
@@ -375,7 +374,9 @@ class PrivateStep:
         name = self._engine_name if resolution is None else "loop"
         most = TRIAL_EXAMPLES if self._physical_batch_size == "auto" else self._loader.physical_batch_size
         selection = try_engines(strategy, self._loader, name, loss_function, self._with_views, parameters, most)
-        return selection if resolution is None else replace(selection, engine=OnGrid(selection.engine, resolution))
+        return (
+            selection if resolution is None else replace(selection, engine=RoundedEngine(selection.engine, resolution))
+        )
 
     def teardown(self, strategy: Strategy) -> None:
         """Forget the key and leave the module as it was found."""

@@ -53,7 +53,6 @@ def accumulate(
     clipping: Clipping | float,
     *,
     pad_to: int | None = None,
-    dtype: torch.dtype | None = None,
     apart: Collection[str] = (),
 ) -> Accumulated:
     """Sum of the clipped per-example gradients of a step's micro-batches. No noise yet, nothing may be released.
@@ -66,12 +65,11 @@ def accumulate(
         clipping: the plan's; a number C for flat clipping to that norm.
         pad_to: give every micro-batch this many rows, at least as many as any has, by copies that count in nothing. The
             result is the same; shapes no longer vary with the draw.
-        dtype: of the sums; ``None`` for the accumulation type of each parameter, int64 for integers on a grid.
         apart: parameters whose sums the engine hands to somebody else.
     """
     total = Accumulated(
         {
-            name: torch.zeros_like(p, dtype=dtype or accumulation_dtype(p.dtype))
+            name: torch.zeros_like(p, dtype=engine.sum_dtype or accumulation_dtype(p.dtype))
             for name, p in parameters.items()
             if name not in apart
         }
@@ -99,6 +97,5 @@ def private_gradient(
     step: int,
 ) -> dict[str, Tensor]:
     """One DP-SGD step's gradient on a single rank, from micro-batches to what the optimizer gets."""
-    dtype = None if plan.resolution is None else torch.int64
-    total = accumulate(engine, loss_function, parameters, micro_batches, plan.clipping_rule, dtype=dtype)
+    total = accumulate(engine, loss_function, parameters, micro_batches, plan.clipping_rule)
     return release(total.gradient, plan, key, step)

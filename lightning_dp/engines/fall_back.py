@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from lightning_dp.batches.microbatch import BatchAxisError
 from lightning_dp.engines.explain import ALONE, OUT_OF_MEMORY, explain
-from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.engines.protocol import ClippedSum, LossFunction
+from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.select import EngineError, Selection
 from lightning_dp.plan.clipping import Clipping
 
@@ -24,7 +23,7 @@ PATIENCE = 3
 """An engine that has failed so often in a row is not tried again."""
 
 
-class FallBack:
+class FallBack(Engine):
     """The engines of a :class:`Selection`, as one.
 
     A training step may come to what an engine cannot run only after training has begun: a coin, a warm-up, a transform that
@@ -47,7 +46,7 @@ class FallBack:
     ) -> None:
         self._selection, self._module, self._undone = selection, module, undone
         self._passed_on: tuple[type[BaseException], ...] = (*passed_on, BatchAxisError, *OUT_OF_MEMORY)
-        self.name = selection.engine.name
+        self.name, self.sum_dtype = selection.engine.name, selection.engine.sum_dtype
 
     def clipped_sum(
         self,
@@ -67,7 +66,7 @@ class FallBack:
         """
         selection, put_back = self._selection, _draws()
         engines = [selection.engine, *selection.slower]
-        if isinstance(selection.engine, GhostEngine) and selection.engine.keeper is not None:
+        if selection.engine.keeper is not None:
             del engines[1:]  # the others need all parameters, and the ranks go layer by layer together
         for place, engine in enumerate(engines):
             if selection.failures.get(engine.name, 0) >= PATIENCE and place + 1 < len(engines):
@@ -77,10 +76,10 @@ class FallBack:
             except self._passed_on:
                 raise
             except Exception as error:
-                if engine.name == "loop":
+                if engine.is_reference:
                     error.add_note(ALONE)
                     raise
-                if isinstance(engine, GhostEngine) and engine.keeper is not None:
+                if engine.keeper is not None:
                     raise
                 reason = explain(error, self._module)
                 if place + 1 == len(engines):

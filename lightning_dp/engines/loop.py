@@ -12,12 +12,12 @@ from torch.utils import _pytree as pytree
 from lightning_dp.batches.microbatch import batch_of_one, check_batch_axis
 from lightning_dp.engines.backward import plain_gradient
 from lightning_dp.engines.groups import check_one_structure
-from lightning_dp.engines.protocol import ClippedSum, LossFunction
+from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.mechanism.clip import accumulation_dtype, clip_and_sum
 from lightning_dp.plan.clipping import Clipping
 
 
-class LoopEngine:
+class LoopEngine(Engine):
     """A batch-of-one backward pass per example: the oracle of the tests and the fallback for what vmap refuses.
 
     It is the backward pass of training without privacy, on the module's own parameters, see :func:`plain_gradient`.
@@ -26,6 +26,8 @@ class LoopEngine:
     """
 
     name = "loop"
+    is_reference = True
+    grows_with_rows = False
 
     def clipped_sum(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.engines.ghost.verification import TOLERANCE_FLOAT32, DisagreementError, inert
+from lightning_dp.engines.agreement import TOLERANCE_FLOAT32, DisagreementError, inert
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.uncompiled import uncompiled

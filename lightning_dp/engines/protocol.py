@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.engines.decisions import PartingError
+from lightning_dp.engines.keeper import Keeper
 from lightning_dp.plan.clipping import Clipping
 
 LossFunction = Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Any]]
@@ -33,9 +36,47 @@ class ClippedSum:
 
 
 class Engine(Protocol):
-    """A way to compute clipped sums. Engines differ in speed and memory, never in the result."""
+    """A way to compute clipped sums. Engines differ in speed and memory, never in the result.
+
+    Whoever needs to know what an engine can do reads these attributes. An engine inherits the class and sets those that are
+    not as usual.
+
+    Attributes:
+        name: as the user gives it.
+        is_reference: whether it is the backward pass of training without privacy. There is nothing to compare it with, what
+            it cannot run is an error of the training step's own, and what is compiled runs compiled.
+        needs_agreement: whether it has rules of its own for gradients, which are compared with plain backward passes before
+            training, see :mod:`lightning_dp.engines.agreement`.
+        grows_with_rows: whether more examples at once need more memory.
+        brings_layers: whether it can do with parameters that a keeper brings layer by layer.
+        keeper: keeps some parameters, brings each when its layer runs, and takes its sums instead of :class:`ClippedSum`;
+            ``None`` if the module's parameters are whole.
+        randomness: ``"different"``, or ``"same"`` for every example of a micro-batch.
+        sum_dtype: the type of the sums; ``None`` for the accumulation type of each parameter.
+    """
 
     name: str
+    is_reference: bool = False
+    needs_agreement: ClassVar[bool] = False
+    grows_with_rows: bool = True
+    brings_layers: ClassVar[bool] = False
+    keeper: Keeper | None = None
+    randomness: str = "different"
+    sum_dtype: torch.dtype | None = None
+
+    @property
+    def partings(self) -> list[PartingError]:
+        """Where the examples of the last micro-batch answered differently, see :mod:`lightning_dp.engines.decisions`."""
+        return []
+
+    @property
+    def handled(self) -> dict[str, str]:
+        """Trainable parameter → how its gradient was found in the last pass, where there are several ways."""
+        return {}
+
+    def bringable(self) -> set[str]:
+        """Names of the parameters that need not be there while other layers than theirs run."""
+        return set()
 
     def clipped_sum(
         self,

@@ -16,7 +16,7 @@ from lightning_dp.mechanism.grid import RESOLUTION, to_grid
 from lightning_dp.plan.clipping import Clipping, as_clipping
 
 
-class OnGrid:
+class RoundedEngine(Engine):
     """An engine's clipped gradients as integers: one example at a time, each rounded before anything is added.
 
     An example is worked on alone, in a batch of one, so its integers do not depend on which other examples were drawn:
@@ -27,9 +27,12 @@ class OnGrid:
         resolution: Δ, the clip norm in units of the grid.
     """
 
+    grows_with_rows = False
+    sum_dtype = torch.int64
+
     def __init__(self, engine: Engine, resolution: int = RESOLUTION) -> None:
         self.engine, self.resolution = engine, resolution
-        self.name = engine.name
+        self.name, self.is_reference = engine.name, engine.is_reference
 
     def clipped_sum(
         self,
@@ -43,7 +46,7 @@ class OnGrid:
     ) -> ClippedSum:
         """See :class:`lightning_dp.engines.protocol.Engine`; the gradient is int64, in units of C/Δ."""
         check_batch_axis(batch, examples)
-        total = {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
+        total = {name: torch.zeros_like(p, dtype=self.sum_dtype) for name, p in parameters.items()}
         sensitivity, parts = as_clipping(clipping).sensitivity, []
         for index in range(examples if counted is None else counted):
             one = self.engine.clipped_sum(loss_function, parameters, batch_of_one(batch, index), 1, clipping)

@@ -10,7 +10,6 @@ from typing import Literal, get_args
 from torch import nn
 
 from lightning_dp.batches.microbatch import BatchAxisError
-from lightning_dp.engines.decisions import PartingError
 from lightning_dp.engines.explain import OUT_OF_MEMORY, explain
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
@@ -20,9 +19,12 @@ from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.validate import shown
 
 EngineName = Literal["auto", "ghost", "vmap", "loop"]
-ENGINES: dict[str, Callable[[], Engine]] = {"vmap": VmapEngine, "loop": LoopEngine}
-AUTO = ("ghost", "vmap", "loop")
-"""The order in which ``"auto"`` tries engines: fastest first."""
+ENGINES: dict[str, Callable[[nn.Module], Engine]] = {
+    "ghost": GhostEngine,
+    "vmap": lambda module: VmapEngine(),
+    "loop": lambda module: LoopEngine(),
+}
+"""Name → makes the engine for the module whose layers the loss calls. ``"auto"`` tries them in this order: fastest first."""
 
 
 class EngineError(RuntimeError):
@@ -56,17 +58,16 @@ class Selection:
             lines[0] += f": {self.reason}"
         lines += [
             f"  training_step {parting.what} ({parting.line}): examples that agree run together."
-            for parting in _partings(self.engine)[:1]
+            for parting in self.engine.partings[:1]
         ]
-        if isinstance(self.engine, GhostEngine):
-            counts = Counter(self.engine.handled.values())
-            lines += [f"  {count:4d} parameters: {how}" for how, count in counts.most_common()]
+        counts = Counter(self.engine.handled.values())
+        lines += [f"  {count:4d} parameters: {how}" for how, count in counts.most_common()]
         if self.uncompiled:
             lines.append(
                 f"  torch.compile of {', '.join(self.uncompiled[:5])} is not used in training steps: it cannot see through "
                 "the engine's torch.func transforms (engine='loop' would use it)."
             )
-        if self.engine.name == "loop":
+        if self.engine.is_reference:
             lines.append("  It takes one backward pass per example and is slow.")
         return "\n".join(lines)
 
@@ -77,14 +78,14 @@ def check_engine_name(engine: str) -> None:
         raise ValueError(f"engine={shown(engine)}: expected one of {', '.join(get_args(EngineName))}.")
 
 
-def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.Module | None = None) -> Selection:
+def select_engine(name: EngineName, check: Callable[[Engine], None], module: nn.Module) -> Selection:
     """The engine to train with.
 
     Args:
         name: ``"auto"`` tries ``ghost``, ``vmap`` and ``loop``, and takes the first that works; any other name is taken
             or refused.
-        trial: runs an engine on a small batch and raises if it cannot, or if its gradients are wrong.
-        module: the module whose layers the loss calls; without one ``ghost`` is left out.
+        check: runs an engine on a small batch and raises if it cannot, or if its gradients are wrong.
+        module: the module whose layers the loss calls.
 
     Raises:
         EngineError: the engine asked for cannot trace the training_step.
@@ -94,11 +95,11 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
     if name != "auto":
         engine = make_engine(name, module)
         try:
-            trial(engine)
+            check(engine)
         except (BatchAxisError, *OUT_OF_MEMORY):
             raise
         except Exception as error:
-            if name == "loop":
+            if engine.is_reference:
                 raise
             raise EngineError(
                 f"engine={name!r} cannot run this training_step: {explain(error, module)}. "
@@ -106,39 +107,37 @@ def select_engine(name: EngineName, trial: Callable[[Engine], None], module: nn.
             ) from error
         return Selection(engine, uncompiled=_uncompiled(engine, module))
     reasons: dict[str, list[str]] = {}
-    for candidate in AUTO if module is not None else AUTO[1:]:
+    for candidate in ENGINES:
         engine = make_engine(candidate, module)
         try:
-            trial(engine)
+            check(engine)
         except (BatchAxisError, *OUT_OF_MEMORY):
             raise
         except Exception as refusal:
-            if candidate == "loop":
+            if engine.is_reference:
                 raise  # an error here is the training_step's own
             reasons.setdefault(f"cannot run this training_step: {explain(refusal, module)}", []).append(candidate)
         else:
-            alone = [parting for parting in _partings(engine) if parting.single]
+            alone = [parting for parting in engine.partings if parting.single]
             if not alone:
                 break
             reason = f"would run one by one: training_step {alone[0].what} ({alone[0].line})"
             reasons.setdefault(reason, []).append(candidate)
     texts = [f"{' and '.join(candidates)} {reason}" for reason, candidates in reasons.items()]
-    slower = () if isinstance(engine, LoopEngine) else (make_engine("loop", module),)
+    slower = () if engine.is_reference else (LoopEngine(),)
     return Selection(engine, "; ".join(texts) or None, _uncompiled(engine, module), slower)
 
 
-def _partings(engine: Engine) -> list[PartingError]:
-    return engine.groups.partings if isinstance(engine, (GhostEngine, VmapEngine)) else []
+def _uncompiled(engine: Engine, module: nn.Module) -> tuple[str, ...]:
+    return () if engine.is_reference else tuple(compiled_parts(module))
 
 
-def _uncompiled(engine: Engine, module: nn.Module | None) -> tuple[str, ...]:
-    return () if module is None or engine.name == "loop" else tuple(compiled_parts(module))
+def make_engine(name: str, module: nn.Module) -> Engine:
+    """A new engine of that name, for a loss that calls the layers of ``module``."""
+    return ENGINES[name](module)
 
 
-def make_engine(name: str, module: nn.Module | None) -> Engine:
-    """A new engine of that name; ``module`` is the one whose layers the loss calls, which ``ghost`` needs to know."""
-    if name != "ghost":
-        return ENGINES[name]()
-    if module is None:
-        raise EngineError("engine='ghost' without a module: expected the module whose layers the loss calls.")
-    return GhostEngine(module)
+def engine_that_brings_layers(name: str, module: nn.Module) -> Engine | None:
+    """A new engine of that name that can do with parameters brought layer by layer, if it can; any for ``"auto"``."""
+    made = (ENGINES[one](module) for one in (ENGINES if name == "auto" else (name,)))
+    return next((engine for engine in made if engine.brings_layers), None)

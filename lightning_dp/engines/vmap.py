@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from lightning_dp.engines.decisions import answered_for_all
+from lightning_dp.engines.decisions import PartingError, answered_for_all
 from lightning_dp.engines.examples import mappable
 from lightning_dp.engines.groups import Groups
 from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.engines.protocol import ClippedSum, LossFunction, first_rows, scalar_loss
+from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction, first_rows, scalar_loss
 from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.mechanism.clip import clip_and_sum
 from lightning_dp.plan.clipping import Clipping
 
 
-class VmapEngine:
+class VmapEngine(Engine):
     """``vmap(grad(loss))`` over the examples of a micro-batch; the reference engine.
 
     Memory: one gradient of every parameter per example of the micro-batch. The loss function sees batches of one
@@ -31,6 +31,11 @@ class VmapEngine:
 
     def __init__(self) -> None:
         self.groups = Groups()
+
+    @property
+    def partings(self) -> list[PartingError]:
+        """See :class:`lightning_dp.engines.protocol.Engine`."""
+        return self.groups.partings
 
     def clipped_sum(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.engines.ghost.verification import inert
+from lightning_dp.engines.agreement import inert
 from lightning_dp.errors import PreflightError
 from lightning_dp.layers.batch_norm import mixes_examples
 from lightning_dp.layers.standardised_weights import is_standardised, standardise_weight_of

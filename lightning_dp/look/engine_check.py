@@ -16,9 +16,7 @@ from lightning_dp.batches.axis import BatchAxis, has_lists, to_front
 from lightning_dp.batches.containers import open_containers
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
 from lightning_dp.batches.units import of_two
-from lightning_dp.engines.ghost import GhostEngine
-from lightning_dp.engines.ghost.verification import TOLERANCE_FLOAT32, check_agreement
-from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.agreement import TOLERANCE_FLOAT32, check_agreement
 from lightning_dp.engines.plain import check_nothing_is_lost
 from lightning_dp.engines.protocol import Engine, LossFunction
 from lightning_dp.engines.select import EngineName, Selection, select_engine
@@ -79,11 +77,11 @@ def try_engines(
         one, clipping = batch_of_one(on_device, 0), loader.plan.clipping_rule
 
         def trial(engine: Engine) -> None:
-            if not isinstance(engine, LoopEngine):
+            if not engine.is_reference:
                 check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(strategy))
             engine.clipped_sum(loss_function, given, on_device, examples, clipping)
-            if isinstance(engine, GhostEngine):
-                check_agreement(engine, loss_function, given, on_device, examples)
+            if engine.needs_agreement:
+                check_agreement(engine, loss_function, given, on_device, examples, module)
 
         selection = select_engine(engine_name, trial, module)
         check_nothing_written(module, before)

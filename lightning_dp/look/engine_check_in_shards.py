@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_dp.batches.microbatch import batch_of_one
+from lightning_dp.engines.agreement import DisagreementError, inert
 from lightning_dp.engines.explain import explain
-from lightning_dp.engines.ghost import GhostEngine
-from lightning_dp.engines.ghost.coverage import used_by_rules_alone
-from lightning_dp.engines.ghost.verification import inert
 from lightning_dp.engines.protocol import LossFunction, scalar_loss
-from lightning_dp.engines.select import Selection
+from lightning_dp.engines.select import Selection, engine_that_brings_layers
 from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.look.engine_check import WithViews, tolerance, trial_batch
@@ -30,10 +28,6 @@ from lightning_dp.ranks.sharding import in_shards, reshard
 from lightning_dp.ranks.world import world_of
 from lightning_dp.step.contents import written
 from lightning_dp.step.undone import undone
-
-
-class DisagreementError(RuntimeError):
-    """Layer by layer the gradients are other ones than FSDP2's."""
 
 
 def select_in_shards(
@@ -62,12 +56,13 @@ def select_in_shards(
     module, world = module_of(strategy), world_of(strategy)
     if world.gather == "step":
         return None
-    if not all(gathered(world, engine_name in ("auto", "ghost") and loader.plan.resolution is None)):
+    engine = engine_that_brings_layers(engine_name, module)
+    able = gathered(world, engine is not None and loader.plan.resolution is None)
+    if engine is None or not all(able):
         return None
     reshard(module)  # an evaluation leaves some parts whole
     own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
-    engine = GhostEngine(module)
-    kept = engine.keeper = Layerwise(world, own, used_by_rules_alone(module, {}) & own.keys())
+    kept = engine.keeper = Layerwise(world, own, engine.bringable() & own.keys())
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision(), inert(module):
         most = min(gathered(world, loader.physical_batch_size))  # the ranks run the same examples
         batch, examples = trial_batch(strategy, loader, with_views, most)
@@ -83,7 +78,7 @@ def select_in_shards(
             for name, total in found.gradient.items():
                 chunk = -(-len(total) // world.size)
                 rows[name] = total[world.rank * chunk : (world.rank + 1) * chunk]
-            _compare(
+            _check_same_as_fsdp(
                 {"norms": norms, **expected}, {"norms": found.norms, **rows}, tolerance(strategy) * float(norms.max())
             )
         except Exception as error:  # the trial with whole parameters knows more ways, and has the better message
@@ -128,7 +123,7 @@ def _by_fsdp(
     return sums, total.sqrt()
 
 
-def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], allowed: float) -> None:
+def _check_same_as_fsdp(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], allowed: float) -> None:
     """Raise unless both are the same; what is missing in ``expected`` has to be zero."""
     off = {name: tensor - expected[name] if name in expected else tensor for name, tensor in found.items()}
     most = {name: float(tensor.abs().max()) if tensor.numel() else 0.0 for name, tensor in off.items()}

@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_dp.engines.explain import explain
-from lightning_dp.engines.ghost import GhostEngine
-from lightning_dp.engines.ghost.coverage import used_by_rules_alone
-from lightning_dp.engines.protocol import ClippedSum, LossFunction
+from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.loader import PoissonLoader
@@ -70,7 +68,7 @@ def start_layerwise(
         if before is None:
             with whole(module, world):
                 expected = summed(trainable(module), {})
-                names = used_by_rules_alone(module, engine.handled)
+                names = engine.bringable()
         own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
         kept = Layerwise(world, own, names & own.keys())
         engine.keeper = kept
@@ -84,7 +82,7 @@ def start_layerwise(
             ) from error
         kept.check_order()
         if expected is not None:
-            on_every_rank(world, lambda: _compare(strategy, expected, found, kept.taken()), PreflightError)
+            on_every_rank(world, lambda: _check_same_as_whole(strategy, expected, found, kept.taken()), PreflightError)
     part = sum(own[name].numel() for name in kept.names) / sum(p.numel() for p in own.values())
     rank_zero_info(
         f"lightning_dp: {len(kept.names)} parameters, {part:.1%} of all numbers, are brought layer by layer."
@@ -92,9 +90,9 @@ def start_layerwise(
     return kept
 
 
-def _usable(strategy: Strategy, loader: PoissonLoader, selection: Selection) -> GhostEngine:
+def _usable(strategy: Strategy, loader: PoissonLoader, selection: Selection) -> Engine:
     """The engine, if it and the module can do it at all."""
-    if not isinstance(selection.engine, GhostEngine):
+    if not selection.engine.brings_layers:
         secure = "secure=True" if loader.plan.resolution is not None else selection.describe()
         raise PreflightError(
             f"gather='layer' with engine={selection.engine.name!r} ({secure}): expected 'ghost', which needs a parameter only "
@@ -108,7 +106,9 @@ def _usable(strategy: Strategy, loader: PoissonLoader, selection: Selection) -> 
     return selection.engine
 
 
-def _compare(strategy: Strategy, expected: ClippedSum, found: ClippedSum, shards: Mapping[str, Tensor]) -> None:
+def _check_same_as_whole(
+    strategy: Strategy, expected: ClippedSum, found: ClippedSum, shards: Mapping[str, Tensor]
+) -> None:
     """Raise unless this rank's rows are those of the gradient with whole parameters, on as many copies as there are ranks."""
     world = world_of(strategy)
     ranks, rank = world.size, world.rank

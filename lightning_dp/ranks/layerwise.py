@@ -34,7 +34,7 @@ class LayerOrderError(RuntimeError):
 
 
 class Layerwise:
-    """A :class:`~lightning_dp.engines.ghost.keeper.Keeper` of parameters that FSDP2 keeps in shards.
+    """A :class:`~lightning_dp.engines.keeper.Keeper` of parameters that FSDP2 keeps in shards.
 
     Args:
         world: whose ranks.
@@ -104,7 +104,7 @@ class Layerwise:
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        """See :class:`~lightning_dp.engines.ghost.keeper.Keeper`. A pass that ends half-way lets the others' go on."""
+        """See :class:`~lightning_dp.engines.keeper.Keeper`. A pass that ends half-way lets the others' go on."""
         self._at, self._written = 0, []
         if self.order is not None:
             self._anybody(working=True)
@@ -121,12 +121,12 @@ class Layerwise:
             self.order = self._written
 
     def bring(self, name: str) -> Tensor:
-        """See :class:`~lightning_dp.engines.ghost.keeper.Keeper`."""
+        """See :class:`~lightning_dp.engines.keeper.Keeper`."""
         self._go_to(BRING, name)
         return self._whole(name)
 
     def add(self, name: str, total: Tensor | None) -> None:
-        """See :class:`~lightning_dp.engines.ghost.keeper.Keeper`."""
+        """See :class:`~lightning_dp.engines.keeper.Keeper`."""
         self._go_to(ADD, name)
         self._add(name, total)
 

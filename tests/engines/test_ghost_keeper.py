@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_dp.engines.ghost import GhostEngine
+from lightning_dp.engines.ghost.bringing import brought_again
 from lightning_dp.engines.ghost.coverage import used_by_rules_alone
-from lightning_dp.engines.ghost.keeper import brought_again
 
 EXAMPLES = 5
 

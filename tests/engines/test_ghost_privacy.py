@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from lightning_dp import DifferentialPrivacy, EngineError
 from lightning_dp.batches.microbatch import BatchAxisError
+from lightning_dp.engines.agreement import DisagreementError, check_agreement
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost.contribution import Written, gram, gram_norms
 from lightning_dp.engines.ghost.rules.layer_norm import LayerNorm
 from lightning_dp.engines.ghost.rules.linear import Linear
-from lightning_dp.engines.ghost.verification import DisagreementError, check_agreement
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine
 from lightning_dp.engines.select import select_engine
@@ -220,7 +220,7 @@ class TestAgreement:
             return F.cross_entropy(functional_call(module, dict(parameters), (pair[0],)), pair[1]), []
 
         return check_agreement(
-            GhostEngine(module), loss_function, dict(module.named_parameters()), batch, len(batch[0])
+            GhostEngine(module), loss_function, dict(module.named_parameters()), batch, len(batch[0]), module
         )
 
     def test_is_made_in_float64_and_leaves_the_module_alone(self) -> None:
@@ -274,9 +274,7 @@ class TestSelection:
         with pytest.raises(EngineError, match="differ from those"):
             trainer(DifferentialPrivacy(noise_multiplier=1.0, engine="ghost"), max_steps=1).fit(regressor(), loader())
 
-    def test_by_name_it_needs_a_module(self) -> None:
-        with pytest.raises(EngineError, match="without a module: expected"):
-            select_engine("ghost", lambda engine: None)
+    def test_by_name_it_is_taken(self) -> None:
         assert select_engine("ghost", lambda engine: None, nn.Linear(1, 1)).engine.name == "ghost"
 
 

@@ -164,7 +164,7 @@ def the_sum_is_rounded_and_not_the_examples() -> Iterator[None]:
         whole.gradient = {name: (g.double() * unit).round().to(torch.int64) for name, g in whole.gradient.items()}
         return whole
 
-    with patched((on_grid_module.OnGrid, "clipped_sum", clipped_sum)):
+    with patched((on_grid_module.RoundedEngine, "clipped_sum", clipped_sum)):
         yield
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_dp.engines.accumulate import accumulate, private_gradient
 from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.engines.rounded import OnGrid
+from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.mechanism import grid
 from lightning_dp.mechanism.discrete_gaussian import discrete_gaussian
 from lightning_dp.mechanism.grid import (
@@ -93,7 +93,7 @@ def of_case(name: str, examples: int) -> Any:
 def test_the_sum_is_that_of_plain_backward_passes_whatever_the_micro_batches() -> None:
     of = of_case("reused layer", 6)
     expected, norms, losses = oracle.clipped_sum(of, 0.1)
-    found = OnGrid(LoopEngine()).clipped_sum(of.loss_function(), of.parameters(), of.batch, 6, 0.1)
+    found = RoundedEngine(LoopEngine()).clipped_sum(of.loss_function(), of.parameters(), of.batch, 6, 0.1)
     assert found.norms.tolist() == pytest.approx([float(norm) for norm in norms])
     for name, gradient in expected.items():
         torch.testing.assert_close(
@@ -106,7 +106,7 @@ def integers(*micro_batches: list[int]) -> dict[str, Tensor]:
     """The summed integers of the examples named, in micro-batches."""
     of = of_case("reused layer", 6)
     rows = [(_rows(of.batch, wanted), len(wanted)) for wanted in micro_batches]
-    return accumulate(OnGrid(LoopEngine()), of.loss_function(), of.parameters(), rows, 0.1, dtype=torch.int64).gradient
+    return accumulate(RoundedEngine(LoopEngine()), of.loss_function(), of.parameters(), rows, 0.1).gradient
 
 
 def _rows(batch: Any, wanted: list[int]) -> Any:
@@ -183,7 +183,7 @@ def test_what_is_released_is_sum_plus_noise_in_the_units_of_a_gradient() -> None
     flat = torch.cat([released["w"].flatten(), released["b"].flatten()]) / unit
     assert (flat.numpy() - noise).tolist() == pytest.approx([RESOLUTION, 0, -7, 3, 5], abs=1e-3)
     again = private_gradient(  # the whole step on a page takes the same way
-        OnGrid(LoopEngine()), *_nothing(), [], plan(resolution=RESOLUTION, coordinates=5), KEY, 2
+        RoundedEngine(LoopEngine()), *_nothing(), [], plan(resolution=RESOLUTION, coordinates=5), KEY, 2
     )
     assert torch.equal(again["w"] / unit, torch.from_numpy(noise).double() * unit / unit)
 

@@ -9,8 +9,7 @@
 ``reparametrised`` layers that compute their weight from other parameters
 ``call``         one call of a layer: its physical input and the gradient of its output
 ``contribution`` what one call adds to each example's gradient of one parameter
-``keeper``       parameters that somebody else keeps, brought for a call; ``coverage``: which can be
-``verification`` the proof on a few examples before training
+``bringing``     parameters that somebody else keeps, brought for a call; ``coverage``: which can be
 
 Whatever has no rule gets a copy of its parameters for each example, as under ``vmap``, so nothing is ever left out.
 """

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lightning_dp.engines.ghost.below import below_vmap, examples_first
+from lightning_dp.engines.ghost.bringing import brought_again
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.contribution import Contribution, Written
-from lightning_dp.engines.ghost.keeper import brought_again
 
 
 @dataclass(frozen=True)

@@ -15,27 +15,27 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.microbatch import batch_of_one
-from lightning_dp.engines.decisions import answered_for_all
+from lightning_dp.engines.decisions import PartingError, answered_for_all
 from lightning_dp.engines.examples import mappable
 from lightning_dp.engines.ghost.attention import folded_attention
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Pass
 from lightning_dp.engines.ghost.contribution import Contribution, Written, merged
-from lightning_dp.engines.ghost.keeper import Keeper
+from lightning_dp.engines.ghost.coverage import used_by_rules_alone
 from lightning_dp.engines.ghost.layers import book_keeping_forward, operands_of, replaced, trainable_of
 from lightning_dp.engines.ghost.registry import Forward, composite_rule_of, rule_of
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
 from lightning_dp.engines.ghost.standardisation import Recognised
 from lightning_dp.engines.groups import Groups, joined
 from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.engines.protocol import ClippedSum, LossFunction, first_rows, scalar_loss
+from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction, first_rows, scalar_loss
 from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.mechanism.clip import Factors, accumulation_dtype
 from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.plan.clipping import Clipping, as_clipping
 
 
-class GhostEngine:
+class GhostEngine(Engine):
     """Book-keeping: no gradient of the batch's weights is computed, and no gradient of any example twice.
 
     The loss function runs once, under ``torch.func.vmap``, on batches of one as with every engine: each example has a
@@ -53,15 +53,13 @@ class GhostEngine:
     Args:
         module: the module whose layers the loss function calls.
 
-    Attributes:
-        keeper: keeps some parameters, brings each when its layer runs, and takes its sums instead of :class:`ClippedSum`;
-            ``None`` if the module's parameters are whole.
-
     Source: Bu, Wang, Zha, Karypis 2022 (arXiv 2210.00038); Li, Tramèr, Liang, Hashimoto 2021 (arXiv 2110.05679);
     Bu, Mao, Xu 2022 (arXiv 2205.10683).
     """
 
     name = "ghost"
+    needs_agreement = True
+    brings_layers = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -70,13 +68,20 @@ class GhostEngine:
         self._handled: dict[str, str] = {}
         self._buffers = Buffers()
         self._recognised = Recognised()
-        self.randomness = "different"
-        self.keeper: Keeper | None = None
 
     @property
     def handled(self) -> dict[str, str]:
         """Trainable parameter → how its gradient was found in the last pass."""
         return dict(self._handled)
+
+    @property
+    def partings(self) -> list[PartingError]:
+        """See :class:`lightning_dp.engines.protocol.Engine`."""
+        return self.groups.partings
+
+    def bringable(self) -> set[str]:
+        """See :func:`lightning_dp.engines.ghost.coverage.used_by_rules_alone`."""
+        return used_by_rules_alone(self.module, self._handled)
 
     def clipped_sum(
         self,

@@ -8,9 +8,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from lightning_dp.engines.ghost.bringing import shape_only
 from lightning_dp.engines.ghost.call import Deliver, Operand, Pass
-from lightning_dp.engines.ghost.keeper import Keeper, shape_only
 from lightning_dp.engines.ghost.registry import Forward, OperationOf
+from lightning_dp.engines.keeper import Keeper
 from lightning_dp.mechanism.instead import Instead
 
 

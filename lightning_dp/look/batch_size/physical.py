@@ -88,7 +88,7 @@ def settle_physical_batch_size(
         loader: of whose first examples shapes, types and ranges are taken. Where nothing can be measured it keeps its
             size.
         given: what the user asked for.
-        engine: the one to train with. ``loop`` needs no more memory for more examples, and is not measured.
+        engine: the one to train with. One that needs no more memory for more examples is not measured.
         loss_function: the user's training_step on one example.
         with_views: gives each example its K views, or ``None``.
 
@@ -102,8 +102,8 @@ def settle_physical_batch_size(
     if given != "auto":
         gathered(world, None)
         return given
-    room, found, reason = room_for_micro_batches(world), None, "engine 'loop' takes one example at a time"
-    if engine.name != "loop":
+    room, found, reason = room_for_micro_batches(world), None, f"engine {engine.name!r} takes one example at a time"
+    if engine.grows_with_rows:
         module = module_of(strategy)
         try:
             with undone(module) as before, torch.enable_grad():

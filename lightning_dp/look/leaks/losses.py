@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_dp.engines.agreement import double, inert
 from lightning_dp.engines.backward import plain_gradient
-from lightning_dp.engines.ghost.verification import double, inert
 from lightning_dp.engines.protocol import LossFunction, scalar_loss
 from lightning_dp.errors import PreflightError
 from lightning_dp.look.leaks.kinds import SIGNS, Kind, kind_of_coupling

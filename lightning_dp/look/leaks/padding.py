@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.microbatch import Element, batch_of_one, is_list_of_elements
-from lightning_dp.engines.ghost.verification import inert
+from lightning_dp.engines.agreement import inert
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.errors import PreflightError

@@ -1,4 +1,4 @@
-"""The proof on a few examples, before training, that book-keeping gives the gradients that plain backward passes give."""
+"""The proof on a few examples, before training, that an engine gives the gradients that plain backward passes give."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_dp.engines.ghost.engine import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
-from lightning_dp.engines.protocol import ClippedSum, LossFunction
+from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.mechanism.full_precision import full_precision
 
@@ -24,11 +23,16 @@ TOLERANCE_FLOAT32 = 1e-2
 
 
 class DisagreementError(RuntimeError):
-    """Book-keeping and plain backward passes gave different gradients."""
+    """An engine and plain backward passes gave different gradients."""
 
 
 def check_agreement(
-    engine: GhostEngine, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch: Any, examples: int
+    engine: Engine,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    examples: int,
+    module: nn.Module,
 ) -> str:
     """Compare ``engine`` with one backward pass per example, on the module in eval mode.
 
@@ -43,6 +47,7 @@ def check_agreement(
         parameters: the trainable parameters.
         batch: a few examples.
         examples: how many.
+        module: whose parameters and buffers these are.
 
     Returns:
         The type in which they were compared, ``"float64"`` or ``"float32"``.
@@ -55,24 +60,29 @@ def check_agreement(
         torch.manual_seed(0)
         return loss_function(given, example)
 
-    with uncompiled(), full_precision(), inert(engine.module), _same_draws(engine):
+    with uncompiled(), full_precision(), inert(module), _same_draws(engine):
         try:
-            pair = _in_float64(engine, seeded, parameters, batch, examples)
+            pair = _in_float64(engine, seeded, parameters, batch, examples, module)
         except Exception:  # a module that makes float32 tensors of its own; what else is wrong shows in float32 too
-            engines = (engine, LoopEngine())
+            engines: tuple[Engine, ...] = (engine, LoopEngine())
             pair = [one.clipped_sum(seeded, parameters, batch, examples, torch.inf) for one in engines]
-            _compare(pair, TOLERANCE_FLOAT32)
+            _check_same(pair, TOLERANCE_FLOAT32)
             return "float32"
-        _compare(pair, TOLERANCE)
+        _check_same(pair, TOLERANCE)
         return "float64"
 
 
 def _in_float64(
-    engine: GhostEngine, loss_function: LossFunction, parameters: Mapping[str, Tensor], batch: Any, examples: int
+    engine: Engine,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    batch: Any,
+    examples: int,
+    module: nn.Module,
 ) -> list[ClippedSum]:
     fixed = {
         name: double(tensor.detach())
-        for name, tensor in [*engine.module.named_parameters(), *engine.module.named_buffers()]
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
         if name not in parameters
     }
 
@@ -84,7 +94,7 @@ def _in_float64(
     return [one.clipped_sum(in_double, trainable, doubled, examples, torch.inf) for one in (engine, LoopEngine())]
 
 
-def _compare(pair: list[ClippedSum], tolerance: float) -> None:
+def _check_same(pair: list[ClippedSum], tolerance: float) -> None:
     ours, plain = pair
     finite = torch.isfinite(plain.norms)
     if not torch.equal(finite, torch.isfinite(ours.norms)):
@@ -110,7 +120,7 @@ def double(value: Any) -> Any:
 
 
 @contextmanager
-def _same_draws(engine: GhostEngine) -> Iterator[None]:
+def _same_draws(engine: Engine) -> Iterator[None]:
     """Every example gets the same random numbers, and torch's generators are put back afterwards."""
     usual, engine.randomness = engine.randomness, "same"
     try:
