@@ -26,9 +26,9 @@ from lightning_dp.errors import PreflightError
 from lightning_dp.loading.placeholder import emptied_or_refused, without_content
 from lightning_dp.loading.reading import record, together
 from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
-from lightning_dp.look.dry_run import check_no_pieces, check_private_step, check_public_steps, rehearse
+from lightning_dp.look.dry_run import check_no_pieces, check_private_step, check_public_steps, dry_run
 from lightning_dp.look.one_example import raise_explained
-from lightning_dp.mechanism.complex import as_given
+from lightning_dp.mechanism.complex import as_complex_like
 from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.world import world_of
 from lightning_dp.step.attributes import attributes_put_back
@@ -60,7 +60,7 @@ class ManualOptimization:
     One Lightning batch is one sample and one charge, whatever the number of private optimizers m: each of their releases
     gets noise multiplier σ·√m, and m Gaussian releases of one sample with σ·√m each are together no more than one with σ
     (Dong, Roth, Su 2019, arXiv 1905.02383, corollary 2). Steps of public optimizers are neither clipped nor charged; their
-    losses are computed from the stand-in, so they cannot see the data.
+    losses are computed from the placeholder, so they cannot see the data.
 
     Args:
         strategy: connected to the module, whose optimizers are set up.
@@ -77,16 +77,16 @@ class ManualOptimization:
         self._private_steps: list[Wanted] = []
         self._scripts: list[list[int]] = []
         self._rehearse_again: Callable[[], int] = lambda: 1
-        self._stand_in: Any = None
+        self._placeholder: Any = None
         self._live: Live | None = None
         self._default_dtype = torch.get_default_dtype()
 
     def rehearse(self, loader: DataLoader[Any], physical_batch_size: int | str | None) -> int:
-        """Run training_step on a stand-in for the first batches, and see what steps.
+        """Run training_step on a placeholder for the first batches, and see what steps.
 
         Args:
             loader: the user's; the shape of its first example is taken for public.
-            physical_batch_size: bounds how many rows the stand-in has, which public steps see.
+            physical_batch_size: bounds how many rows the placeholder has, which public steps see.
 
         Returns:
             The fewest optimizer steps in a batch, so that ``max_steps`` can be turned into a number of batches.
@@ -101,21 +101,21 @@ class ManualOptimization:
         collate: Any = loader.collate_fn
         first = record(loader.dataset, 0)
 
-        def stand_in(batch: Any) -> Any:
+        def placeholder(batch: Any) -> Any:
             return without_content(batch) if self._public else without_content(batch, emptied_or_refused)
 
-        def batch_of(rows: int, emptied: Callable[[Any], Any] = stand_in) -> Any:
+        def batch_of(rows: int, emptied: Callable[[Any], Any] = placeholder) -> Any:
             return as_training_step_takes_it(
                 self._strategy, emptied(to_device(self._strategy, collate(together(loader.dataset, [first] * rows))))
             )
 
-        self._stand_in = batch_of(rows)
+        self._placeholder = batch_of(rows)
         try:
-            self._scripts = rehearse(module, self._capture, self._stand_in, self._private)
+            self._scripts = dry_run(module, self._capture, self._placeholder, self._private)
         except PreflightError:
             raise
         except Exception as error:
-            again = partial(rehearse, module, self._capture, private=self._private)
+            again = partial(dry_run, module, self._capture, private=self._private)
             raise_explained(error, module, lambda more: again(batch_of(rows - 1 + more)))
         if not any(place in script for script in self._scripts for place in self._private):
             raise PreflightError(
@@ -128,7 +128,9 @@ class ManualOptimization:
             check_no_pieces(module, self._capture, one, many, index, self._taken(index), self._private)
         for place in self._public:
             at = [(index, self._taken(index)) for index, script in enumerate(self._scripts) if place in script][:1]
-            check_public_steps(module, self._capture, [place], self._stand_in, batch_of(rows, lambda batch: batch), at)
+            check_public_steps(
+                module, self._capture, [place], self._placeholder, batch_of(rows, lambda batch: batch), at
+            )
         return max(1, min(len(script) for script in self._scripts if script))
 
     def rehearse_early(self, loader: DataLoader[Any], physical_batch_size: int | str | None) -> int:
@@ -165,7 +167,7 @@ class ManualOptimization:
         return found
 
     def choose_engines(self, try_engines: TryEngines) -> tuple[Selection, LossFunction]:
-        """Try engines for each private optimizer seen in rehearsal; the first one's, and its loss, are returned.
+        """Try engines for each private optimizer seen in the dry run; the first one's, and its loss, are returned.
 
         Raises:
             EngineError: the engine asked for cannot run this training_step.
@@ -185,7 +187,7 @@ class ManualOptimization:
                 self._selections[key] = try_engines(loss_function, parameters)
                 self._private_steps.append(wanted)
                 first = first or (self._selections[key], loss_function)
-        assert first is not None, "rehearsal saw a private step"
+        assert first is not None, "the dry run saw a private step"
         loop = next((one for one in self._selections.values() if one.engine.is_reference), None)
         if loop is not None:  # one engine for all: each draws random numbers in a way of its own
             self._selections = dict.fromkeys(self._selections, loop)
@@ -193,13 +195,13 @@ class ManualOptimization:
         return first
 
     def losses(self, views: Views | None) -> list[tuple[LossFunction, dict[str, nn.Parameter]]]:
-        """The loss of each private optimizer seen in rehearsal, and its parameters, once engines are chosen."""
+        """The loss of each private optimizer seen in the dry run, and its parameters, once engines are chosen."""
         return [(self._loss_function(wanted, views), wanted.parameters) for wanted in self._private_steps]
 
     def training_step(
         self, sample: StepSample, rest: tuple[Any, ...], share: Callable[[Any], Any] | None, log: bool
     ) -> Any:
-        """Run the user's training_step once, on the stand-in; private steps get their gradient from the sample.
+        """Run the user's training_step once, on the placeholder; private steps get their gradient from the sample.
 
         Args:
             sample: of this step; the private optimizers' gradients are made of it.
@@ -208,10 +210,10 @@ class ManualOptimization:
             log: whether what training_step logs is handed to Lightning.
 
         Returns:
-            What training_step returned, with the sample's mean loss in the place of the stand-in's.
+            What training_step returned, with the sample's mean loss in the place of the placeholder's.
 
         Raises:
-            PreflightError: training_step did what it did not do in rehearsal and what cannot be private.
+            PreflightError: training_step did what it did not do in the dry run and what cannot be private.
         """
         module = module_of(self._strategy)
         values, draws = ValuesOverSteps(module), SameDraws(self._strategy.root_device)
@@ -219,12 +221,12 @@ class ManualOptimization:
         self._default_dtype = torch.get_default_dtype()
         try:
             with (
-                sample.seeded(),
+                sample.forked_rng(),
                 self._capture.listening() as recording,
                 self._strategy.precision_plugin.train_step_context(),
             ):
                 live.recording = recording
-                output = module.training_step(self._stand_in, *rest)
+                output = module.training_step(self._placeholder, *rest)
         finally:
             self._live = None
         if live.losses:
@@ -240,7 +242,7 @@ class ManualOptimization:
         return in_place_of(output, live.known)
 
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> Tensor:
-        """A ``manual_backward`` on the stand-in: its gradient is nobody's, and a private step replaces it."""
+        """A ``manual_backward`` on the placeholder: its gradient is nobody's, and a private step replaces it."""
         if self._live is None:
             raise RuntimeError(
                 "manual_backward outside training_step: expected it inside. Only there is it known whose data it sees."
@@ -280,7 +282,7 @@ class ManualOptimization:
         loss_function = self._loss_function(wanted, self._views, live)
         with torch.enable_grad(), self._outside_the_precision_context():
             key = place, frozenset(parameters)
-            if key not in self._selections:  # later than rehearsal looked, or parameters thawed since
+            if key not in self._selections:  # later than the dry run looked, or parameters thawed since
                 self._selections[key] = live.sample.try_engines(loss_function, parameters)
             several = live.draws if len(self._private) > 1 else None
             total = live.sample.clipped_sum(loss_function, parameters, self._selections[key], several)
@@ -289,7 +291,7 @@ class ManualOptimization:
             for parameter in group["params"]:
                 parameter.grad = None
         for name, parameter in parameters.items():
-            put_gradient(parameter, as_given(gradient[name], parameter))
+            put_gradient(parameter, as_complex_like(gradient[name], parameter))
         live.stepped.append(place)
         live.total = total
         live.logged = 0 if live.recording is None else len(live.recording.log_calls)

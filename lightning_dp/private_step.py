@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_dp.accounting import Ledger
 from lightning_dp.batches.axis import BatchAxis
 from lightning_dp.batches.units import Units, group
-from lightning_dp.batches.views import Views
+from lightning_dp.batches.views import Views, WithViews
 from lightning_dp.engines.accumulate import Accumulated, accumulate
 from lightning_dp.engines.fall_back import FallBack
 from lightning_dp.engines.protocol import LossFunction
@@ -35,7 +35,7 @@ from lightning_dp.look.batch_size.physical import (
     default_physical_batch_size,
     settle_physical_batch_size,
 )
-from lightning_dp.look.engine_check import TRIAL_EXAMPLES, WithoutData, WithViews, try_engines
+from lightning_dp.look.engine_check import CHECKED_EXAMPLES, WithoutData, check_engines
 from lightning_dp.look.engine_check_in_shards import select_in_shards
 from lightning_dp.look.layerwise_check import start_layerwise
 from lightning_dp.look.leaks.examples_apart import check_examples_stay_apart, of_training_step
@@ -44,24 +44,24 @@ from lightning_dp.look.privacy_unit import PrivacyUnit, read_units
 from lightning_dp.look.same_data import check_same_data_on_every_rank
 from lightning_dp.look.trainer import check_trainer
 from lightning_dp.manual_optimization import ManualOptimization
-from lightning_dp.mechanism.complex import as_given, in_real_parts
+from lightning_dp.mechanism.complex import as_complex_like, as_real_pairs
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.ranks.agreement import check_same_parameters_on_every_rank
 from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import on_every_rank
 from lightning_dp.ranks.layerwise import Layerwise
-from lightning_dp.ranks.sharding import reshard, whole
+from lightning_dp.ranks.sharding import full_parameters, reshard
 from lightning_dp.ranks.shared_key import shared_key
 from lightning_dp.ranks.world import world_of
 from lightning_dp.step.batch_hooks import BatchHooks
 from lightning_dp.step.contents import Contents, check_nothing_written, tensors_of
+from lightning_dp.step.forked_rng import forked_rng
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.manual.step_sample import StepSample
 from lightning_dp.step.never_moved import NeverMoved
 from lightning_dp.step.parameter_hooks import put_gradient
 from lightning_dp.step.sample_release import release_sample
-from lightning_dp.step.seeded import forked_rng
 from lightning_dp.step.spectral import SpectralNorms
 from lightning_dp.step.undone import undone
 from lightning_dp.step.user_loss import example_loss, takes_batch_idx
@@ -117,7 +117,7 @@ class PrivateStep:
         self.unused_samples, self.optimizer_steps_per_batch = 0, 1
         self._planner = planner
         self._views = views
-        self._with_views: WithViews | None = None if views is None else views.seeded
+        self._with_views: WithViews | None = None if views is None else views.drawn
         self._seed = seed
         self._engine_name: EngineName = engine
         self._physical_batch_size = physical_batch_size
@@ -188,13 +188,13 @@ class PrivateStep:
             self._begin(self.choose_engine(strategy))
 
     def choose_engine(self, strategy: Strategy) -> Selection:
-        """Try engines on two examples, or refuse, and keep the one to train with. Nothing of the trial is kept or released."""
+        """Try engines on two examples, or refuse, and keep the one to train with. Nothing of it is kept or released."""
         module, world, loader = module_of(strategy), world_of(strategy), self._loader
         assert loader is not None
         check_same_parameters_on_every_rank(world, module)
         make_loss = partial(self._loss_function, strategy, (0,) if takes_batch_idx(module) else ())
         self._selection = select_in_shards(strategy, loader, self._engine_name, make_loss, self._with_views)
-        with whole(module, world):
+        with full_parameters(module, world):
             if self._manual is not None:
                 self.optimizer_steps_per_batch = self._manual.rehearse_late(self.optimizer_steps_per_batch)
                 self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
@@ -213,7 +213,7 @@ class PrivateStep:
 
     def _check_examples_stay_apart(self, strategy: Strategy, loader: PoissonLoader) -> None:
         losses = of_training_step(strategy, self._capture) if self._manual is None else self._manual.losses
-        with whole(module_of(strategy), world_of(strategy)):
+        with full_parameters(module_of(strategy), world_of(strategy)):
             check_examples_stay_apart(strategy, loader, losses, self._views)
 
     def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
@@ -242,7 +242,7 @@ class PrivateStep:
                 sum_clipped=partial(self.clipped_sum, strategy, batch.step),
                 release=partial(self.released, strategy, batch.step),
                 try_engines=partial(self.try_engines, strategy),
-                seeded=lambda: forked_rng(strategy.root_device, seed),
+                forked_rng=lambda: forked_rng(strategy.root_device, seed),
             )
             output: STEP_OUTPUT = self._manual.training_step(sample, rest, share, self._log_train_metrics)
             self.unused_samples += not sample.charged
@@ -252,7 +252,7 @@ class PrivateStep:
         parameters, loss_function = trainable(module), self._loss_function(strategy, rest)
         if parameters.keys() != self._tried:  # thawed or frozen on the way, as by BackboneFinetuning
             check_same_parameters_on_every_rank(world, module)
-            with whole(module, world):
+            with full_parameters(module, world):
                 self._selection = self.try_engines(strategy, loss_function, trainable(module))
             self._tried = set(parameters)
             make_loss = partial(self._loss_function, strategy, rest)
@@ -267,7 +267,7 @@ class PrivateStep:
         micro_batches = self._micro_batches(strategy, batch, key)
         total = self.clipped_sum(strategy, batch.step, self._selection, loss_function, given, micro_batches)
         self._pending = total
-        alone = partial(self._without_data, loss_function, in_real_parts(given))
+        alone = partial(self._without_data, loss_function, as_real_pairs(given))
         extras = capture.replay(total.outputs, total.examples, share, log=self._log_train_metrics, without_data=alone)
         capture.say_once_that_logs_are_private(self._log_train_metrics)
         loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
@@ -292,7 +292,7 @@ class PrivateStep:
             total = accumulate(
                 FallBack(selection, module, (PreflightError,), partial(undone, module)),
                 loss_function,
-                in_real_parts(parameters),
+                as_real_pairs(parameters),
                 micro_batches,
                 ledger.plan.clipping_rule,
                 pad_to=self.physical_batch_size if self._static_shapes else None,
@@ -356,7 +356,7 @@ class PrivateStep:
         reshard(module)  # a hook that called the module has left a part of it whole
         gradient = self.released(strategy, ledger.steps + self.unused_samples, total.gradient)
         for name, parameter in trainable(module).items():
-            put_gradient(parameter, as_given(gradient[name], parameter))
+            put_gradient(parameter, as_complex_like(gradient[name], parameter))
         closure_loss = strategy.precision_plugin.post_backward(closure_loss, module)
         strategy.post_backward(closure_loss)
         return closure_loss
@@ -372,8 +372,8 @@ class PrivateStep:
         assert self._loader is not None
         resolution = self._loader.plan.resolution
         name = self._engine_name if resolution is None else "loop"
-        most = TRIAL_EXAMPLES if self._physical_batch_size == "auto" else self._loader.physical_batch_size
-        selection = try_engines(strategy, self._loader, name, loss_function, self._with_views, parameters, most)
+        most = CHECKED_EXAMPLES if self._physical_batch_size == "auto" else self._loader.physical_batch_size
+        selection = check_engines(strategy, self._loader, name, loss_function, self._with_views, parameters, most)
         return (
             selection if resolution is None else replace(selection, engine=RoundedEngine(selection.engine, resolution))
         )

@@ -38,7 +38,7 @@ from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import on_every_rank
 from lightning_dp.ranks.lost_ranks import naming_absent_nodes, naming_lost_ranks
-from lightning_dp.ranks.sharding import check_gather, check_sharding, in_shards, reshard, whole
+from lightning_dp.ranks.sharding import check_gather, check_sharding, full_parameters, in_shards, reshard
 from lightning_dp.ranks.world import Gather, world_of
 from lightning_dp.record.checkpoint import check_before_reading, read_checkpoint
 
@@ -288,7 +288,7 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        with in_shards(module_of(self)) if self.gather == "layer" else whole(module_of(self), world_of(self)):
+        with in_shards(module_of(self)) if self.gather == "layer" else full_parameters(module_of(self), world_of(self)):
             return step_of(self).training_step(self, *args, **kwargs)
 
     @classmethod

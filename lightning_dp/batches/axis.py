@@ -97,7 +97,7 @@ def to_front(batch: Any, batch_axis: BatchAxis, *, strict: bool = True) -> Any:
     return pytree.tree_unflatten(moved, structure)
 
 
-def as_given(batch: Any, batch_axis: BatchAxis) -> Any:
+def from_front(batch: Any, batch_axis: BatchAxis) -> Any:
     """The inverse of :func:`to_front`, for a batch of any number of examples."""
     if batch_axis in (0, "each"):
         return batch

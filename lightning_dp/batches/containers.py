@@ -26,7 +26,7 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class Opened:
+class ContainerParts:
     """A container in parts. PyTorch's tree functions walk through it like through a dict.
 
     Attributes:
@@ -53,9 +53,9 @@ class Opened:
 
 
 pytree.register_pytree_node(
-    Opened,
+    ContainerParts,
     lambda opened: (list(opened.parts), (opened.template, opened.places)),
-    lambda parts, context: Opened(context[0], context[1], tuple(parts)),
+    lambda parts, context: ContainerParts(context[0], context[1], tuple(parts)),
     flatten_with_keys_fn=lambda opened: (
         [(_PathKey(place), part) for place, part in zip(opened.places, opened.parts, strict=True)],
         (opened.template, opened.places),
@@ -73,7 +73,7 @@ class _PathKey:
     def key(self) -> Any:
         return self.place.key
 
-    def get(self, opened: Opened) -> Any:
+    def get(self, opened: ContainerParts) -> Any:
         """The part at this place."""
         return opened.parts[opened.places.index(self.place)]
 
@@ -95,7 +95,7 @@ def open_containers(nest: Any) -> Any:
         >>> pytree.tree_map(lambda leaf: leaf + 1, opened).put_together()
         {'x': 2.0}
     """
-    if isinstance(nest, Opened):
+    if isinstance(nest, ContainerParts):
         return nest
     if _is_node(nest):
         children, structure = _one_level(nest)
@@ -109,12 +109,12 @@ def open_containers(nest: Any) -> Any:
     is_record = isinstance(nest, Mapping) or dataclasses.is_dataclass(nest)
     if not is_record and not (_holds_a_tensor(parts) and all(map(_is_clear, parts))):
         return nest
-    return Opened(nest, tuple(places), parts)
+    return ContainerParts(nest, tuple(places), parts)
 
 
 def close_containers(nest: Any) -> Any:
     """The inverse of :func:`open_containers`, for any nest of the same structure."""
-    if isinstance(nest, Opened):
+    if isinstance(nest, ContainerParts):
         opened = dataclasses.replace(nest, parts=tuple(close_containers(part) for part in nest.parts))
         return opened.put_together()
     if _is_node(nest):

@@ -192,7 +192,7 @@ def ungroup(batch: Any) -> Any:
 
 
 def of_two(batch: Any, examples: int, units: Units | None) -> Any:
-    """A batch for trials: each example twice, as a unit of two, if units have several in this run."""
+    """A batch for checks: each example twice, as a unit of two, if units have several in this run."""
     if units is None or units.most == 1:
         return batch
     return group(take(batch, [index for index in range(examples) for _ in range(2)]), examples, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from lightning_dp.batches.microbatch import BatchAxisError, check_batch_axis, is
 from lightning_dp.batches.transforms import ViewTransform
 
 IMAGE_DIMENSIONS = 4
+
+WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
+"""``(batch, indices, seed)`` → the batch with its views, as :meth:`Views.drawn` gives it."""
 
 
 class ViewError(BatchAxisError):
@@ -41,7 +45,7 @@ class Views:
     transform: ViewTransform
     images: str | int | None = None
 
-    def seeded(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
+    def drawn(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
         """:meth:`expand` with the numbers of :func:`view_uniforms`: a view depends on seed and dataset index alone."""
         return self.expand(batch, len(indices), view_uniforms(seed, indices, self.k, self.transform.draws))
 

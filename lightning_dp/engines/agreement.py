@@ -56,16 +56,16 @@ def check_agreement(
         DisagreementError: they differ by more than rounding.
     """
 
-    def seeded(given: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
+    def with_same_draws(given: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
         torch.manual_seed(0)
         return loss_function(given, example)
 
     with uncompiled(), full_precision(), inert(module), _same_draws(engine):
         try:
-            pair = _in_float64(engine, seeded, parameters, batch, examples, module)
+            pair = _in_float64(engine, with_same_draws, parameters, batch, examples, module)
         except Exception:  # a module that makes float32 tensors of its own; what else is wrong shows in float32 too
             engines: tuple[Engine, ...] = (engine, LoopEngine())
-            pair = [one.clipped_sum(seeded, parameters, batch, examples, torch.inf) for one in engines]
+            pair = [one.clipped_sum(with_same_draws, parameters, batch, examples, torch.inf) for one in engines]
             _check_same(pair, TOLERANCE_FLOAT32)
             return "float32"
         _check_same(pair, TOLERANCE)

@@ -47,12 +47,12 @@ def check_nothing_is_lost(
         DisagreementError: they differ by more than rounding.
     """
 
-    def seeded(one: Engine, seed: int) -> ClippedSum:
+    def summed(one: Engine, seed: int) -> ClippedSum:
         torch.manual_seed(seed)
         return one.clipped_sum(loss_function, parameters, example, 1, torch.inf)
 
     with uncompiled(), inert(module), full_precision():  # a look is not worth a graph
-        plain, again, ours = seeded(LoopEngine(), 0), seeded(LoopEngine(), 1), seeded(engine, 0)
+        plain, again, ours = summed(LoopEngine(), 0), summed(LoopEngine(), 1), summed(engine, 0)
     size = float(plain.norms[0])
     if not size < torch.inf:
         return

@@ -23,14 +23,14 @@ class HookBatch:
 
     Args:
         first_example: the dataset's first example as a batch on the device, opened, with the example on the first axis.
-        as_given: from there to the batch that training_step takes.
+        to_user: from there to the batch that training_step takes.
 
     Attributes:
         sample: of the step under way. **Private**.
     """
 
-    def __init__(self, first_example: Callable[[], Any], as_given: Callable[[Any], Any]) -> None:
-        self._first_example, self._as_given = first_example, as_given
+    def __init__(self, first_example: Callable[[], Any], to_user: Callable[[Any], Any]) -> None:
+        self._first_example, self._to_user = first_example, to_user
         self._blank: Any = None
         self._reason: str | None = None
         self._shown: Any = None
@@ -63,7 +63,7 @@ class HookBatch:
         return Withheld(self._reason) if self._reason is not None else self._made()
 
     def _made(self) -> Any:
-        return self._as_given(
+        return self._to_user(
             pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self._blank)
         )
 

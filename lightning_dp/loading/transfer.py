@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import Strategy
 
-from lightning_dp.batches.axis import BatchAxis, as_given, to_front
+from lightning_dp.batches.axis import BatchAxis, from_front, to_front
 from lightning_dp.batches.containers import close_containers, open_containers, own_copy
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element
 from lightning_dp.lightning_internals import BEFORE_TRANSFER, attribute, before_transfer, transfer
@@ -64,7 +64,7 @@ def as_training_step_takes_it(strategy: Strategy, batch: Any) -> Any:
                 f"{len(batch.elements)} examples that were collated one by one: expected one. They cannot be put together to a batch."
             )
         return own_copy(batch.elements[0].content)
-    return close_containers(as_given(batch, batch_axis_of(strategy)))
+    return close_containers(from_front(batch, batch_axis_of(strategy)))
 
 
 def let_logical_batches_through(module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""training_step under manual optimization, run on a stand-in before training: who steps when, and who may not look."""
+"""training_step under manual optimization, run on a placeholder before training: who steps when, and who may not look."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lightning_dp.step.manual.global_step import counting_steps, global_step
 from lightning_dp.step.undone import undone
 from lightning_dp.step.user_loss import takes_batch_idx
 
-REHEARSED = 8
-"""So many batches' worth of training_step are rehearsed: some modules step an optimizer at every n-th batch only."""
+DRY_RUN_BATCHES = 8
+"""The dry run takes so many batches' worth of training_step: some modules step an optimizer at every n-th batch only."""
 
 
 def check_private_step(place: int, losses: Sequence[Tensor], before: Sequence[int]) -> None:
@@ -49,24 +49,24 @@ def check_private_step(place: int, losses: Sequence[Tensor], before: Sequence[in
         )
 
 
-def rehearse(
-    module: pl.LightningModule, capture: StepCapture, stand_in: Any, private: Sequence[int]
+def dry_run(
+    module: pl.LightningModule, capture: StepCapture, placeholder: Any, private: Sequence[int]
 ) -> list[list[int]]:
     """Which optimizers step at each of the first batches, in order. Nothing is optimized, logged or kept.
 
     Args:
         module: under manual optimization, its optimizers set up.
         capture: keeps logs and metrics out.
-        stand_in: a batch without anybody's data.
+        placeholder: a batch without anybody's data.
         private: places of the private optimizers.
 
     Raises:
         PreflightError: training_step steers training in a way that cannot be private, see the messages.
     """
     scripts: list[list[int]] = []
-    for index in range(REHEARSED):
+    for index in range(DRY_RUN_BATCHES):
         taken = sum(map(len, scripts))
-        scripts.append(_steps_at(module, capture, stand_in, index, private, taken=taken).script)
+        scripts.append(_steps_at(module, capture, placeholder, index, private, taken=taken).script)
     return scripts
 
 
@@ -114,28 +114,30 @@ def check_public_steps(
     module: pl.LightningModule,
     capture: StepCapture,
     public: Sequence[int],
-    stand_in: Any,
+    placeholder: Any,
     example: Any,
     batches: list[tuple[int, int]],
 ) -> None:
     """Refuse a public optimizer whose gradient changes with the batch.
 
-    In training a public step is given the stand-in, so that it *cannot* see the data; this tells the user beforehand that
+    In training a public step is given the placeholder, so that it *cannot* see the data; this tells the user beforehand that
     it would have wanted to.
 
     Args:
         module: under manual optimization, its optimizers set up.
         capture: keeps logs and metrics out.
         public: places of the optimizers said to be public.
-        stand_in: a batch without anybody's data.
-        example: a batch of the same shape with some. **Private**; only compared with the stand-in here.
+        placeholder: a batch without anybody's data.
+        example: a batch of the same shape with some. **Private**; only compared with the placeholder here.
         batches: numbers of the batches at which to look, and how many optimizer steps come before each.
 
     Raises:
         PreflightError: see the message.
     """
     for index, taken in batches:
-        found = [_steps_at(module, capture, batch, index, (), public, taken).gradients for batch in (stand_in, example)]
+        found = [
+            _steps_at(module, capture, batch, index, (), public, taken).gradients for batch in (placeholder, example)
+        ]
         for (place, without), (_, given) in zip(*found, strict=False):
             if any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(without, given, strict=True)):
                 raise PreflightError(

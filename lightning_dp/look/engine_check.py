@@ -1,4 +1,4 @@
-"""The engine of a run, tried on two examples before the first step. Nothing of the trial is kept or released."""
+"""The engine check: before the first step, engines run two examples. Nothing of it is kept or released."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from lightning_dp.batches.axis import BatchAxis, has_lists, to_front
 from lightning_dp.batches.containers import open_containers
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
 from lightning_dp.batches.units import of_two
+from lightning_dp.batches.views import WithViews
 from lightning_dp.engines.agreement import TOLERANCE_FLOAT32, check_agreement
 from lightning_dp.engines.plain import check_nothing_is_lost
 from lightning_dp.engines.protocol import Engine, LossFunction
@@ -28,28 +28,25 @@ from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_
 from lightning_dp.look.leaks.collation import check_not_left_out
 from lightning_dp.look.leaks.transforms import check_rows_stay_apart
 from lightning_dp.look.one_example import check_one_example
-from lightning_dp.mechanism.complex import in_real_parts
+from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.ranks.facts import module_of
 from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.undone import undone
 
-TRIAL_EXAMPLES = 2
+CHECKED_EXAMPLES = 2
 TOLERANCE_BFLOAT16 = 5e-2
 """Where gradients are compared in bfloat16: the order of additions alone makes 1e-2."""
 
-WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
-"""``(batch on the device, indices, seed)`` → the batch with its views."""
 
-
-def try_engines(
+def check_engines(
     strategy: Strategy,
     loader: PoissonLoader,
     engine_name: EngineName,
     loss_function: LossFunction,
     with_views: WithViews | None,
     parameters: Mapping[str, nn.Parameter] | None = None,
-    most: int = TRIAL_EXAMPLES,
+    most: int = CHECKED_EXAMPLES,
 ) -> Selection:
     """The first engine that runs this training_step, and agrees with the loop where that has to be checked.
 
@@ -60,7 +57,7 @@ def try_engines(
         loss_function: the user's training_step on one example.
         with_views: gives each example its K views, or ``None`` without any.
         parameters: what is differentiated, by name; ``None`` for everything trainable.
-        most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
+        most: of micro-batches of one, only one example is looked at: in those no hook can mix anything.
 
     Raises:
         EngineError: the engine asked for cannot run this training_step.
@@ -68,22 +65,22 @@ def try_engines(
             examples.
     """
     module = module_of(strategy)
-    given = in_real_parts(trainable(module) if parameters is None else parameters)
+    given = as_real_pairs(trainable(module) if parameters is None else parameters)
     with undone(module) as before, torch.enable_grad():
-        on_device, examples = trial_batch(strategy, loader, with_views, most)
+        on_device, examples = engine_check_batch(strategy, loader, with_views, most)
         check_batch_axis(on_device, examples)
         with undone(module), uncompiled():  # a look is not worth a graph
             check_one_example(module, loss_function, given, on_device, before)
         one, clipping = batch_of_one(on_device, 0), loader.plan.clipping_rule
 
-        def trial(engine: Engine) -> None:
+        def check(engine: Engine) -> None:
             if not engine.is_reference:
                 check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(strategy))
             engine.clipped_sum(loss_function, given, on_device, examples, clipping)
             if engine.needs_agreement:
                 check_agreement(engine, loss_function, given, on_device, examples, module)
 
-        selection = select_engine(engine_name, trial, module)
+        selection = select_engine(engine_name, check, module)
         check_nothing_written(module, before)
     return selection
 
@@ -98,7 +95,7 @@ class WithoutData:
     """
 
     def __init__(self, strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None) -> None:
-        self._of_one: Callable[[], tuple[Any, int]] = partial(trial_batch, strategy, loader, with_views, 1)
+        self._of_one: Callable[[], tuple[Any, int]] = partial(engine_check_batch, strategy, loader, with_views, 1)
         self._example: Any = None
 
     def __call__(self, loss_function: LossFunction, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
@@ -135,21 +132,23 @@ def tolerance(strategy: Strategy) -> float:
     return TOLERANCE_BFLOAT16 if low else TOLERANCE_FLOAT32
 
 
-def trial_batch(strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None, most: int) -> tuple[Any, int]:
+def engine_check_batch(
+    strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None, most: int
+) -> tuple[Any, int]:
     """The first examples as engines get them, with their views and on the device, and how many they are.
 
     Args:
         strategy: whose device.
         loader: whose first examples are used.
         with_views: gives each example its K views, or ``None`` without any.
-        most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
+        most: of micro-batches of one, only one example is looked at: in those no hook can mix anything.
 
     Raises:
         PreflightError: a hook or transform mixes the examples.
         BatchAxisError: views are wanted of examples that are collated one by one.
     """
     axis = batch_axis_of(strategy)
-    raw_batch, examples = _first_examples(loader, min(TRIAL_EXAMPLES, most), axis)
+    raw_batch, examples = _first_examples(loader, min(CHECKED_EXAMPLES, most), axis)
     if isinstance(raw_batch, Apart):  # nothing between dataset and training_step sees two examples
         if with_views is not None:
             raise BatchAxisError(

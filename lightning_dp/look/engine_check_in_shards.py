@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_dp.batches.microbatch import batch_of_one
+from lightning_dp.batches.views import WithViews
 from lightning_dp.engines.agreement import DisagreementError, inert
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.protocol import LossFunction, scalar_loss
 from lightning_dp.engines.select import Selection, engine_that_brings_layers
 from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
 from lightning_dp.loading.loader import PoissonLoader
-from lightning_dp.look.engine_check import WithViews, tolerance, trial_batch
+from lightning_dp.look.engine_check import engine_check_batch, tolerance
 from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.ranks.facts import module_of
@@ -65,7 +66,7 @@ def select_in_shards(
     kept = engine.keeper = Layerwise(world, own, engine.bringable() & own.keys())
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision(), inert(module):
         most = min(gathered(world, loader.physical_batch_size))  # the ranks run the same examples
-        batch, examples = trial_batch(strategy, loader, with_views, most)
+        batch, examples = engine_check_batch(strategy, loader, with_views, most)
         failure = None
         try:
             torch.manual_seed(0)
@@ -81,7 +82,7 @@ def select_in_shards(
             _check_same_as_fsdp(
                 {"norms": norms, **expected}, {"norms": found.norms, **rows}, tolerance(strategy) * float(norms.max())
             )
-        except Exception as error:  # the trial with whole parameters knows more ways, and has the better message
+        except Exception as error:  # the check with whole parameters knows more ways, and has the better message
             failure = explain(error, module)
         finally:
             reshard(module)

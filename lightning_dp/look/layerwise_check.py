@@ -11,18 +11,19 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_dp.batches.views import WithViews
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.loader import PoissonLoader
-from lightning_dp.look.engine_check import WithViews, tolerance, trial_batch
+from lightning_dp.look.engine_check import engine_check_batch, tolerance
 from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import gathered, on_every_rank
 from lightning_dp.ranks.layerwise import Layerwise
-from lightning_dp.ranks.sharding import in_shards, reshard, whole
+from lightning_dp.ranks.sharding import full_parameters, in_shards, reshard
 from lightning_dp.ranks.world import world_of
 from lightning_dp.step.spectral import SpectralNorms
 from lightning_dp.step.undone import undone
@@ -56,7 +57,7 @@ def start_layerwise(
     reshard(module)  # an evaluation leaves some parts whole
     with undone(module), full_precision():
         most = min(gathered(world, loader.physical_batch_size))  # the ranks run the same examples
-        batch, examples = trial_batch(strategy, loader, with_views, most)
+        batch, examples = engine_check_batch(strategy, loader, with_views, most)
 
         def summed(parameters: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> ClippedSum:
             with isolate_rng(), torch.enable_grad():
@@ -66,7 +67,7 @@ def start_layerwise(
         before, engine.keeper, expected = engine.keeper, None, None
         names = set() if before is None else set(before.names)
         if before is None:
-            with whole(module, world):
+            with full_parameters(module, world):
                 expected = summed(trainable(module), {})
                 names = engine.bringable()
         own = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}

@@ -83,11 +83,11 @@ def check_sharding(module: pl.LightningModule, ranks: int, tensor_parallel: int)
 
 
 _WHOLE: WeakSet[nn.Module] = WeakSet()
-"""The modules inside :func:`whole`."""
+"""The modules inside :func:`full_parameters`."""
 
 
 @contextmanager
-def whole(module: nn.Module, world: World | None = None) -> Iterator[None]:
+def full_parameters(module: nn.Module, world: World | None = None) -> Iterator[None]:
     """The module with all its parameters whole, and without the hooks that would take them apart again.
 
     A collective call: every rank brings its shards. A module without shards is left as it is, and so is one that is whole

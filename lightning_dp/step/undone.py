@@ -1,4 +1,4 @@
-"""Whatever a trial does to a module, undone: by contents, and whether it ends well or not."""
+"""Whatever a look does to a module, undone: by contents, and whether it ends well or not."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lightning_dp.step.contents import Contents, tensors_of
 
 @contextmanager
 def undone(module: nn.Module) -> Iterator[Contents]:
-    """Leave a module and all random generators as they were found, for a trial that must leave no trace.
+    """Leave a module and all random generators as they were found, for a look that must leave no trace.
 
     Put back are: which tensors and modules it holds under which names; their memory, values, ``requires_grad`` and ``.grad``;
     train and eval mode; hooks; attributes; the global random generators and those that it holds. Values are copied to
-    main memory meanwhile, so that a trial needs no more of the device's, and only those that changed are written.
+    main memory meanwhile, so that a look needs no more of the device's, and only those that changed are written.
 
     Args:
         module: the user's. Of parameters in shards (DTensor), what this rank holds is put back.

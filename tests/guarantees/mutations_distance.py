@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import lightning_dp.accounting.entry as entry_module
-import lightning_dp.engines.rounded as on_grid_module
+import lightning_dp.engines.rounded as rounded_module
 import lightning_dp.loading.draws as draws_module
 import lightning_dp.mechanism.grid as grid_module
 import lightning_dp.mechanism.release as release_module
@@ -164,9 +164,9 @@ def the_sum_is_rounded_and_not_the_examples() -> Iterator[None]:
         whole.gradient = {name: (g.double() * unit).round().to(torch.int64) for name, g in whole.gradient.items()}
         return whole
 
-    with patched((on_grid_module.RoundedEngine, "clipped_sum", clipped_sum)):
+    with patched((rounded_module.RoundedEngine, "clipped_sum", clipped_sum)):
         yield
 
 
 def _everywhere(wrong: Any) -> list[tuple[Any, str, Any]]:
-    return [(grid_module, "to_grid", wrong), (on_grid_module, "to_grid", wrong)]
+    return [(grid_module, "to_grid", wrong), (rounded_module, "to_grid", wrong)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
-from lightning_dp.batches.axis import as_given, check_batch_axis_argument, to_front
+from lightning_dp.batches.axis import check_batch_axis_argument, from_front, to_front
 from lightning_dp.batches.containers import close_containers, open_containers
 from lightning_dp.batches.microbatch import BatchAxisError
 from tests.conftest import Regressor, loader, trainer, weights
@@ -85,10 +85,10 @@ def test_what_is_brought_to_the_front_is_brought_back(batch: Any, axis: Any) -> 
     moved = to_front(opened, axis)
     leaves = torch.utils._pytree.tree_leaves(moved)
     assert {len(leaf) for leaf in leaves if isinstance(leaf, Tensor)} == {3}
-    back = torch.utils._pytree.tree_leaves(as_given(moved, axis))
+    back = torch.utils._pytree.tree_leaves(from_front(moved, axis))
     for one, other in zip(back, torch.utils._pytree.tree_leaves(opened), strict=True):
         assert one.shape == other.shape if isinstance(one, Tensor) else one == other
-    assert type(close_containers(as_given(moved, axis))) is type(batch)
+    assert type(close_containers(from_front(moved, axis))) is type(batch)
 
 
 @pytest.mark.parametrize(

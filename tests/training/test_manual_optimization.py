@@ -135,7 +135,7 @@ def public_steps_see_no_data_by_content() -> None:
         step = module.training_step
 
         def peeking(batch: Any, batch_idx: int, step: Any = step, module: Any = module) -> None:
-            if batch_idx > 8:  # later than any rehearsal looks
+            if batch_idx > 8:  # later than the dry run looks
                 extra = batch[0].mean()
                 scale = 1 + extra.detach()
                 module.adversarial_loss = lambda images, real: module.usual_loss(images, real) * scale
@@ -159,9 +159,9 @@ def public_steps_see_no_data_by_content() -> None:
     assert_nearly(generators[0], generators[1], rtol=1e-5, atol=1e-6)  # float32, in another order of sums at most
 
 
-def test_a_public_step_that_would_peek_after_rehearsal_sees_zeros() -> None:
+def test_a_public_step_that_would_peek_after_the_dry_run_sees_zeros() -> None:
     public_steps_see_no_data_by_content()
-    with caught(patched((manual, "without_content", lambda batch: batch))):  # the stand-in keeps what it should lose
+    with caught(patched((manual, "without_content", lambda batch: batch))):  # the placeholder keeps what it should lose
         public_steps_see_no_data_by_content()
 
 
@@ -310,7 +310,7 @@ def test_closures_schedulers_clamps_and_hooks_run_once_a_step() -> None:
     private = DifferentialPrivacy(noise_multiplier=1.0, seed=0)
     fit = trainer(private, Watch(), max_steps=3)
     fit.fit(module, loader())
-    assert len(hooks) == len(set(hooks)) == 3  # each saw the gradient of its own step, none that of the stand-in
+    assert len(hooks) == len(set(hooks)) == 3  # each saw the gradient of its own step, none that of the placeholder
     assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5**4)
     assert float(weights(module).abs().max()) <= 0.2001
     assert all(math.isfinite(one) and one > 0 for one in outputs)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from lightning_dp.batches.views import WithViews
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.protocol import Engine, LossFunction
 from lightning_dp.engines.select import make_engine
@@ -21,7 +21,7 @@ from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.transfer import to_device
 from lightning_dp.look.batch_size.memory import room_for_micro_batches
 from lightning_dp.look.batch_size.search import Found, measured, random_rows, search_size
-from lightning_dp.mechanism.complex import coordinates, in_real_parts
+from lightning_dp.mechanism.complex import as_real_pairs, coordinates
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.facts import module_of
@@ -30,9 +30,6 @@ from lightning_dp.ranks.world import World, world_of
 from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.undone import undone
 from lightning_dp.validate import shown, whole
-
-WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
-"""``(batch on the device, indices, seed)`` → the batch with its views."""
 
 PhysicalBatchSize = int | Literal["auto"] | None
 """As the user gives it: a number, ``"auto"`` to have it found by measuring, ``None`` for a size by rule of thumb."""
@@ -147,7 +144,7 @@ def _search(
 
         def fresh() -> Callable[[], object]:
             mine = make_engine(engine.name, module)
-            given = in_real_parts(trainable(module))
+            given = as_real_pairs(trainable(module))
             return lambda: mine.clipped_sum(loss_function, given, drawn, rows, loader.plan.clipping_rule)
 
         return measured(fresh, rows, strategy.root_device)

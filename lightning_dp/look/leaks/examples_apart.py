@@ -40,8 +40,8 @@ from lightning_dp.look.leaks.padding import (
     check_padding_is_masked,
     row_contents,
 )
-from lightning_dp.look.leaks.transforms import seeded
-from lightning_dp.mechanism.complex import in_real_parts
+from lightning_dp.look.leaks.transforms import with_seed
+from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.ranks.facts import module_of
@@ -110,7 +110,7 @@ def _reductions(
         return []
     module = module_of(strategy)
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph
-        found = [_look(strategy, loader, loss, in_real_parts(parameters), views) for loss, parameters in losses]
+        found = [_look(strategy, loader, loss, as_real_pairs(parameters), views) for loss, parameters in losses]
         check_nothing_written(module, before)
     return found
 
@@ -138,8 +138,8 @@ def _look(
         return Reduction.UNKNOWN  # a dataset of three
 
     def batch_of(rows: list[int]) -> Any:
-        batch = seeded(collate, [records[row] for row in rows], 0)
-        return batch if views is None else views.seeded(batch, np.asarray(rows), 0)
+        batch = with_seed(collate, [records[row] for row in rows], 0)
+        return batch if views is None else views.drawn(batch, np.asarray(rows), 0)
 
     try:
         if examples <= at_once:

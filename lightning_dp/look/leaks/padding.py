@@ -15,7 +15,7 @@ from lightning_dp.engines.agreement import inert
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.errors import PreflightError
-from lightning_dp.look.leaks.transforms import DRAWS, seeded
+from lightning_dp.look.leaks.transforms import DRAWS, with_seed
 from lightning_dp.step.attributes import attributes_put_back
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -46,7 +46,7 @@ def check_collate_keeps_examples_apart(collate: Collate, records: list[Any], at_
         return
     companies = (records[: kept + others], records[:kept] + records[-others:])
     for seed in range(DRAWS):
-        rows = [row_contents(seeded(collate, company, seed)) for company in companies]
+        rows = [row_contents(with_seed(collate, company, seed)) for company in companies]
         if rows[0] is None or rows[1] is None or rows[0][1] != rows[1][1]:
             return
         if (rows[0][0] & rows[1][0]).total() < kept:
@@ -82,17 +82,17 @@ def check_padding_is_masked(
         PreflightError: an example's gradient depends on how much it is padded.
     """
     try:
-        shapes = [_shapes(seeded(collate, [record], 0)) for record in records]
+        shapes = [_shapes(with_seed(collate, [record], 0)) for record in records]
     except Exception:
         return  # it cannot do with one record, so nothing can be compared
     by_length = sorted(range(len(records)), key=lambda index: sum(map(torch.Size.numel, shapes[index])))
     shortest, longest = by_length[0], by_length[1:][1 - at_once :]
     company = [records[index] for index in (shortest, *longest)]
-    together = seeded(collate, company, 0)
+    together = with_seed(collate, company, 0)
     if shapes[shortest] == _shapes(together):
         return
-    alone = seeded(collate, company[:1], 0)
-    if row_contents(alone) != row_contents(seeded(collate, company[:1], 1)):
+    alone = with_seed(collate, company[:1], 0)
+    if row_contents(alone) != row_contents(with_seed(collate, company[:1], 1)):
         return  # it draws random numbers, whose shape may change with the padding
 
     def gradient(one: Any, seed: int = 0) -> Tensor:

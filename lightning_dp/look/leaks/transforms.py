@@ -38,7 +38,7 @@ def check_rows_stay_apart(transform: Callable[[Any], Any], batch: Any, examples:
         return
     other = pytree.tree_map(lambda leaf: _with_other_rows(leaf, kept), batch, is_leaf=is_list_of_elements)
     for seed in range(DRAWS):
-        first, second = (seeded(transform, each, seed) for each in (batch, other))
+        first, second = (with_seed(transform, each, seed) for each in (batch, other))
         before, after = (_kept_apart(each, kept) for each in (first, second))
         for path, leaf in pytree.tree_leaves_with_path(before):
             twin = dict(pytree.tree_leaves_with_path(after)).get(path)
@@ -82,7 +82,7 @@ def _replace_rows(leaf: Tensor, kept: int) -> Tensor:
     return leaf
 
 
-def seeded(transform: Callable[[Any], Any], batch: Any, seed: int) -> Any:
+def with_seed(transform: Callable[[Any], Any], batch: Any, seed: int) -> Any:
     """``transform`` of a copy of ``batch``, with torch's generators seeded for it alone."""
     with isolate_rng():
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What training_step logs and returns after the last private step, when only the stand-in's values are at hand."""
+"""What training_step logs and returns after the last private step, when only the placeholder's values are at hand."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _warnings = WarningCache()
 
 @dataclass
 class KnownLoss:
-    """A loss of the stand-in, and what stands for it.
+    """A loss of the placeholder, and what stands for it.
 
     Attributes:
-        stand_in: as given to ``manual_backward``; public.
+        placeholder: as given to ``manual_backward``; public.
         value: the mean over the sample (**private**), or the loss itself where the step was public.
     """
 
-    stand_in: Tensor
+    placeholder: Tensor
     value: Tensor
 
     def is_meant_by(self, value: Any) -> bool:
@@ -34,8 +34,8 @@ class KnownLoss:
         if type(value) is Late:
             value = value.computed  # of a loss it has been, by manual_backward
         if isinstance(value, Tensor):
-            return value.numel() == 1 and value.data_ptr() == self.stand_in.data_ptr()
-        return isinstance(value, float) and value == float(self.stand_in)
+            return value.numel() == 1 and value.data_ptr() == self.placeholder.data_ptr()
+        return isinstance(value, float) and value == float(self.placeholder)
 
 
 def log_late(capture: StepCapture, calls: Sequence[LogCall], known: Sequence[KnownLoss], examples: int) -> None:

@@ -36,7 +36,7 @@ class StepSample:
         sum_clipped: ``(selection, loss, parameters, micro-batches)`` → the sum of clipped gradients, **private**.
         release: from there to the noisy gradient.
         try_engines: finds an engine for a loss.
-        seeded: torch's global generators seeded for this step.
+        forked_rng: torch's global generators seeded for this step.
         charged: whether anything has been released.
     """
 
@@ -44,7 +44,7 @@ class StepSample:
     sum_clipped: Callable[[Selection, LossFunction, Parameters, MicroBatches], Accumulated]
     release: Release
     try_engines: TryEngines
-    seeded: Callable[[], AbstractContextManager[None]]
+    forked_rng: Callable[[], AbstractContextManager[None]]
     charged: bool = False
     _kept: list[tuple[Any, int]] | None = field(default=None, init=False)
 
