@@ -19,7 +19,7 @@ from lightning_dp.plan.clipping import Clipping
 
 
 class VmapEngine(Engine):
-    """``vmap(grad(loss))`` over the examples of a micro-batch; the reference engine.
+    """``vmap(grad(loss))`` over the examples of a micro-batch.
 
     Memory: one gradient of every parameter per example of the micro-batch. The loss function sees batches of one
     (each tensor keeps its first axis, with length 1). Where it decides in Python on an example's *values*

@@ -177,3 +177,30 @@ def test_a_log_method_kept_elsewhere_does_not_get_past() -> None:
 
     with pytest.raises(Exception, match="not managed by the `Trainer` control flow"):
         trainer(DifferentialPrivacy(noise_multiplier=1.0)).fit(Module(), loader())
+
+
+class _OfTheClass(Regressor):
+    """Adds to an attribute that stands in the class body, and so is set anew on the module."""
+
+    total: Any = 100.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Any] = []
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.total += loss.detach()
+        self.losses.append(loss.detach())
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append(float(self.total) - 100.0)
+
+
+def test_an_attribute_of_the_class_does_not_add_up_over_steps() -> None:
+    module = _OfTheClass()
+    trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=3).fit(module, loader())
+    assert _OfTheClass.total == 100.0
+    assert module.seen == pytest.approx([float(mean) for mean in module.losses], rel=1e-4)
