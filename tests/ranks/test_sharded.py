@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dp.look import engine_check_in_shards as trial_in_shards
+from lightning_dp.look import engine_check_in_shards
 from lightning_dp.mechanism.noise import BLOCK
 from tests.conftest import PATIENCE
 from tests.mechanism.laws import CAUGHT, FALSE_ALARM, noise_p_values
@@ -134,12 +134,12 @@ def test_the_engine_is_tried_in_shards_where_that_is_possible(results: Any, case
 
 
 @pytest.mark.parametrize("wrong", ["norms", "a.weight", "b.weight"])
-def test_a_trial_in_shards_that_gives_other_gradients_fails(wrong: str) -> None:
+def test_a_check_in_shards_that_gives_other_gradients_fails(wrong: str) -> None:
     right = {"norms": torch.tensor([2.0, 1.0]), "a.weight": torch.ones(2, 2)}
     found = {**right, "b.weight": torch.zeros(3)}  # without a gradient in FSDP2
-    trial_in_shards._compare(right, found, 0.1)
-    with pytest.raises(trial_in_shards.DisagreementError, match=f"most in {wrong}, by 0.2"):
-        trial_in_shards._compare(right, {**found, wrong: found[wrong] + 0.2}, 0.1)
+    engine_check_in_shards._check_same_as_fsdp(right, found, 0.1)
+    with pytest.raises(engine_check_in_shards.DisagreementError, match=f"most in {wrong}, by 0.2"):
+        engine_check_in_shards._check_same_as_fsdp(right, {**found, wrong: found[wrong] + 0.2}, 0.1)
 
 
 def test_layers_that_are_thawed_on_the_way_are_trained_with_whole_parameters_too(results: Any) -> None:

@@ -135,7 +135,7 @@ def test_the_users_own_error_is_passed_on_with_a_note(engine: Any) -> None:
 @pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
 @pytest.mark.parametrize("since", [0, LATE])
 def test_want_of_memory_is_no_engines_limit(engine: Any, kind: type[Exception], since: int) -> None:
-    """It is passed on as it is, from the trial and from a step, and no other engine is tried."""
+    """It is passed on as it is, from the engine check and from a step, and no other engine is tried."""
 
     class Full(Regressor):
         calls = 0

@@ -80,7 +80,7 @@ def test_a_callback_may_set_it_wherever_it_stands() -> None:
 
 
 def test_nothing_is_written_or_released_before_the_engine_is_chosen(tmp_path: Path) -> None:
-    """The trial comes late, and a refusal by it leaves weights and ledger as they were."""
+    """The engine check comes late, and a refusal by it leaves weights and ledger as they were."""
 
     class Coupled(Regressor):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

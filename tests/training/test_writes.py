@@ -157,7 +157,7 @@ def test_a_buffer_that_is_assigned_what_it_holds_is_no_change(engine: Any) -> No
 
 
 class Everything(nn.Module):
-    """Something of each kind that a trial could leave behind."""
+    """Something of each kind that a look could leave behind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,14 +189,14 @@ def _spoil(module: Any) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_trial_leaves_a_module_as_it_was_also_when_it_fails_in_mid_write(fails: bool) -> None:
+def test_a_look_leaves_a_module_as_it_was_also_when_it_fails_in_mid_write(fails: bool) -> None:
     module = Everything()
     objects = {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors_of(module).items()}
     before = {name: (tensor.clone(), tensor.requires_grad) for name, tensor in tensors_of(module).items()}
     draws = [torch.get_rng_state(), module.generator.get_state(), module.other.bit_generator.state["state"]]
     seeded = random.getstate()
 
-    def trial() -> None:
+    def look() -> None:
         with undone(module):
             _spoil(module)
             if fails:
@@ -204,9 +204,9 @@ def test_a_trial_leaves_a_module_as_it_was_also_when_it_fails_in_mid_write(fails
 
     if fails:
         with pytest.raises(RuntimeError, match="in mid-write"):
-            trial()
+            look()
     else:
-        trial()
+        look()
     assert {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors_of(module).items()} == objects
     for name, tensor in tensors_of(module).items():
         torch.testing.assert_close(tensor.detach(), before[name][0], rtol=0, atol=0)
