@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from lightning_dp.batches.units import Piece, Units, pieces
+from lightning_dp.batches.units import Indices, Piece, Units, pieces
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.mechanism.keystream import Keystream
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import cut, exact_poisson_sample, poisson_sample, rank_slice
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-
-Indices = npt.NDArray[np.int64]
 
 
 class Draws:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch import Tensor
@@ -24,8 +23,6 @@ from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.loading.reading import order, read, record, together
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-
-Indices = npt.NDArray[np.int64]
 
 
 class LogicalBatchConsumedError(RuntimeError):

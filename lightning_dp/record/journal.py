@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_dp.record.journal_line import FILE_NAME, STEPS_AT, JournalError, Line, read_lines
+from lightning_dp.record.journal_line import FILE_NAME, STEPS_AT, FitLine, JournalError, read_lines
 from lightning_dp.record.lineage import Lineage
 from lightning_dp.record.plain_file import open_plain
 
@@ -69,7 +69,7 @@ class Journal:
                 "steps": before.counted.get(before.last, 0),
                 "head": before.heads.get(before.last, ""),
             }
-        self._line = Line(self.name, self._before.training, dict(phase), origin=origin)
+        self._line = FitLine(self.name, self._before.training, dict(phase), origin=origin)
         self._descriptor: int | None = None
         if self._file is not None:
             with _told(self._file):
@@ -143,7 +143,7 @@ class _told:  # noqa: N801 (read as a word in a with statement)
             ) from error
 
 
-def _append(file: Path, line: Line) -> tuple[Line, int]:
+def _append(file: Path, line: FitLine) -> tuple[FitLine, int]:
     """Add a line in one write, after what is there, and say where it begins."""
     descriptor = open_plain(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:

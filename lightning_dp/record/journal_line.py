@@ -30,7 +30,7 @@ class JournalError(ValueError):
 
 
 @dataclass(frozen=True)
-class Line:
+class FitLine:
     """One fit.
 
     Args:
@@ -87,7 +87,7 @@ class Lines:
         whole: whether each line follows the one before it, and none was cut off.
     """
 
-    lines: Sequence[Line] = ()
+    lines: Sequence[FitLine] = ()
     whole: bool = True
 
     @property
@@ -109,7 +109,7 @@ def read_lines(file: Path) -> Lines:
         content = read_plain(file, _MOST_BYTES)
     except OSError as error:
         raise JournalError(f"{file} cannot be read ({error}): expected a journal of private fits. {_REMEDY}") from error
-    found: list[Line] = []
+    found: list[FitLine] = []
     whole = True
     texts = (content or b"").decode("utf-8", "replace").splitlines()
     if len(texts) > _MOST_LINES:
@@ -127,10 +127,10 @@ def read_lines(file: Path) -> Lines:
     return Lines(found, whole)
 
 
-def _read(text: str) -> Line | None:
+def _read(text: str) -> FitLine | None:
     try:
         raw = json.loads(text)
-        line = Line(raw["fit"], raw["training"], raw["phase"], raw.get("after", ""), raw.get("origin"))
+        line = FitLine(raw["fit"], raw["training"], raw["phase"], raw.get("after", ""), raw.get("origin"))
         kinds = (type(line.fit), type(line.training), type(line.phase), type(line.after))
         if kinds != (str, str, dict, str) or not isinstance(line.origin, dict | None):
             return None
@@ -152,7 +152,7 @@ def _read(text: str) -> Line | None:
     return most if len(whole) == 2 else replace(most, steps=most.steps + 1, state="open", closed=False)
 
 
-def _counted(line: Line, count: tuple[Any, ...], *, has_digest: bool) -> Line | None:
+def _counted(line: FitLine, count: tuple[Any, ...], *, has_digest: bool) -> FitLine | None:
     steps, state, closed, _ = count
     if type(steps) is not int or not 0 <= steps <= MOST_STEPS or state not in ("open", "ended") or closed not in (0, 1):
         return None

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_dp.record.course import CAVEAT
-from lightning_dp.record.journal_line import FILE_NAME, JournalError, Line, Lines, read_lines
+from lightning_dp.record.journal_line import FILE_NAME, FitLine, JournalError, Lines, read_lines
 from lightning_dp.record.lineage import Lineage
 from lightning_dp.record.run_folder import journal_folder
 
@@ -165,9 +165,9 @@ def uncounted_strangers(lineage: Lineage | None, phase: dict[str, Any], where: P
     return ()
 
 
-def _furthest(lines: Iterable[Line]) -> dict[str, Line]:
+def _furthest(lines: Iterable[FitLine]) -> dict[str, FitLine]:
     """Each fit once: of copies of its line the one that went furthest."""
-    found: dict[str, Line] = {}
+    found: dict[str, FitLine] = {}
     for line in lines:
         other = found.get(line.fit)
         if other is None or (line.steps, line.closed) > (other.steps, other.closed):

@@ -22,7 +22,7 @@ from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.accounting import Ledger
 from lightning_dp.record.checkpoint import read_with_digest, with_digest
 from lightning_dp.record.journal import FILE_NAME, Journal, JournalError
-from lightning_dp.record.journal_line import Line, read_lines
+from lightning_dp.record.journal_line import FitLine, read_lines
 from lightning_dp.record.lineage import Lineage
 from lightning_dp.record.lost_steps import Places, count_lost
 from tests.conftest import loader, regressor, trainer
@@ -108,7 +108,7 @@ TAMPERED: dict[str, Callable[[Path, str], str]] = {
     "under another name": lambda lives, text: replace(
         read_lines(lives / "killed" / FILE_NAME).lines[0], fit="0123456789abcdef"
     ).text(),
-    "with other numbers": lambda lives, text: Line(
+    "with other numbers": lambda lives, text: FitLine(
         first_line(text)["fit"], first_line(text)["training"], {**first_line(text)["phase"], "noise_multiplier": 9.0},
         steps=3, state="ended", closed=True,
     ).text(),
@@ -176,7 +176,7 @@ def patched_to_believe_anything() -> Iterator[None]:
 
 def test_a_write_that_was_torn_anywhere_counts_at_least_what_was_released(tmp_path: Path) -> None:
     """Step 200 was released, and the write before step 201 stopped after so many bytes, in either order."""
-    line = Line("fit", "training", {"steps": 0})
+    line = FitLine("fit", "training", {"steps": 0})
     before, after = (replace(line, steps=steps).changing(line.head) for steps in (200, 201))
     assert len(before) == len(after)
     for cut in range(len(before) + 1):

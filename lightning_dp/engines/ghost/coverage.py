@@ -7,9 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_dp.engines.ghost.registry import is_composite, rule_of
-
-MATRIX = 2
+from lightning_dp.engines.ghost.registry import MATRIX, is_composite, rule_of
 
 
 def used_by_rules_alone(module: nn.Module, handled: Mapping[str, str]) -> set[str]:

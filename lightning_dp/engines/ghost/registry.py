@@ -17,6 +17,9 @@ from lightning_dp.engines.ghost.call import Operation, Pass
 if TYPE_CHECKING:
     from lightning_dp.engines.ghost.reparametrised import Leaves
 
+MATRIX = 2
+"""The number of axes of a weight that is a matrix."""
+
 Forward = Callable[..., Any]
 
 OperationOf = Callable[[Any, Tensor], tuple[Operation, Tensor]]

@@ -20,7 +20,7 @@ from lightning_dp.batches.containers import open_containers
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.rows import dropped, rows_in
-from lightning_dp.look.leaks.padding import Collate, row_contents
+from lightning_dp.look.leaks.padding import ToBatch, row_contents
 
 LOOK = 1.0
 """After so many seconds no further examples are collated to see whether one is left out."""
@@ -73,7 +73,7 @@ def check_not_left_out(loader: PoissonLoader, axis: BatchAxis, indices: list[int
             raise PreflightError(dropped(f"no row for dataset[{without[0]}]"))
 
 
-def check_collate_repeats_itself(collate: Collate, records: list[Any], at_once: int) -> None:
+def check_collate_repeats_itself(collate: ToBatch, records: list[Any], at_once: int) -> None:
     """Refuse a ``collate_fn`` that draws from a generator of its own.
 
     A few records are collated twice with all global generators seeded alike. With a seed of its own, what ``collate_fn`` draws for a row follows from how many rows came before it: removing one example would change
@@ -97,7 +97,7 @@ def check_collate_repeats_itself(collate: Collate, records: list[Any], at_once: 
         )
 
 
-def check_collate_forgets_places(collate: Collate, records: list[Any], at_once: int) -> None:
+def check_collate_forgets_places(collate: ToBatch, records: list[Any], at_once: int) -> None:
     """Refuse a ``collate_fn`` that makes a row of where its example stands, as with a generator seeded in every call.
 
     A few records are collated in two orders. What the global generators change is left alone: their seeds are nobody's.

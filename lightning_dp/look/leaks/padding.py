@@ -21,11 +21,11 @@ from lightning_dp.step.attributes import attributes_put_back
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """The part of a gradient by which it may change with its padding; 5e-2 in lower precision."""
 
-Collate = Callable[[list[Any]], Any]
+ToBatch = Callable[[list[Any]], Any]
 """From records to a batch on the device, with the examples on the first axis."""
 
 
-def check_collate_keeps_examples_apart(collate: Collate, records: list[Any], at_once: int) -> None:
+def check_collate_keeps_examples_apart(collate: ToBatch, records: list[Any], at_once: int) -> None:
     """Refuse a ``collate_fn`` in which one example's row depends on the records around it.
 
     Up to half of the records are collated in different company, everything random with the same seed, and their rows must be
@@ -58,7 +58,7 @@ def check_collate_keeps_examples_apart(collate: Collate, records: list[Any], at_
 
 
 def check_padding_is_masked(
-    collate: Collate,
+    collate: ToBatch,
     records: list[Any],
     module: nn.Module,
     loss_function: LossFunction,

@@ -12,10 +12,8 @@ from torch.nn import functional as F
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Operation, Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
-from lightning_dp.engines.ghost.registry import Arguments, function_rule, rule
+from lightning_dp.engines.ghost.registry import MATRIX, Arguments, function_rule, rule
 from lightning_dp.mechanism.clip import accumulation_dtype
-
-MATRIX = 2
 
 
 @dataclass(frozen=True)
