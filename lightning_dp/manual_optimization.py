@@ -16,21 +16,20 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_dp.batches.views import Views
 from lightning_dp.engines.late import at_hand
 from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
+from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.placeholder import emptied_or_refused, without_content
 from lightning_dp.loading.reading import record, together
-from lightning_dp.loading.transfer import as_training_step_takes_it, to_device
 from lightning_dp.look.dry_run import check_no_pieces, check_private_step, check_public_steps, dry_run
 from lightning_dp.look.one_example import raise_explained
 from lightning_dp.mechanism.complex import as_complex_like
-from lightning_dp.ranks.facts import module_of
-from lightning_dp.ranks.world import world_of
+from lightning_dp.ranks.world import World
 from lightning_dp.step.attributes import attributes_put_back
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.manual.commands import Commands, intercepted
@@ -63,28 +62,30 @@ class ManualOptimization:
     losses are computed from the placeholder, so they cannot see the data.
 
     Args:
-        strategy: connected to the module, whose optimizers are set up.
+        world: the processes that train.
+        form: how an example comes back to training_step; the optimizers of its module's Trainer are set up.
         capture: takes what training_step logs.
-        views: how the K views of an example are folded into a batch, or ``None``.
         public: places in ``configure_optimizers`` of the optimizers that see no private data.
     """
 
-    def __init__(self, strategy: Strategy, capture: StepCapture, views: Views | None, public: Sequence[int]) -> None:
-        self._strategy, self._capture, self._views = strategy, capture, views
+    def __init__(self, world: World, form: ExampleForm, capture: StepCapture, public: Sequence[int]) -> None:
+        self._world, self._form, self._capture = world, form, capture
+        self._module = form.module
         self._public = frozenset(public)
-        self._private = [place for place in range(len(strategy.optimizers)) if place not in self._public]
+        self._private = [place for place in range(len(self._optimizers)) if place not in self._public]
         self._selections: dict[tuple[int, frozenset[str]], Selection] = {}
         self._private_steps: list[Wanted] = []
         self._scripts: list[list[int]] = []
-        self._rehearse_again: Callable[[], int] = lambda: 1
+        self._rehearsed: tuple[DataLoader[Any], int | str | None] | None = None
         self._placeholder: Any = None
         self._live: Live | None = None
         self._default_dtype = torch.get_default_dtype()
 
-    def rehearse(self, loader: DataLoader[Any], physical_batch_size: int | str | None) -> int:
+    def rehearse(self, form: ExampleForm, loader: DataLoader[Any], physical_batch_size: int | str | None) -> int:
         """Run training_step on a placeholder for the first batches, and see what steps.
 
         Args:
+            form: how a batch comes to the engines and back.
             loader: the user's; the shape of its first example is taken for public.
             physical_batch_size: bounds how many rows the placeholder has, which public steps see.
 
@@ -94,7 +95,7 @@ class ManualOptimization:
         Raises:
             PreflightError: training_step steers training in a way that cannot be private.
         """
-        module = module_of(self._strategy)
+        module = self._module
         batch_size = loader.batch_size or 1
         most = physical_batch_size if isinstance(physical_batch_size, int) else batch_size
         rows = min(batch_size, most) if self._public else 1
@@ -105,9 +106,7 @@ class ManualOptimization:
             return without_content(batch) if self._public else without_content(batch, emptied_or_refused)
 
         def batch_of(rows: int, emptied: Callable[[Any], Any] = placeholder) -> Any:
-            return as_training_step_takes_it(
-                self._strategy, emptied(to_device(self._strategy, collate(together(loader.dataset, [first] * rows))))
-            )
+            return form.closed(emptied(form.to_engine(collate(together(loader.dataset, [first] * rows)))))
 
         self._placeholder = batch_of(rows)
         try:
@@ -133,31 +132,33 @@ class ManualOptimization:
             )
         return max(1, min(len(script) for script in self._scripts if script))
 
-    def rehearse_early(self, loader: DataLoader[Any], physical_batch_size: int | str | None) -> int:
+    def rehearse_early(self, form: ExampleForm, loader: DataLoader[Any], physical_batch_size: int | str | None) -> int:
         """:meth:`rehearse`, before the plan is made; a training_step that fails is rehearsed once its hooks have run.
 
         Returns:
             The fewest optimizer steps in a batch, or 1 as long as nobody knows: then the plan has batches to spare.
         """
-        self._rehearse_again = partial(self.rehearse, loader, physical_batch_size)
+        self._rehearsed = loader, physical_batch_size
         try:
-            return self.rehearse(loader, physical_batch_size)
+            return self.rehearse(form, loader, physical_batch_size)
         except PreflightError:
             raise
         except Exception:  # if it is not for want of a hook, rehearse_late has the same error
             self._scripts = []
             return 1
 
-    def rehearse_late(self, planned: int) -> int:
+    def rehearse_late(self, form: ExampleForm, planned: int) -> int:
         """:meth:`rehearse` after the hooks that may prepare the module, where it has any.
 
         Args:
+            form: how a batch comes to the engines and back, changes of hooks included.
             planned: the fewest optimizer steps in a batch, as the plan was made.
         """
-        module = module_of(self._strategy)
+        module = self._module
         if self._scripts and not any(is_overridden(hook, module) for hook in PREPARING_HOOKS):
             return planned
-        found = self._rehearse_again()
+        assert self._rehearsed is not None, "rehearse_early comes first"
+        found = self.rehearse(form, *self._rehearsed)
         if found != planned and module.trainer.max_steps != -1:
             rank_zero_warn(
                 f"{found} optimizer steps in a batch after the module's hooks have run, and {planned} before: the plan turned "
@@ -173,7 +174,7 @@ class ManualOptimization:
             EngineError: the engine asked for cannot run this training_step.
             PreflightError: training_step writes into parameters before a private step.
         """
-        module = module_of(self._strategy)
+        module = self._module
         first: tuple[Selection, LossFunction] | None = None
         for index, script in enumerate(self._scripts):
             for number, place in enumerate(script):
@@ -183,7 +184,7 @@ class ManualOptimization:
                     continue
                 rest = (index,) if takes_batch_idx(module) else ()
                 wanted = Wanted(rest, number, place, parameters, global_step(module) + self._taken(index))
-                loss_function = self._loss_function(wanted, self._views)
+                loss_function = self._loss_function(wanted, self._form)
                 self._selections[key] = try_engines(loss_function, parameters)
                 self._private_steps.append(wanted)
                 first = first or (self._selections[key], loss_function)
@@ -194,9 +195,9 @@ class ManualOptimization:
             first = loop, first[1]
         return first
 
-    def losses(self, views: Views | None) -> list[tuple[LossFunction, dict[str, nn.Parameter]]]:
+    def losses(self, form: ExampleForm) -> list[tuple[LossFunction, dict[str, nn.Parameter]]]:
         """The loss of each private optimizer seen in the dry run, and its parameters, once engines are chosen."""
-        return [(self._loss_function(wanted, views), wanted.parameters) for wanted in self._private_steps]
+        return [(self._loss_function(wanted, form), wanted.parameters) for wanted in self._private_steps]
 
     def training_step(
         self, sample: StepSample, rest: tuple[Any, ...], share: Callable[[Any], Any] | None, log: bool
@@ -215,15 +216,15 @@ class ManualOptimization:
         Raises:
             PreflightError: training_step did what it did not do in the dry run and what cannot be private.
         """
-        module = module_of(self._strategy)
-        values, draws = ValuesOverSteps(module), SameDraws(self._strategy.root_device)
+        module = self._module
+        values, draws = ValuesOverSteps(module), SameDraws(self._world.device)
         live = self._live = Live(rest, sample, self._parameters(), values, draws, global_step(module))
         self._default_dtype = torch.get_default_dtype()
         try:
             with (
                 sample.forked_rng(),
                 self._capture.listening() as recording,
-                self._strategy.precision_plugin.train_step_context(),
+                module.trainer.precision_plugin.train_step_context(),
             ):
                 live.recording = recording
                 output = module.training_step(self._placeholder, *rest)
@@ -249,7 +250,7 @@ class ManualOptimization:
             )
         loss = at_hand(loss)
         self._live.losses.append(loss)
-        return Strategy.backward(self._strategy, loss, None, *args, **options)
+        return Strategy.backward(self._module.trainer.strategy, loss, None, *args, **options)
 
     def step_closure(self, optimizer: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure of an ``optimizer.step()``, followed by what puts the gradient of that step into ``p.grad``."""
@@ -259,7 +260,7 @@ class ManualOptimization:
                 "optimizer.step() outside training_step: expected it inside. A step anywhere else would use a gradient "
                 "that was released for another step."
             )
-        place = next(place for place, one in enumerate(self._strategy.optimizers) if one is optimizer)
+        place = next(place for place, one in enumerate(self._optimizers) if one is optimizer)
 
         def then() -> Any:
             outcome = closure()
@@ -267,7 +268,7 @@ class ManualOptimization:
                 self._average_over_ranks(live, place)
             else:
                 self._put_private_gradient(live, place)
-            if len(self._strategy.optimizers) > 1:  # else nothing comes after the one step
+            if len(self._optimizers) > 1:  # else nothing comes after the one step
                 live.values.about_to_step(optimizer)
             live.step += 1
             live.losses.clear()
@@ -279,7 +280,7 @@ class ManualOptimization:
         check_private_step(place, live.losses, live.stepped)
         parameters = live.parameters[place]
         wanted = Wanted(live.rest, live.step, place, parameters, live.began_at)
-        loss_function = self._loss_function(wanted, self._views, live)
+        loss_function = self._loss_function(wanted, self._form, live)
         with torch.enable_grad(), self._outside_the_precision_context():
             key = place, frozenset(parameters)
             if key not in self._selections:  # later than the dry run looked, or parameters thawed since
@@ -287,7 +288,7 @@ class ManualOptimization:
             several = live.draws if len(self._private) > 1 else None
             total = live.sample.clipped_sum(loss_function, parameters, self._selections[key], several)
             gradient = live.sample.released(total, len(live.stepped), len(self._private))
-        for group in self._strategy.optimizers[place].param_groups:
+        for group in self._optimizers[place].param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
         for name, parameter in parameters.items():
@@ -304,12 +305,11 @@ class ManualOptimization:
     def _average_over_ranks(self, live: Live, place: int) -> None:
         """Public losses draw other random numbers on every rank: the mean of their gradients keeps the ranks equal."""
         live.known += [KnownLoss(loss.detach(), loss.detach()) for loss in live.losses]
-        world = world_of(self._strategy)
-        if world.size == 1:
+        if self._world.size == 1:
             return
         for parameter in live.parameters[place].values():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = world.mean(gradient)
+            parameter.grad = self._world.mean(gradient)
 
     @contextmanager
     def _outside_the_precision_context(self) -> Iterator[None]:
@@ -317,27 +317,31 @@ class ManualOptimization:
         inside = torch.get_default_dtype()
         torch.set_default_dtype(self._default_dtype)
         try:
-            with torch.autocast(self._strategy.root_device.type, enabled=False):
+            with torch.autocast(self._world.device.type, enabled=False):
                 yield
         finally:
             torch.set_default_dtype(inside)
 
+    @property
+    def _optimizers(self) -> list[Optimizer]:
+        return self._module.trainer.optimizers
+
     def _parameters(self) -> list[dict[str, nn.Parameter]]:
         """For each optimizer the trainable parameters it holds, by name."""
-        named = [(name, p) for name, p in module_of(self._strategy).named_parameters() if p.requires_grad]
-        held = [{id(p) for group in one.param_groups for p in group["params"]} for one in self._strategy.optimizers]
+        named = [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
+        held = [{id(p) for group in one.param_groups for p in group["params"]} for one in self._optimizers]
         return [{name: p for name, p in named if id(p) in ids} for ids in held]
 
     def _taken(self, index: int) -> int:
         """How many optimizer steps were rehearsed before this batch."""
         return sum(map(len, self._scripts[:index]))
 
-    def _loss_function(self, wanted: Wanted, views: Views | None, live: Live | None = None) -> LossFunction:
+    def _loss_function(self, wanted: Wanted, form: ExampleForm, live: Live | None = None) -> LossFunction:
         """An example's loss at the step that is wanted.
 
         What training_step makes before an earlier step it makes with the parameters of then, as ``live`` has them.
         """
-        module = module_of(self._strategy)
+        module = self._module
         fixed = {name: p.detach() for name, p in module.named_parameters() if name not in wanted.parameters}
         values = ValuesOverSteps(module) if live is None else live.values
         time = PutBackInTime(module, values, wanted.parameters)
@@ -363,9 +367,7 @@ class ManualOptimization:
                         return {"loss": sum(losses[1:], losses[0]), "losses": losses}
             raise _other_way(wanted.number, wanted.place)
 
-        return example_loss(
-            self._strategy, self._capture, views, wanted.rest, fixed=fixed, run=up_to_the_step, begin_with=time.at_start
-        )
+        return example_loss(form, self._capture, wanted.rest, fixed=fixed, run=up_to_the_step, begin_with=time.at_start)
 
 
 def _other_way(number: int, place: int) -> PreflightError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.batches.axis import BatchAxis
-from lightning_dp.batches.units import Units, group
-from lightning_dp.batches.views import Views, WithViews
+from lightning_dp.batches.units import Units
+from lightning_dp.batches.views import Views
 from lightning_dp.engines.accumulate import Accumulated, accumulate
 from lightning_dp.engines.fall_back import FallBack
 from lightning_dp.engines.protocol import LossFunction
@@ -27,9 +27,9 @@ from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.layers.batch_norm import check_batch_norms_rest
 from lightning_dp.lightning_internals import has_no_loader_yet
-from lightning_dp.loading.apart import collate_each_if_needed
-from lightning_dp.loading.loader import LogicalBatch, PoissonLoader, check_sample
-from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through, to_device
+from lightning_dp.loading.form import ExampleForm
+from lightning_dp.loading.loader import PoissonLoader, check_sample
+from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through
 from lightning_dp.look.batch_size.physical import (
     PhysicalBatchSize,
     default_physical_batch_size,
@@ -45,15 +45,14 @@ from lightning_dp.look.same_data import check_same_data_on_every_rank
 from lightning_dp.look.trainer import check_trainer
 from lightning_dp.manual_optimization import ManualOptimization
 from lightning_dp.mechanism.complex import as_complex_like, as_real_pairs
-from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.mechanism.randomness import Stream
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.ranks.agreement import check_same_parameters_on_every_rank
-from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import on_every_rank
 from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.sharding import full_parameters, reshard
 from lightning_dp.ranks.shared_key import shared_key
-from lightning_dp.ranks.world import world_of
+from lightning_dp.ranks.world import World
 from lightning_dp.step.batch_hooks import BatchHooks
 from lightning_dp.step.contents import Contents, check_nothing_written, tensors_of
 from lightning_dp.step.forked_rng import forked_rng
@@ -61,6 +60,7 @@ from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.manual.step_sample import StepSample
 from lightning_dp.step.never_moved import NeverMoved
 from lightning_dp.step.parameter_hooks import put_gradient
+from lightning_dp.step.planned import Planned
 from lightning_dp.step.sample_release import release_sample
 from lightning_dp.step.spectral import SpectralNorms
 from lightning_dp.step.undone import undone
@@ -78,6 +78,8 @@ class PrivateStep:
     The step itself is :mod:`lightning_dp.engines.accumulate`; this class only feeds it and carries its result home.
 
     Args:
+        module: to be trained.
+        world: the processes that train it.
         planner: makes the plan when the training loader is known; called again if Lightning reloads it.
         seed: ``None`` for secret randomness, a number for a reproducible run.
         engine: name of the engine, see :data:`lightning_dp.engines.select.EngineName`.
@@ -94,6 +96,8 @@ class PrivateStep:
 
     def __init__(
         self,
+        module: pl.LightningModule,
+        world: World,
         planner: Planner,
         *,
         seed: int | None = None,
@@ -107,61 +111,69 @@ class PrivateStep:
         unit: PrivacyUnit | None = None,
         begin: Callable[[Selection], None] = lambda _: None,
     ) -> None:
-        self.batch_axis = batch_axis
+        self.module, self.world = module, world
+        self._form = ExampleForm(module, world.device, batch_axis, views)
         self.batch_hooks: BatchHooks | None = None
         self._begin = begin
         self._unit = unit
-        self.units: Units | None = None
         self._public_optimizers = public_optimizers
         self._manual: ManualOptimization | None = None
         self.unused_samples, self.optimizer_steps_per_batch = 0, 1
         self._planner = planner
-        self._views = views
-        self._with_views: WithViews | None = None if views is None else views.drawn
         self._seed = seed
         self._engine_name: EngineName = engine
         self._physical_batch_size = physical_batch_size
         self._log_train_metrics = log_train_metrics
         self._static_shapes = static_shapes
-        self._loader: PoissonLoader | None = None
+        self._planned: Planned | None = None
         self._selection: Selection | None = None
         self._layers: Layerwise | None = None
         self._never_moved = NeverMoved()
-        self._ledger: Ledger | None = None
-        self._key: RandomKey | None = None
-        self._capture: StepCapture | None = None
+        self._capture = StepCapture(module)
         self._pending: Accumulated | None = None
         self._tried: set[str] = set()
         self.not_finite = 0
 
-    def process_dataloader(self, strategy: Strategy, dataloader: object) -> PoissonLoader:
+    @property
+    def planned(self) -> Planned:
+        """What is known since the training loader is.
+
+        Raises:
+            RuntimeError: it is not yet, or the fit has ended.
+        """
+        if self._planned is None:
+            raise RuntimeError("a private step without a training loader: expected one before the first step.")
+        return self._planned
+
+    def process_dataloader(self, dataloader: object) -> PoissonLoader:
         """Replace the user's training loader by one of Poisson-sampled logical batches.
 
         Raises:
             PreflightError: the loader cannot be sampled by Poisson, or there are several of them.
         """
-        module, world = module_of(strategy), world_of(strategy)
+        module, world, before = self.module, self.world, self._planned
         loader = on_every_rank(world, lambda: check_loader(dataloader), PreflightError)
-        if self._loader is not None and has_no_loader_yet(module.trainer):
+        if before is not None and has_no_loader_yet(module.trainer):
             raise PreflightError(
                 "several training loaders: expected exactly one. Each would need a budget of its own; join the datasets "
                 "with torch.utils.data.ConcatDataset."
             )
-        self._capture = self._capture or StepCapture(module)
         if not module.automatic_optimization and self._manual is None:
-            self._manual = ManualOptimization(strategy, self._capture, self._views, self._public_optimizers)
-            self.optimizer_steps_per_batch = self._manual.rehearse_early(loader, self._physical_batch_size)
-        self.units = read_units(world, self._unit, loader.dataset)
-        ledger = self._ledger = self._planner(loader, self.units)
-        key = self._key = self._key or shared_key(world, self._seed, ledger.changed)
-        views, most = self._views.k if self._views else 1, 1 if self.units is None else self.units.most
+            self._manual = ManualOptimization(world, self._form, self._capture, self._public_optimizers)
+            size = self._physical_batch_size
+            self.optimizer_steps_per_batch = self._manual.rehearse_early(self._form, loader, size)
+        units = read_units(world, self._unit, loader.dataset)
+        form = replace(self._form, units=units)
+        ledger = self._planner(loader, units)
+        key = shared_key(world, self._seed, ledger.changed) if before is None else before.key
+        views, most = 1 if form.views is None else form.views.k, 1 if units is None else units.most
         size = self._physical_batch_size
         if not isinstance(size, int):
             size = default_physical_batch_size(module, ledger.plan, world, views, most)
         check_same_data_on_every_rank(world, loader.dataset)
-        if self._loader is not None:
-            self._loader.close()
-        self._loader = PoissonLoader(
+        if before is not None:
+            before.loader.close()
+        private = PoissonLoader(
             loader,
             ledger.plan,
             key,
@@ -169,113 +181,107 @@ class PrivateStep:
             world_size=world.size,
             physical_batch_size=size,
             next_step=lambda: ledger.steps + self.unused_samples,
-            units=self.units,
-            settle=partial(collate_each_if_needed, strategy),
+            units=units,
         )
-        self.batch_hooks = BatchHooks(strategy, self._capture, self._loader)
+        self.batch_hooks = BatchHooks(form, self._capture, private)
+        private.form = form = replace(form, hooks=self.batch_hooks)
+        self._planned = Planned(module, world, form, private, ledger, key)
         if self._selection is not None:  # a loader of later epochs
-            self._check_examples_stay_apart(strategy, self._loader)
-        return self._loader
+            self._check_examples_stay_apart()
+        return private
 
-    def check_data(self, strategy: Strategy) -> None:
+    def check_data(self) -> None:
         """Refuse a nested loader before the first hook or validation batch."""
-        let_logical_batches_through(module_of(strategy))
-        check_not_nested(module_of(strategy).trainer.train_dataloader, self._loader)
+        let_logical_batches_through(self.module)
+        loader = None if self._planned is None else self._planned.loader
+        check_not_nested(self.module.trainer.train_dataloader, loader)
 
-    def on_train_batch_start(self, strategy: Strategy) -> None:
+    def on_train_batch_start(self) -> None:
         """Choose an engine before the first step, after all hooks that may set what training_step reads; on every rank."""
         if self._selection is None:
-            self._begin(self.choose_engine(strategy))
+            self._begin(self.choose_engine())
 
-    def choose_engine(self, strategy: Strategy) -> Selection:
+    def choose_engine(self) -> Selection:
         """Try engines on two examples, or refuse, and keep the one to train with. Nothing of it is kept or released."""
-        module, world, loader = module_of(strategy), world_of(strategy), self._loader
-        assert loader is not None
+        module, world, planned = self.module, self.world, self.planned
         check_same_parameters_on_every_rank(world, module)
-        make_loss = partial(self._loss_function, strategy, (0,) if takes_batch_idx(module) else ())
-        self._selection = select_in_shards(strategy, loader, self._engine_name, make_loss, self._with_views)
+        make_loss = partial(self._loss_function, (0,) if takes_batch_idx(module) else ())
+        self._selection = select_in_shards(planned, self._engine_name, make_loss)
         with full_parameters(module, world):
             if self._manual is not None:
-                self.optimizer_steps_per_batch = self._manual.rehearse_late(self.optimizer_steps_per_batch)
-                self._selection, loss_function = self._manual.choose_engines(partial(self.try_engines, strategy))
+                steps = self._manual.rehearse_late(planned.form, self.optimizer_steps_per_batch)
+                self.optimizer_steps_per_batch = steps
+                self._selection, loss_function = self._manual.choose_engines(self.try_engines)
             else:
                 loss_function = make_loss({})
-                self._selection = self._selection or self.try_engines(strategy, loss_function, trainable(module))
+                self._selection = self._selection or self.try_engines(loss_function, trainable(module))
             rank_zero_info(self._selection.describe())
             self._physical_batch_size = settle_physical_batch_size(
-                strategy, loader, self._physical_batch_size, self._selection.engine, loss_function, self._with_views
+                planned, self._physical_batch_size, self._selection.engine, loss_function
             )
-        self._check_examples_stay_apart(strategy, loader)
-        self._without_data = WithoutData(strategy, loader, self._with_views)
+        self._check_examples_stay_apart()
+        self._without_data = WithoutData(planned)
         self._tried = set(trainable(module))
-        self._layers = start_layerwise(strategy, loader, self._selection, make_loss, self._with_views)
+        self._layers = start_layerwise(planned, self._selection, make_loss)
         return self._selection
 
-    def _check_examples_stay_apart(self, strategy: Strategy, loader: PoissonLoader) -> None:
-        losses = of_training_step(strategy, self._capture) if self._manual is None else self._manual.losses
-        with full_parameters(module_of(strategy), world_of(strategy)):
-            check_examples_stay_apart(strategy, loader, losses, self._views)
+    def _check_examples_stay_apart(self) -> None:
+        losses = of_training_step(self.module, self._capture) if self._manual is None else self._manual.losses
+        with full_parameters(self.module, self.world):
+            check_examples_stay_apart(self.planned, losses)
 
-    def training_step(self, strategy: Strategy, batch: Any, *rest: Any) -> STEP_OUTPUT:
+    def training_step(self, batch: Any, *rest: Any) -> STEP_OUTPUT:
         """Sum this rank's clipped per-example gradients over the logical batch; keep them for :meth:`backward`.
 
         Returns:
             What the user's training_step would return for the whole batch: the mean loss, detached, or a dict with it.
             With no example on this rank the loss is 0.
         """
-        module, ledger, key, capture, loader = module_of(strategy), self._ledger, self._key, self._capture, self._loader
-        assert ledger is not None
-        assert key is not None
-        assert capture is not None
-        assert loader is not None
+        planned, module, world, capture = self.planned, self.module, self.world, self._capture
         assert self._selection is not None
-        world = world_of(strategy)
         batch = batch if self.batch_hooks is None else self.batch_hooks.sample_behind(batch)
-        check_sample(batch, ledger.steps, self.unused_samples)
+        check_sample(batch, planned.ledger.steps, self.unused_samples)
         check_trainer(module.trainer)  # a callback may have changed it since the start
         some_rank_is_empty = 0 < batch.global_size < world.size
         share = world.broadcast if some_rank_is_empty else None
         if self._manual is not None:
-            seed = key.torch_seed(Stream.DROPOUT, batch.step, world.rank, 1)
+            seed = planned.key.torch_seed(Stream.DROPOUT, batch.step, world.rank, 1)
             sample = StepSample(
-                micro_batches=lambda: self._micro_batches(strategy, batch, key),
-                sum_clipped=partial(self.clipped_sum, strategy, batch.step),
-                release=partial(self.released, strategy, batch.step),
-                try_engines=partial(self.try_engines, strategy),
-                forked_rng=lambda: forked_rng(strategy.root_device, seed),
+                micro_batches=lambda: planned.micro_batches(batch),
+                sum_clipped=partial(self.clipped_sum, batch.step),
+                release=partial(self.released, batch.step),
+                try_engines=self.try_engines,
+                forked_rng=lambda: forked_rng(world.device, seed),
             )
             output: STEP_OUTPUT = self._manual.training_step(sample, rest, share, self._log_train_metrics)
             self.unused_samples += not sample.charged
             capture.say_once_that_logs_are_private(self._log_train_metrics)
             return output
         SpectralNorms(module).advance()
-        parameters, loss_function = trainable(module), self._loss_function(strategy, rest)
+        parameters, loss_function = trainable(module), self._loss_function(rest)
         if parameters.keys() != self._tried:  # thawed or frozen on the way, as by BackboneFinetuning
             check_same_parameters_on_every_rank(world, module)
             with full_parameters(module, world):
-                self._selection = self.try_engines(strategy, loss_function, trainable(module))
+                self._selection = self.try_engines(loss_function, trainable(module))
             self._tried = set(parameters)
-            make_loss = partial(self._loss_function, strategy, rest)
-            self._layers = start_layerwise(strategy, loader, self._selection, make_loss, self._with_views)
+            self._layers = start_layerwise(planned, self._selection, partial(self._loss_function, rest))
             rank_zero_info(
                 f"{self._selection.describe()}\n  (tried again: {len(parameters)} parameters are trained now)"
             )
         given: Mapping[str, Tensor] = trainable(module)
         if self._layers is not None:
             given, fixed = self._layers.begin(batch.step)
-            loss_function = self._loss_function(strategy, rest, fixed)
-        micro_batches = self._micro_batches(strategy, batch, key)
-        total = self.clipped_sum(strategy, batch.step, self._selection, loss_function, given, micro_batches)
+            loss_function = self._loss_function(rest, fixed)
+        total = self.clipped_sum(batch.step, self._selection, loss_function, given, planned.micro_batches(batch))
         self._pending = total
         alone = partial(self._without_data, loss_function, as_real_pairs(given))
         extras = capture.replay(total.outputs, total.examples, share, log=self._log_train_metrics, without_data=alone)
         capture.say_once_that_logs_are_private(self._log_train_metrics)
-        loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=strategy.root_device)
+        loss = torch.cat(total.losses).mean() if total.losses else torch.zeros((), device=world.device)
         return {"loss": loss, **extras} if extras else loss
 
     def clipped_sum(
         self,
-        strategy: Strategy,
         step: int,
         selection: Selection,
         loss_function: LossFunction,
@@ -283,19 +289,18 @@ class PrivateStep:
         micro_batches: Iterable[tuple[Any, int]],
     ) -> Accumulated:
         """The sum of the clipped gradients of this rank's part of a step's sample. Nothing of it may be released."""
-        module, ledger, key = module_of(strategy), self._ledger, self._key
-        assert ledger is not None
-        assert key is not None
+        planned, module, world = self.planned, self.module, self.world
+        plan = planned.ledger.plan
         check_batch_norms_rest(module)
         before = Contents.of(tensors_of(module))
-        with forked_rng(strategy.root_device, key.torch_seed(Stream.DROPOUT, step, world_of(strategy).rank)):
+        with forked_rng(world.device, planned.key.torch_seed(Stream.DROPOUT, step, world.rank)):
             total = accumulate(
                 FallBack(selection, module, (PreflightError,), partial(undone, module)),
                 loss_function,
                 as_real_pairs(parameters),
                 micro_batches,
-                ledger.plan.clipping_rule,
-                pad_to=self.physical_batch_size if self._static_shapes else None,
+                plan.clipping_rule,
+                pad_to=planned.loader.physical_batch_size if self._static_shapes else None,
                 apart=() if self._layers is None else self._layers.names,
             )
             if self._layers is not None:
@@ -306,12 +311,11 @@ class PrivateStep:
         return total
 
     def released(
-        self, strategy: Strategy, step: int, gradient: Mapping[str, Tensor], *, part: int = 0, parts: int = 1
+        self, step: int, gradient: Mapping[str, Tensor], *, part: int = 0, parts: int = 1
     ) -> dict[str, Tensor]:
         """Charge for a sample at its first release, and give the noisy gradient that may be used and published.
 
         Args:
-            strategy: adds the ranks' sums up.
             step: the sample's number.
             gradient: this rank's sum of clipped gradients.
             part: the release's number among those of the sample, from 0.
@@ -321,21 +325,12 @@ class PrivateStep:
             BudgetExceededError: the step would overspend the target ε. Nothing is released.
             RankLostError: another rank is gone. The step is charged, and nothing of it is used.
         """
-        assert self._ledger is not None
-        assert self._key is not None
+        ledger, key = self.planned.ledger, self.planned.key
         return release_sample(
-            world_of(strategy),
-            module_of(strategy),
-            gradient,
-            self._ledger,
-            self._key,
-            step,
-            layers=self._layers,
-            part=part,
-            parts=parts,
+            self.world, self.module, gradient, ledger, key, step, layers=self._layers, part=part, parts=parts
         )
 
-    def backward(self, strategy: Strategy, closure_loss: Tensor, **options: Any) -> Tensor:
+    def backward(self, closure_loss: Tensor, **options: Any) -> Tensor:
         """Charge the ledger, release the noisy gradient, and put it into ``p.grad`` of the trainable parameters.
 
         Raises:
@@ -343,18 +338,17 @@ class PrivateStep:
         """
         if self._manual is not None:
             return self._manual.backward(closure_loss, **options)
-        ledger, total = self._ledger, self._pending
-        if total is None or ledger is None:
+        total, self._pending = self._pending, None
+        if total is None:
             raise RuntimeError(
                 "backward without a private training_step: expected one training_step for each backward. "
                 "Use automatic optimization and an optimizer that calls its closure once per step."
             )
-        self._pending = None
-        module = module_of(strategy)
+        module, strategy = self.module, self.module.trainer.strategy
         strategy.pre_backward(closure_loss)
         strategy.precision_plugin.pre_backward(closure_loss, module)
         reshard(module)  # a hook that called the module has left a part of it whole
-        gradient = self.released(strategy, ledger.steps + self.unused_samples, total.gradient)
+        gradient = self.released(self.planned.ledger.steps + self.unused_samples, total.gradient)
         for name, parameter in trainable(module).items():
             put_gradient(parameter, as_complex_like(gradient[name], parameter))
         closure_loss = strategy.precision_plugin.post_backward(closure_loss, module)
@@ -365,26 +359,23 @@ class PrivateStep:
         """The closure of an optimizer's step; under manual optimization it also brings that step's gradient."""
         return closure if self._manual is None else self._manual.step_closure(optimizer, closure)
 
-    def try_engines(
-        self, strategy: Strategy, loss_function: LossFunction, parameters: Mapping[str, nn.Parameter]
-    ) -> Selection:
+    def try_engines(self, loss_function: LossFunction, parameters: Mapping[str, nn.Parameter]) -> Selection:
         """The engine for one loss, tried on the first examples."""
-        assert self._loader is not None
-        resolution = self._loader.plan.resolution
+        loader = self.planned.loader
+        resolution = loader.plan.resolution
         name = self._engine_name if resolution is None else "loop"
-        most = CHECKED_EXAMPLES if self._physical_batch_size == "auto" else self._loader.physical_batch_size
-        selection = check_engines(strategy, self._loader, name, loss_function, self._with_views, parameters, most)
+        most = CHECKED_EXAMPLES if self._physical_batch_size == "auto" else loader.physical_batch_size
+        selection = check_engines(self.planned, name, loss_function, parameters, most)
         return (
             selection if resolution is None else replace(selection, engine=RoundedEngine(selection.engine, resolution))
         )
 
-    def teardown(self, strategy: Strategy) -> None:
+    def teardown(self) -> None:
         """Forget the key and leave the module as it was found."""
-        self._key = None
-        self._pending = None
-        if self._loader is not None:
-            self._loader.close()
-        stop_letting_through(module_of(strategy))
+        planned, self._planned, self._pending = self._planned, None, None
+        if planned is not None:
+            planned.loader.close()
+        stop_letting_through(self.module)
 
     @property
     def randomness(self) -> Literal["secret", "reproducible"]:
@@ -394,21 +385,12 @@ class PrivateStep:
     @property
     def waited(self) -> float | None:
         """Seconds for which the steps so far have waited for data, if numbers that depend on the draws may be logged."""
-        return self._loader.waited if self._loader is not None and self._log_train_metrics else None
+        return self._planned.loader.waited if self._planned is not None and self._log_train_metrics else None
 
     @property
     def physical_batch_size(self) -> int | None:
         """The most examples in a micro-batch, once the loader is known."""
-        return None if self._loader is None else self._loader.physical_batch_size
+        return None if self._planned is None else self._planned.loader.physical_batch_size
 
-    def _micro_batches(self, strategy: Strategy, batch: LogicalBatch, key: RandomKey) -> Iterator[tuple[Any, int]]:
-        """The micro-batches of a step on the device, with their views, and how many examples each holds."""
-        seed = int.from_bytes(key.derive(Stream.VIEWS, batch.step, size=8), "big")
-        for (micro_batch, size), (_, examples) in zip(batch.micro_batches(), batch.pieces, strict=True):
-            rows = to_device(strategy, micro_batch, len(examples))
-            rows = rows if self._with_views is None else self._with_views(rows, examples, seed)
-            yield group(rows, size, len(examples) // size), size
-
-    def _loss_function(self, strategy: Strategy, rest: Any, fixed: Mapping[str, Tensor] | None = None) -> LossFunction:
-        assert self._capture is not None
-        return example_loss(strategy, self._capture, self._views, rest, fixed=fixed)
+    def _loss_function(self, rest: Any, fixed: Mapping[str, Tensor] | None = None) -> LossFunction:
+        return example_loss(self.planned.form, self._capture, rest, fixed=fixed)

@@ -35,7 +35,6 @@ from lightning_dp.loading.columns import with_batch_size
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.look.trainer import check_strategy
 from lightning_dp.private_step import PrivateStep
-from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import on_every_rank
 from lightning_dp.ranks.lost_ranks import naming_absent_nodes, naming_lost_ranks
 from lightning_dp.ranks.sharding import check_gather, check_sharding, full_parameters, in_shards, reshard
@@ -82,7 +81,7 @@ class _EveryTwin(SingleDeviceStrategy):
         module = self.lightning_module
         if module is None or not module.trainer.training:
             return dataloader
-        return step_of(self).process_dataloader(self, with_batch_size(dataloader))
+        return step_of(self).process_dataloader(with_batch_size(dataloader))
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -93,16 +92,16 @@ class _EveryTwin(SingleDeviceStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        step_of(self).on_train_batch_start(self)
+        step_of(self).on_train_batch_start()
         super().on_train_batch_start(batch, batch_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        return step_of(self).training_step(self, *args, **kwargs)
+        return step_of(self).training_step(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        return step_of(self).backward(self, closure_loss, **kwargs)
+        return step_of(self).backward(closure_loss, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -111,7 +110,7 @@ class _EveryTwin(SingleDeviceStrategy):
     @override
     def teardown(self) -> None:
         if self.private_step is not None:
-            self.private_step.teardown(self)
+            self.private_step.teardown()
             self.private_step = None
         super().teardown()
 
@@ -273,10 +272,10 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         require(self, trainer)
-        reshard(module_of(self))  # as an evaluation before this fit may not have left it
+        reshard(trainer.lightning_module)  # as an evaluation before this fit may not have left it
         if trainer.state.fn == TrainerFn.FITTING:
             tensor_parallel = self.device_mesh["tensor_parallel"].size()
-            check_sharding(module_of(self), world_of(self).size, tensor_parallel)
+            check_sharding(trainer.lightning_module, world_of(self).size, tensor_parallel)
         super().setup(trainer)
 
     @override
@@ -288,8 +287,9 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        with in_shards(module_of(self)) if self.gather == "layer" else full_parameters(module_of(self), world_of(self)):
-            return step_of(self).training_step(self, *args, **kwargs)
+        step = step_of(self)
+        with in_shards(step.module) if self.gather == "layer" else full_parameters(step.module, step.world):
+            return step.training_step(*args, **kwargs)
 
     @classmethod
     @override

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,6 @@ from lightning_dp.batches.microbatch import BatchAxisError, check_batch_axis, is
 from lightning_dp.batches.transforms import ViewTransform
 
 IMAGE_DIMENSIONS = 4
-
-WithViews = Callable[[Any, npt.NDArray[np.int64], int], Any]
-"""``(batch, indices, seed)`` → the batch with its views, as :meth:`Views.drawn` gives it."""
 
 
 class ViewError(BatchAxisError):

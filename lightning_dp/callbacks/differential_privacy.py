@@ -234,6 +234,8 @@ class DifferentialPrivacy(pl.Callback):
         self._at_start = Progress.of(trainer)
         self._planned = self._begun = False
         strategy.private_step = PrivateStep(
+            pl_module,
+            world,
             lambda loader, units: self._plan(trainer, world, loader, units),
             seed=self.seed,
             engine=self.engine,
@@ -266,7 +268,7 @@ class DifferentialPrivacy(pl.Callback):
         trainer.fit_loop.setup_data()  # plans, calibrates and refuses before the first (validation) batch
         step = make_private(trainer.strategy).private_step if self._planned else None
         if step is not None:  # with limit_train_batches=0 nothing will be trained
-            step.check_data(trainer.strategy)
+            step.check_data()
 
     def _begin(self, trainer: pl.Trainer, selection: Selection | None = None) -> None:
         """From here on every step is written down before it is released; an engine was tried, if there is any step."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -18,16 +17,18 @@ from lightning_dp.batches.microbatch import (
     is_list_of_values,
     unclear_parts,
 )
-from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.reading import Row
 from lightning_dp.loading.rows import rows_in
-from lightning_dp.loading.transfer import batch_axis_of, to_device
+
+if TYPE_CHECKING:
+    from lightning_dp.loading.form import ExampleForm
+    from lightning_dp.loading.loader import PoissonLoader
 
 LOOKED_AT = (2, 1, 3)
 """So many records are collated together. A batch of two whose tensors have two rows by chance has not three."""
 
 
-def collate_each_if_needed(strategy: Strategy, loader: PoissonLoader) -> None:
+def collate_each_if_needed(form: ExampleForm, loader: PoissonLoader) -> None:
     """Have every example collated by itself, if the user says so, or if the batch's parts cannot be told apart.
 
     That is: batches of graphs that are joined into one (an object with ``to_data_list``, or with ``ptr``, where each graph begins),
@@ -35,17 +36,17 @@ def collate_each_if_needed(strategy: Strategy, loader: PoissonLoader) -> None:
     are left as they are, and refused with what to do: most have their examples on another axis.
 
     Args:
-        strategy: connected to the module; its device and hooks are used.
+        form: how a batch comes to the engines.
         loader: whose first examples are looked at, before anything else is read.
 
     Raises:
         BatchAxisError: parts of a wrong length, or a user brings several examples, which are one batch for training_step.
     """
     reason: str | None = "batch_axis='each'"
-    if batch_axis_of(strategy) != "each":
+    if form.axis != "each":
         try:
             with isolate_rng():
-                reason = _why(strategy, loader)
+                reason = _why(form, loader)
         except BatchAxisError:
             raise
         except Exception:
@@ -63,7 +64,7 @@ def collate_each_if_needed(strategy: Strategy, loader: PoissonLoader) -> None:
             "by itself. Let __getitems__ return a list, or leave it out."
         )
     loader.collate.each = True
-    if batch_axis_of(strategy) != "each":
+    if form.axis != "each":
         rank_zero_info(
             f"lightning_dp: {reason}. So every example is collated by itself, and is a batch of its own in training_step. "
             "That takes one backward pass for each; a part that all examples share may be named in "
@@ -71,17 +72,17 @@ def collate_each_if_needed(strategy: Strategy, loader: PoissonLoader) -> None:
         )
 
 
-def _why(strategy: Strategy, loader: PoissonLoader) -> str | None:
+def _why(form: ExampleForm, loader: PoissonLoader) -> str | None:
     """Why examples have to be collated one by one, if they have to and can be."""
     records = loader.first_records(max(LOOKED_AT))
     for count in (count for count in LOOKED_AT if count <= min(len(records), loader.physical_batch_size)):
-        batch = to_device(strategy, loader.collated(records[:count]))
+        batch = form.to_engine(loader.collated(records[:count]))
         unclear = unclear_parts(batch, count)
         if not unclear:
             continue
         if (rows := rows_in(batch)) is not None and rows < count:
             return None  # if collate_fn leaves examples out, later looks say so
-        alone = [to_device(strategy, loader.collated([record])) for record in records[:2]]
+        alone = [form.to_engine(loader.collated([record])) for record in records[:2]]
         joined = any(where.endswith((".ptr", "['ptr']")) for where, _ in unclear)
         if isinstance(records[0], Row) or (
             not joined

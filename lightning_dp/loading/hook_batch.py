@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -10,7 +9,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.containers import open_containers
-from lightning_dp.loading.loader import LogicalBatch
+from lightning_dp.loading.form import ExampleForm
+from lightning_dp.loading.loader import LogicalBatch, PoissonLoader
 from lightning_dp.loading.placeholder import Withheld, emptied_object, held_inside, without_content
 
 
@@ -22,15 +22,15 @@ class HookBatch:
     even the size of the draw is in it.
 
     Args:
-        first_example: the dataset's first example as a batch on the device, opened, with the example on the first axis.
-        to_user: from there to the batch that training_step takes.
+        form: how a batch comes to the engines and back, without what hooks change.
+        loader: whose first example gives the form.
 
     Attributes:
         sample: of the step under way. **Private**.
     """
 
-    def __init__(self, first_example: Callable[[], Any], to_user: Callable[[Any], Any]) -> None:
-        self._first_example, self._to_user = first_example, to_user
+    def __init__(self, form: ExampleForm, loader: PoissonLoader) -> None:
+        self._form, self._loader = form, loader
         self._blank: Any = None
         self._reason: str | None = None
         self._shown: Any = None
@@ -62,8 +62,12 @@ class HookBatch:
                 self._reason = f"the batch ({type(error).__name__}: {error})"
         return Withheld(self._reason) if self._reason is not None else self._made()
 
+    def _first_example(self) -> Any:
+        """The dataset's first example as hooks find it: not changed by them yet."""
+        return self._form.to_engine(self._loader.first_examples(1)[0])
+
     def _made(self) -> Any:
-        return self._to_user(
+        return self._form.closed(
             pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self._blank)
         )
 

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 
 from lightning_dp.batches.microbatch import split
 from lightning_dp.batches.units import Piece, Units
+from lightning_dp.loading.apart import collate_each_if_needed
 from lightning_dp.loading.collate import Collate
 from lightning_dp.loading.draws import Draws
+from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.loading.reading import order, read, record, together
 from lightning_dp.mechanism.randomness import RandomKey
@@ -77,9 +79,10 @@ class PoissonLoader:
         physical_batch_size: the most examples in a micro-batch. Changes memory and nothing else.
         next_step: says the number of the next step when an epoch begins (how many the ledger has charged).
         units: whose each example is: users are drawn in the place of examples. ``None`` if each is a unit of its own.
-        settle: called with this loader once, before anything is read: may set ``collate.each``.
 
     Attributes:
+        form: how batches come to the engines, by which it is decided whether every example is collated by itself. To be set
+            before anything is read; ``None`` collates as the user's loader does.
         waited: seconds for which the loop has waited for micro-batches so far. **Private**, as the sizes of draws are.
     """
 
@@ -94,11 +97,11 @@ class PoissonLoader:
         physical_batch_size: int,
         next_step: Callable[[], int],
         units: Units | None = None,
-        settle: Callable[[PoissonLoader], None] | None = None,
     ) -> None:
         self.dataset = loader.dataset
         self.collate = Collate(loader.collate_fn)
-        self._settle = settle
+        self.form: ExampleForm | None = None
+        self._settled = False
         self.plan = plan
         self.physical_batch_size = physical_batch_size
         self.waited = 0.0
@@ -179,9 +182,9 @@ class PoissonLoader:
 
     def settle(self) -> None:
         """Decide how batches are collated, once."""
-        settle, self._settle = self._settle, None
-        if settle is not None:
-            settle(self)
+        if self.form is not None and not self._settled:
+            self._settled = True
+            collate_each_if_needed(self.form, self)
 
     def first_records(self, count: int) -> list[Any]:
         """The dataset's first ``count`` examples (fewer if it is smaller), for :meth:`collated`."""

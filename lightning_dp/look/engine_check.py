@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from lightning_dp.batches.axis import BatchAxis, has_lists, to_front
-from lightning_dp.batches.containers import open_containers
+from lightning_dp.batches.axis import has_lists
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
 from lightning_dp.batches.units import of_two
-from lightning_dp.batches.views import WithViews
 from lightning_dp.engines.agreement import TOLERANCE_FLOAT32, check_agreement
 from lightning_dp.engines.plain import check_nothing_is_lost
 from lightning_dp.engines.protocol import Engine, LossFunction
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.engines.uncompiled import uncompiled
-from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.placeholder import without_content
 from lightning_dp.loading.rows import rows_in
-from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
 from lightning_dp.look.leaks.collation import check_not_left_out
 from lightning_dp.look.leaks.transforms import check_rows_stay_apart
 from lightning_dp.look.one_example import check_one_example
 from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.trainable import trainable
-from lightning_dp.ranks.facts import module_of
 from lightning_dp.step.contents import check_nothing_written
+from lightning_dp.step.planned import Planned
 from lightning_dp.step.undone import undone
 
 CHECKED_EXAMPLES = 2
@@ -40,22 +35,18 @@ TOLERANCE_BFLOAT16 = 5e-2
 
 
 def check_engines(
-    strategy: Strategy,
-    loader: PoissonLoader,
+    planned: Planned,
     engine_name: EngineName,
     loss_function: LossFunction,
-    with_views: WithViews | None,
     parameters: Mapping[str, nn.Parameter] | None = None,
     most: int = CHECKED_EXAMPLES,
 ) -> Selection:
     """The first engine that runs this training_step, and agrees with the loop where that has to be checked.
 
     Args:
-        strategy: whose module is tried, on its device.
-        loader: whose first examples are used.
+        planned: the run, whose module is tried on its first examples.
         engine_name: the engine asked for, or ``"auto"``.
         loss_function: the user's training_step on one example.
-        with_views: gives each example its K views, or ``None`` without any.
         parameters: what is differentiated, by name; ``None`` for everything trainable.
         most: of micro-batches of one, only one example is looked at: in those no hook can mix anything.
 
@@ -64,18 +55,18 @@ def check_engines(
         PreflightError: training_step cannot take a batch of one or changes a tensor of the module, or a hook mixes the
             examples.
     """
-    module = module_of(strategy)
+    module = planned.module
     given = as_real_pairs(trainable(module) if parameters is None else parameters)
     with undone(module) as before, torch.enable_grad():
-        on_device, examples = engine_check_batch(strategy, loader, with_views, most)
+        on_device, examples = engine_check_batch(planned, most)
         check_batch_axis(on_device, examples)
         with undone(module), uncompiled():  # a look is not worth a graph
             check_one_example(module, loss_function, given, on_device, before)
-        one, clipping = batch_of_one(on_device, 0), loader.plan.clipping_rule
+        one, clipping = batch_of_one(on_device, 0), planned.loader.plan.clipping_rule
 
         def check(engine: Engine) -> None:
             if not engine.is_reference:
-                check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(strategy))
+                check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(module))
             engine.clipped_sum(loss_function, given, on_device, examples, clipping)
             if engine.needs_agreement:
                 check_agreement(engine, loss_function, given, on_device, examples, module)
@@ -89,13 +80,11 @@ class WithoutData:
     """Runs training_step on an example that has the form of the data and nothing of their content.
 
     Args:
-        strategy: whose module is run, on its device.
-        loader: of whose first example the form is taken, once, when it is first asked for.
-        with_views: gives each example its K views, or ``None`` without any.
+        planned: the run, of whose first example the form is taken, once, when it is first asked for.
     """
 
-    def __init__(self, strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None) -> None:
-        self._of_one: Callable[[], tuple[Any, int]] = partial(engine_check_batch, strategy, loader, with_views, 1)
+    def __init__(self, planned: Planned) -> None:
+        self._planned = planned
         self._example: Any = None
 
     def __call__(self, loss_function: LossFunction, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
@@ -105,74 +94,68 @@ class WithoutData:
             TypeError: the batch holds objects whose content nobody can remove.
         """
         if self._example is None:
-            self._example = batch_of_one(without_content(self._of_one()[0]), 0)
+            self._example = batch_of_one(without_content(engine_check_batch(self._planned, 1)[0]), 0)
         with torch.enable_grad():
             return loss_function(parameters, self._example)
 
 
-def _first_examples(loader: PoissonLoader, count: int, axis: BatchAxis) -> tuple[Any, int]:
+def _first_examples(planned: Planned, count: int) -> tuple[Any, int]:
     """The first examples; where some are missing, or collate_fn fails, it is looked whether it leaves examples out."""
+    loader, form = planned.loader, planned.form
     several = [*loader.first_indices(count), *next(loader.scattered(16))]
     try:
         batch, examples = loader.first_examples(count)
     except Exception:
-        check_not_left_out(loader, axis, several)
+        check_not_left_out(loader, form, several)
         raise
     if isinstance(batch, Apart):
         return batch, examples
-    rows = rows_in(to_front(open_containers(batch), axis, strict=False))
+    rows = rows_in(form.opened(batch, strict=False))
     if rows is not None and rows < examples:
-        check_not_left_out(loader, axis, several)
+        check_not_left_out(loader, form, several)
     return batch, examples
 
 
-def tolerance(strategy: Strategy) -> float:
+def tolerance(module: pl.LightningModule) -> float:
     """How far two gradients that should be the same may differ, as a part of the longest, in the precision of training."""
-    low = str(strategy.precision_plugin.precision).startswith("bf16")
+    low = str(module.trainer.precision_plugin.precision).startswith("bf16")
     return TOLERANCE_BFLOAT16 if low else TOLERANCE_FLOAT32
 
 
-def engine_check_batch(
-    strategy: Strategy, loader: PoissonLoader, with_views: WithViews | None, most: int
-) -> tuple[Any, int]:
+def engine_check_batch(planned: Planned, most: int) -> tuple[Any, int]:
     """The first examples as engines get them, with their views and on the device, and how many they are.
 
     Args:
-        strategy: whose device.
-        loader: whose first examples are used.
-        with_views: gives each example its K views, or ``None`` without any.
+        planned: the run.
         most: of micro-batches of one, only one example is looked at: in those no hook can mix anything.
 
     Raises:
         PreflightError: a hook or transform mixes the examples.
         BatchAxisError: views are wanted of examples that are collated one by one.
     """
-    axis = batch_axis_of(strategy)
-    raw_batch, examples = _first_examples(loader, min(CHECKED_EXAMPLES, most), axis)
+    form = planned.form
+    raw_batch, examples = _first_examples(planned, min(CHECKED_EXAMPLES, most))
     if isinstance(raw_batch, Apart):  # nothing between dataset and training_step sees two examples
-        if with_views is not None:
+        if form.views is not None:
             raise BatchAxisError(
                 "AugmentationMultiplicity with examples that are collated one by one: expected a batch with one row for each "
                 "example, of which views can be made. Let collate_fn return tensors with rows, or leave it out."
             )
-        return to_device(strategy, raw_batch), examples
-    batch = to_front(open_containers(raw_batch), axis, strict=False)
-    if has_lists(axis):  # two tensors are no list of two examples: of one example there must be a list of one
-        one = loader.first_examples(1)[0]
-        check_batch_axis(to_front(open_containers(one), axis, strict=False), 1)
+        return form.to_engine(raw_batch), examples
+    batch = form.opened(raw_batch, strict=False)
+    if has_lists(form.axis):  # two tensors are no list of two examples: of one example there must be a list of one
+        one = planned.loader.first_examples(1)[0]
+        check_batch_axis(form.opened(one, strict=False), 1)
     check_rows_stay_apart(
-        lambda raw: to_device(strategy, as_training_step_takes_it(strategy, raw)),
+        lambda raw: form.to_engine(form.closed(raw)),
         batch,
         examples,
         "on_before_ or on_after_batch_transfer",
     )
 
     def prepared(raw: Any) -> Any:
-        on_device = to_device(strategy, as_training_step_takes_it(strategy, raw))
-        if with_views is None:
-            return on_device
-        return with_views(on_device, np.arange(examples), torch.initial_seed())
+        return form.with_views(form.to_engine(form.closed(raw)), np.arange(examples), torch.initial_seed())
 
-    if with_views is not None:
+    if form.views is not None:
         check_rows_stay_apart(prepared, batch, examples, "the transform of AugmentationMultiplicity")
-    return of_two(prepared(batch), examples, loader.units), examples
+    return of_two(prepared(batch), examples, form.units), examples

@@ -6,37 +6,29 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_dp.batches.microbatch import batch_of_one
-from lightning_dp.batches.views import WithViews
 from lightning_dp.engines.agreement import DisagreementError, inert
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.protocol import LossFunction, scalar_loss
 from lightning_dp.engines.select import Selection, engine_that_brings_layers
 from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
-from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.look.engine_check import engine_check_batch, tolerance
 from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.mechanism.trainable import trainable
-from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import gathered
 from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.sharding import in_shards, reshard
-from lightning_dp.ranks.world import world_of
 from lightning_dp.step.contents import written
+from lightning_dp.step.planned import Planned
 from lightning_dp.step.undone import undone
 
 
 def select_in_shards(
-    strategy: Strategy,
-    loader: PoissonLoader,
-    engine_name: str,
-    make_loss: Callable[[Mapping[str, Tensor]], LossFunction],
-    with_views: WithViews | None,
+    planned: Planned, engine_name: str, make_loss: Callable[[Mapping[str, Tensor]], LossFunction]
 ) -> Selection | None:
     """The engine ``ghost``, if it can bring all matrices layer by layer, and gives the gradients that FSDP2 itself gives.
 
@@ -44,17 +36,15 @@ def select_in_shards(
     FSDP2's hooks. A collective call; every rank runs the same examples.
 
     Args:
-        strategy: whose module is sharded.
-        loader: whose first examples are used.
+        planned: the run, whose module is sharded, and whose first examples are used.
         engine_name: the engine asked for, or ``"auto"``.
         make_loss: makes the user's training_step on one example.
-        with_views: gives each example its K views, or ``None``.
 
     Returns:
         ``None`` without ``gather="layer"``, and where the engines have to be tried with whole parameters: another engine was
         asked for, or this one cannot do without, which is said.
     """
-    module, world = module_of(strategy), world_of(strategy)
+    module, world, loader = planned.module, planned.world, planned.loader
     if world.gather == "step":
         return None
     engine = engine_that_brings_layers(engine_name, module)
@@ -66,7 +56,7 @@ def select_in_shards(
     kept = engine.keeper = Layerwise(world, own, engine.bringable() & own.keys())
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision(), inert(module):
         most = min(gathered(world, loader.physical_batch_size))  # the ranks run the same examples
-        batch, examples = engine_check_batch(strategy, loader, with_views, most)
+        batch, examples = engine_check_batch(planned, most)
         failure = None
         try:
             torch.manual_seed(0)
@@ -80,7 +70,7 @@ def select_in_shards(
                 chunk = -(-len(total) // world.size)
                 rows[name] = total[world.rank * chunk : (world.rank + 1) * chunk]
             _check_same_as_fsdp(
-                {"norms": norms, **expected}, {"norms": found.norms, **rows}, tolerance(strategy) * float(norms.max())
+                {"norms": norms, **expected}, {"norms": found.norms, **rows}, tolerance(module) * float(norms.max())
             )
         except Exception as error:  # the check with whole parameters knows more ways, and has the better message
             failure = explain(error, module)

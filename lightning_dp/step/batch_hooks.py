@@ -9,24 +9,20 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_dp.batches.axis import to_front
-from lightning_dp.batches.containers import open_containers
 from lightning_dp.batches.microbatch import BatchAxisError, batch_of_one, is_list_of_values
 from lightning_dp.errors import PreflightError
+from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.hook_batch import HookBatch, changes, leaves
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader
-from lightning_dp.loading.transfer import as_training_step_takes_it, batch_axis_of, to_device
-from lightning_dp.ranks.facts import module_of
 from lightning_dp.step.attributes import attributes_put_back
 from lightning_dp.step.logs import StepCapture
 
@@ -55,15 +51,14 @@ class BatchHooks:
     owner are put back each time, so that nothing of an example stays behind.
 
     Args:
-        strategy: whose Trainer's callbacks and module are asked.
+        form: how a batch comes to the engines and back, before any change; its module and its Trainer's callbacks are asked.
         capture: keeps away what hooks log about single examples.
         loader: of whose first example placeholders are made.
     """
 
-    def __init__(self, strategy: Strategy, capture: StepCapture, loader: PoissonLoader) -> None:
-        self._strategy, self._capture = strategy, capture
-        self._loader = loader
-        self._hook_batch = HookBatch(self._first_example, partial(as_training_step_takes_it, strategy))
+    def __init__(self, form: ExampleForm, capture: StepCapture, loader: PoissonLoader) -> None:
+        self._form, self._capture = form, capture
+        self._hook_batch = HookBatch(form, loader)
         self._seen_to_write: list[Any] = []
         self._active: list[_Hook] | None = None
 
@@ -90,7 +85,7 @@ class BatchHooks:
 
     def _settle(self, changed: list[str]) -> None:
         """Find the hooks to be run on the examples of the step under way."""
-        hooks = list(_hooks(module_of(self._strategy)))
+        hooks = list(_hooks(self._form.module))
         self._active = self._those_that_write(hooks)
         if changed and not self._active:
             for hook in hooks:
@@ -114,9 +109,9 @@ class BatchHooks:
             return batch
         ones = []
         for index in range(counts.pop()):
-            one = as_training_step_takes_it(self._strategy, batch_of_one(batch, index))
+            one = self._form.closed(batch_of_one(batch, index))
             self._run(hooks, one)
-            ones.append(to_front(open_containers(one), batch_axis_of(self._strategy)))
+            ones.append(self._form.opened(one))
         return _together(ones, hooks[0].name)
 
     def applied_to_one(self, batch: Any) -> Any:
@@ -127,16 +122,8 @@ class BatchHooks:
     def _to_be_run(self) -> list[_Hook]:
         """The hooks that change examples: before the first step, when engines are tried, those that do by their source."""
         if self._active is None:
-            self._active = self._those_that_write(list(_hooks(module_of(self._strategy))))
+            self._active = self._those_that_write(list(_hooks(self._form.module)))
         return self._active
-
-    def _first_example(self) -> Any:
-        """The first example as hooks find it: not changed by them yet."""
-        before, self._active = self._active, []
-        try:
-            return to_device(self._strategy, self._loader.first_examples(1)[0])
-        finally:
-            self._active = before
 
     def _those_that_write(self, hooks: list[_Hook]) -> list[_Hook]:
         return [hook for hook in hooks if hook.writes or any(hook.owner is owner for owner in self._seen_to_write)]
@@ -144,7 +131,7 @@ class BatchHooks:
     def _run(self, hooks: list[_Hook], batch: Any) -> None:
         if not hooks:
             return
-        module = module_of(self._strategy)
+        module = self._form.module
         number = max(0, module.trainer.fit_loop.epoch_loop.batch_idx)
         with self._capture.listening(), attributes_put_back(module, report=False):
             for hook in hooks:

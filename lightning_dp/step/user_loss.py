@@ -7,17 +7,13 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_dp.batches.units import ungroup
-from lightning_dp.batches.views import Views
 from lightning_dp.engines.backward import backward_follows, gradients_kept, hooks_at_rest, in_place
 from lightning_dp.engines.protocol import LossFunction
-from lightning_dp.loading.transfer import as_training_step_takes_it
+from lightning_dp.loading.form import ExampleForm
 from lightning_dp.mechanism.complex import put_together
-from lightning_dp.ranks.facts import module_of
 from lightning_dp.step.attributes import attributes_put_back
 from lightning_dp.step.in_place import replaced_tensors
 from lightning_dp.step.logs import StepCapture
@@ -25,9 +21,8 @@ from lightning_dp.step.spectral import SpectralNorms
 
 
 def example_loss(
-    strategy: Strategy,
+    form: ExampleForm,
     capture: StepCapture,
-    views: Views | None,
     rest: tuple[Any, ...],
     *,
     fixed: Mapping[str, Tensor] | None = None,
@@ -39,16 +34,15 @@ def example_loss(
     Complex parameters may be given in real parts, see :mod:`lightning_dp.mechanism.complex`.
 
     Args:
-        strategy: whose module and precision are used.
+        form: how an example comes back to training_step; its module is used.
         capture: takes what the step logs and returns.
-        views: how the K views of an example are folded into a batch, or ``None``.
         rest: what Lightning passes to training_step after the batch.
         fixed: values of other parameters, by name, that are not differentiated.
         run: calls training_step and gives what it "returned"; manual optimization, where it need not return the loss,
             says what that is.
         begin_with: from all parameters by name to the values with which training_step begins, where those are others.
     """
-    module = module_of(strategy)
+    module = form.module
     spectral_norms = SpectralNorms(module)
     complex_names = frozenset(name for name, parameter in module.named_parameters() if parameter.is_complex())
 
@@ -56,8 +50,7 @@ def example_loss(
         whole = put_together({**(fixed or {}), **parameters}, complex_names)
         if begin_with is not None:
             whole = dict(begin_with(whole))
-        example = ungroup(example)
-        example = as_training_step_takes_it(strategy, example if views is None else views.fold(example))
+        example = form.to_user(example)
         with in_place() as stack:
             if backward_follows():  # it may reach any parameter, and run a part of training_step again
                 stack.enter_context(gradients_kept(module.parameters()))
@@ -65,7 +58,7 @@ def example_loss(
                 stack.enter_context(attributes_put_back(module, report=False))
             stack.enter_context(spectral_norms.resting())
             stack.enter_context(replaced_tensors(module, whole, may_move=begin_with is not None))
-            with strategy.precision_plugin.train_step_context():
+            with module.trainer.precision_plugin.train_step_context():
                 call = partial(module.training_step, example, *rest)
                 return capture.run(call if run is None else partial(run, call))
 

@@ -152,8 +152,8 @@ def test_automatic_steps_after_steps_by_hand_have_numbers_of_their_own(tmp_path:
 
     released = PrivateStep.released
 
-    def by_charges(self: PrivateStep, strategy: Any, step: int, *rest: Any, **options: Any) -> Any:
-        return released(self, strategy, self._ledger.steps if self._manual is None else step, *rest, **options)  # type: ignore[union-attr]
+    def by_charges(self: PrivateStep, step: int, *rest: Any, **options: Any) -> Any:
+        return released(self, self.planned.ledger.steps if self._manual is None else step, *rest, **options)
 
     with patched((PrivateStep, "released", by_charges)):
         noise = by_hand_and_then_automatically(tmp_path / "wrong")

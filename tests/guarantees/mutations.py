@@ -52,12 +52,12 @@ def private_gradient_made_but_not_used() -> Iterator[None]:
     """O#313: noise is drawn, ε is counted, and the optimizer gets the plain sum."""
     original = PrivateStep.backward
 
-    def backward(self: PrivateStep, strategy: Any, closure_loss: Tensor) -> Tensor:
+    def backward(self: PrivateStep, closure_loss: Tensor) -> Tensor:
         assert self._pending is not None
         total = self._pending
-        loss = original(self, strategy, closure_loss)
-        for name, parameter in trainable(strategy.lightning_module).items():
-            parameter.grad = total.gradient[name] / self._ledger.plan.expected_batch_size
+        loss = original(self, closure_loss)
+        for name, parameter in trainable(self.module).items():
+            parameter.grad = total.gradient[name] / self.planned.ledger.plan.expected_batch_size
         return loss
 
     with patched((PrivateStep, "backward", backward)):
@@ -109,16 +109,15 @@ def empty_steps_are_skipped(*, charged: bool) -> Iterator[None]:
     """O#161, O#522: a step without examples releases nothing, whether or not it is counted."""
     original = PrivateStep.backward
 
-    def backward(self: PrivateStep, strategy: Any, closure_loss: Tensor) -> Tensor:
+    def backward(self: PrivateStep, closure_loss: Tensor) -> Tensor:
         assert self._pending is not None
-        assert self._ledger is not None
         if self._pending.examples:
-            return original(self, strategy, closure_loss)
-        for parameter in trainable(strategy.lightning_module).values():
+            return original(self, closure_loss)
+        for parameter in trainable(self.module).values():
             parameter.grad = torch.zeros_like(parameter)
         self._pending = None
         if charged:
-            self._ledger.charge()
+            self.planned.ledger.charge()
         return closure_loss
 
     with patched((PrivateStep, "backward", backward)):

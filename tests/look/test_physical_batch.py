@@ -22,8 +22,8 @@ from lightning_dp.look.batch_size.memory import UNKNOWN, available_memory, peak_
 from lightning_dp.look.batch_size.physical import largest_useful_size
 from lightning_dp.look.batch_size.search import Found, Measured, measured, random_rows, search_size
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks.world import World, world_of
+from lightning_dp.step.planned import Planned
 from tests.conftest import Regressor, loader, regressor, trainer, weights
 
 CPU = torch.device("cpu")
@@ -214,9 +214,9 @@ def test_looking_for_a_size_touches_nothing(engine: Any, monkeypatch: pytest.Mon
     private = DifferentialPrivacy(noise_multiplier=1.0, engine=engine, physical_batch_size="auto", seed=5)
     original, sizes = physical_batch.settle_physical_batch_size, []
 
-    def watched(strategy: Any, *rest: Any) -> Any:
+    def watched(planned: Any, *rest: Any) -> Any:
         before = world(module, private)
-        sizes.append(original(strategy, *rest))
+        sizes.append(original(planned, *rest))
         for one, other in zip(before, world(module, private), strict=True):
             assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
         return sizes[-1]
@@ -240,7 +240,7 @@ def test_the_size_found_is_the_size_used_and_training_is_the_same(monkeypatch: p
         module, pieces = regressor(), []
         private = DifferentialPrivacy(noise_multiplier=0.5, seed=1, physical_batch_size=size)
         fit = trainer(private, max_steps=9, reload_dataloaders_every_n_epochs=1)
-        original = PrivateStep._micro_batches
+        original = Planned.micro_batches
 
         def watched(self: Any, *rest: Any, original: Any = original, pieces: Any = pieces) -> Any:
             for batch, examples in original(self, *rest):
@@ -248,7 +248,7 @@ def test_the_size_found_is_the_size_used_and_training_is_the_same(monkeypatch: p
                 yield batch, examples
 
         with monkeypatch.context() as patch:
-            patch.setattr(PrivateStep, "_micro_batches", watched)
+            patch.setattr(Planned, "micro_batches", watched)
             fit.fit(module, loader())
         results[size], used[size] = weights(module), pieces
     assert used["auto"] == used[3]

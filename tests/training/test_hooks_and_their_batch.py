@@ -110,7 +110,7 @@ def nothing_private_reaches_a_hook() -> None:
 
 def test_no_example_and_no_size_of_a_draw_is_in_a_hooks_batch() -> None:
     nothing_private_reaches_a_hook()
-    as_it_is = lambda self: self._to_user(self._first_example())  # noqa: E731  # the mutation
+    as_it_is = lambda self: self._form.closed(self._first_example())  # noqa: E731  # the mutation
     with caught(patched((HookBatch, "placeholder", as_it_is))):
         nothing_private_reaches_a_hook()
 

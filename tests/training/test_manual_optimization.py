@@ -221,13 +221,13 @@ def test_two_private_optimizers_share_one_charge_by_more_noise_each() -> None:
 
     original = PrivateStep.released
 
-    def one_noise_for_all(self: Any, strategy: Any, step: int, gradient: Any, *, part: int = 0, parts: int = 1) -> Any:
-        noisy = original(self, strategy, step, gradient, part=0, parts=parts)
-        self.ledger_was = part and setattr(self._ledger, "_charged", self._ledger._charged - 1)
+    def one_noise_for_all(self: Any, step: int, gradient: Any, *, part: int = 0, parts: int = 1) -> Any:
+        noisy = original(self, step, gradient, part=0, parts=parts)
+        self.ledger_was = part and setattr(self.planned.ledger, "_charged", self.planned.ledger._charged - 1)
         return noisy
 
-    def no_more_noise(self: Any, strategy: Any, step: int, gradient: Any, *, part: int = 0, parts: int = 1) -> Any:
-        return original(self, strategy, step, gradient, part=part, parts=1)
+    def no_more_noise(self: Any, step: int, gradient: Any, *, part: int = 0, parts: int = 1) -> Any:
+        return original(self, step, gradient, part=part, parts=1)
 
     for bug in (one_noise_for_all, no_more_noise):
         with caught(patched((PrivateStep, "released", bug))):

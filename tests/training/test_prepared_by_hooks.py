@@ -110,8 +110,8 @@ def test_a_measured_size_holds_from_the_first_step_on(workers: int, monkeypatch:
                 sizes.append(len(batch[0]))
             return batch
 
-    def settled(strategy: Any, poisson: Any, *_: Any) -> int:
-        poisson.resize(5)
+    def settled(planned: Any, *_: Any) -> int:
+        planned.loader.resize(5)
         return 5
 
     found = []

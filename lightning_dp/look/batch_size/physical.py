@@ -8,26 +8,22 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_dp.batches.views import WithViews
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.protocol import Engine, LossFunction
 from lightning_dp.engines.select import make_engine
 from lightning_dp.errors import PreflightError
-from lightning_dp.loading.loader import PoissonLoader
-from lightning_dp.loading.transfer import to_device
 from lightning_dp.look.batch_size.memory import room_for_micro_batches
 from lightning_dp.look.batch_size.search import Found, measured, random_rows, search_size
 from lightning_dp.mechanism.complex import as_real_pairs, coordinates
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import gathered
-from lightning_dp.ranks.world import World, world_of
+from lightning_dp.ranks.world import World
 from lightning_dp.step.contents import check_nothing_written
+from lightning_dp.step.planned import Planned
 from lightning_dp.step.undone import undone
 from lightning_dp.validate import shown, whole
 
@@ -68,12 +64,7 @@ def largest_useful_size(plan: PrivacyPlan, ranks: int) -> int:
 
 
 def settle_physical_batch_size(
-    strategy: Strategy,
-    loader: PoissonLoader,
-    given: PhysicalBatchSize,
-    engine: Engine,
-    loss_function: LossFunction,
-    with_views: WithViews | None,
+    planned: Planned, given: PhysicalBatchSize, engine: Engine, loss_function: LossFunction
 ) -> PhysicalBatchSize:
     """With ``"auto"``, find the size that fits and is fast, measured on random data, and have ``loader`` use it.
 
@@ -81,13 +72,11 @@ def settle_physical_batch_size(
     ledger are as before when it returns. A collective call, whatever is given.
 
     Args:
-        strategy: whose module is measured, on its device.
-        loader: of whose first examples shapes, types and ranges are taken. Where nothing can be measured it keeps its
-            size.
+        planned: the run, of whose first examples shapes, types and ranges are taken. Where nothing can be measured its
+            loader keeps its size.
         given: what the user asked for.
         engine: the one to train with. One that needs no more memory for more examples is not measured.
         loss_function: the user's training_step on one example.
-        with_views: gives each example its K views, or ``None``.
 
     Returns:
         The size found, or what was given if that is not ``"auto"``.
@@ -95,23 +84,22 @@ def settle_physical_batch_size(
     Raises:
         PreflightError: training_step changes a tensor of the module.
     """
-    world = world_of(strategy)
+    module, world, loader = planned.module, planned.world, planned.loader
     if given != "auto":
         gathered(world, None)
         return given
     room, found, reason = room_for_micro_batches(world), None, f"engine {engine.name!r} takes one example at a time"
     if engine.grows_with_rows:
-        module = module_of(strategy)
         try:
             with undone(module) as before, torch.enable_grad():
-                found = _search(strategy, loader, engine, loss_function, with_views, room)
+                found = _search(planned, engine, loss_function, room)
                 check_nothing_written(module, before)
             reason = "a single example does not fit"
         except PreflightError:
             raise
         except Exception as error:  # whatever a training_step has against random data; the default is safe
-            reason = f"random data cannot be trained on: {explain(error, module_of(strategy))}"
-        if strategy.root_device.type == "cuda":
+            reason = f"random data cannot be trained on: {explain(error, module)}"
+        if world.device.type == "cuda":
             torch.cuda.empty_cache()
     size = found.examples if found else loader.physical_batch_size
     agreed = min(other for other in gathered(world, size) if other is not None)
@@ -125,19 +113,10 @@ def settle_physical_batch_size(
     return agreed
 
 
-def _search(
-    strategy: Strategy,
-    loader: PoissonLoader,
-    engine: Engine,
-    loss_function: LossFunction,
-    with_views: WithViews | None,
-    room: int,
-) -> Found | None:
-    module = module_of(strategy)
+def _search(planned: Planned, engine: Engine, loss_function: LossFunction, room: int) -> Found | None:
+    module, world, loader, form = planned.module, planned.world, planned.loader, planned.form
     raw, examples = loader.first_examples(2)
-    batch = to_device(strategy, raw)
-    if with_views is not None:
-        batch = with_views(batch, np.arange(examples), 0)
+    batch = form.with_views(form.to_engine(raw), np.arange(examples), 0)
 
     def measure(rows: int) -> Any:
         drawn = random_rows(batch, rows)
@@ -147,7 +126,7 @@ def _search(
             given = as_real_pairs(trainable(module))
             return lambda: mine.clipped_sum(loss_function, given, drawn, rows, loader.plan.clipping_rule)
 
-        return measured(fresh, rows, strategy.root_device)
+        return measured(fresh, rows, world.device)
 
     most = 1 if loader.units is None else loader.units.most  # a user's examples need no more memory than as many users
-    return search_size(measure, room, largest_useful_size(loader.plan, world_of(strategy).size) * most)
+    return search_size(measure, room, largest_useful_size(loader.plan, world.size) * most)

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate, default_convert
 
-from lightning_dp.batches.axis import BatchAxis, to_front
-from lightning_dp.batches.containers import open_containers
 from lightning_dp.errors import PreflightError
+from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.rows import dropped, rows_in
 from lightning_dp.look.leaks.padding import ToBatch, row_contents
@@ -32,7 +31,7 @@ AT_ONCE = 32
 """So many are collated together for it at most."""
 
 
-def check_every_example_has_a_row(loader: PoissonLoader, axis: BatchAxis) -> None:
+def check_every_example_has_a_row(loader: PoissonLoader, form: ExampleForm) -> None:
     """Refuse a ``collate_fn`` that leaves examples out, before one of them is drawn.
 
     Examples all over the dataset are collated until all have been, or a second is over. What is never looked at is found
@@ -40,7 +39,7 @@ def check_every_example_has_a_row(loader: PoissonLoader, axis: BatchAxis) -> Non
 
     Args:
         loader: the private one.
-        axis: where a batch has its examples.
+        form: how a batch comes to the engines.
 
     Raises:
         PreflightError: an example has no row.
@@ -50,26 +49,26 @@ def check_every_example_has_a_row(loader: PoissonLoader, axis: BatchAxis) -> Non
     begun = time.monotonic()
     with isolate_rng():
         for indices in loader.scattered(min(AT_ONCE, loader.physical_batch_size)):
-            rows = _rows(loader, axis, indices)
+            rows = _rows(loader, form, indices)
             if rows is None or rows < len(indices):
-                check_not_left_out(loader, axis, indices)
+                check_not_left_out(loader, form, indices)
                 if rows is not None:
                     raise PreflightError(dropped(f"{rows} rows for {len(indices)} examples"))
             if time.monotonic() - begun > LOOK:
                 return
 
 
-def check_not_left_out(loader: PoissonLoader, axis: BatchAxis, indices: list[int]) -> None:
+def check_not_left_out(loader: PoissonLoader, form: ExampleForm, indices: list[int]) -> None:
     """Refuse if ``collate_fn`` makes a row of some of these examples, and none of others.
 
     Raises:
         PreflightError: see the message.
     """
     with isolate_rng():
-        alone = [_rows(loader, axis, [index]) for index in indices]
+        alone = [_rows(loader, form, [index]) for index in indices]
         without = [index for index, rows in zip(indices, alone, strict=True) if rows in (None, 0)]
         kept = [index for index, rows in zip(indices, alone, strict=True) if rows == 1]
-        if without and kept and _rows(loader, axis, [kept[0], without[0]]) == 1:
+        if without and kept and _rows(loader, form, [kept[0], without[0]]) == 1:
             raise PreflightError(dropped(f"no row for dataset[{without[0]}]"))
 
 
@@ -124,10 +123,10 @@ def check_collate_forgets_places(collate: ToBatch, records: list[Any], at_once: 
         )
 
 
-def _rows(loader: PoissonLoader, axis: BatchAxis, indices: list[int]) -> int | None:
+def _rows(loader: PoissonLoader, form: ExampleForm, indices: list[int]) -> int | None:
     """How many rows ``collate_fn`` makes of these examples; ``None`` if it fails."""
     try:
-        return rows_in(to_front(open_containers(loader.collated(loader.records(indices))), axis, strict=False))
+        return rows_in(form.opened(loader.collated(loader.records(indices)), strict=False))
     except Exception:  # of a collate_fn that is left with nothing, as of one that cannot do with these
         return None
 

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from lightning_dp.batches.microbatch import take
-from lightning_dp.batches.views import Views
 from lightning_dp.engines.explain import explain
 from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.errors import PreflightError
-from lightning_dp.loading.loader import PoissonLoader
-from lightning_dp.loading.transfer import batch_axis_of, to_device
+from lightning_dp.loading.form import ExampleForm
 from lightning_dp.look.leaks.collation import (
     check_collate_forgets_places,
     check_collate_repeats_itself,
@@ -44,26 +41,24 @@ from lightning_dp.look.leaks.transforms import with_seed
 from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.mechanism.trainable import trainable
-from lightning_dp.ranks.facts import module_of
 from lightning_dp.ranks.gathering import on_every_rank
-from lightning_dp.ranks.world import world_of
 from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.logs import StepCapture
+from lightning_dp.step.planned import Planned
 from lightning_dp.step.undone import undone
 from lightning_dp.step.user_loss import example_loss, takes_batch_idx
 
-Losses = Callable[[Views | None], Sequence[tuple[LossFunction, Mapping[str, Tensor]]]]
-"""By how views are made, each loss whose gradients are clipped, and the parameters of which they are taken."""
+Losses = Callable[[ExampleForm], Sequence[tuple[LossFunction, Mapping[str, Tensor]]]]
+"""By how an example comes back to training_step, each loss whose gradients are clipped, and the parameters of which they are taken."""
 
 
-def of_training_step(strategy: Strategy, capture: StepCapture | None) -> Losses:
+def of_training_step(module: pl.LightningModule, capture: StepCapture) -> Losses:
     """The one loss of automatic optimization: that of the user's training_step, whose logs ``capture`` keeps."""
-    assert capture is not None, "the training loader is known"
-    rest = (0,) if takes_batch_idx(module_of(strategy)) else ()
-    return lambda views: [(example_loss(strategy, capture, views, rest), trainable(module_of(strategy)))]
+    rest = (0,) if takes_batch_idx(module) else ()
+    return lambda form: [(example_loss(form, capture, rest), trainable(module))]
 
 
-def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses: Losses, views: Views | None) -> None:
+def check_examples_stay_apart(planned: Planned, losses: Losses) -> None:
     """Try ``collate_fn``, padding and losses on a few examples, evenly spaced in the dataset. Nothing of it is kept.
 
     No more examples are worked on at once than in a micro-batch of the run. In micro-batches of one, nothing that is
@@ -71,18 +66,14 @@ def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses:
     different things, and all stop if one does.
 
     Args:
-        strategy: whose module is tried, on its device.
-        loader: its dataset, ``collate_fn`` and ``physical_batch_size``.
+        planned: the run; of its views one of each example is enough here.
         losses: of training_step; under manual optimization one for each private optimizer.
-        views: how views are made, of which one of each example is enough here; ``None`` without any.
 
     Raises:
         PreflightError: one example enters another's row or gradient.
     """
-    one_view = views and replace(views, k=1)
-    reductions = on_every_rank(
-        world_of(strategy), lambda: _reductions(strategy, loader, losses(one_view), one_view), PreflightError
-    )
+    form = planned.form.with_one_view()
+    reductions = on_every_rank(planned.world, lambda: _reductions(planned, form, losses(form)), PreflightError)
     if Reduction.SUM in reductions:
         rank_zero_info(
             "lightning_dp: training_step adds up the losses of its examples. The private gradient is the sum divided by the "
@@ -98,40 +89,34 @@ def check_examples_stay_apart(strategy: Strategy, loader: PoissonLoader, losses:
 
 
 def _reductions(
-    strategy: Strategy,
-    loader: PoissonLoader,
-    losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]],
-    views: Views | None,
+    planned: Planned, form: ExampleForm, losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]]
 ) -> list[Reduction]:
+    module, loader = planned.module, planned.loader
     if loader.collate.each:
         return []
-    check_every_example_has_a_row(loader, batch_axis_of(strategy))
+    check_every_example_has_a_row(loader, form)
     if loader.physical_batch_size == 1:
         return []
-    module = module_of(strategy)
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph
-        found = [_look(strategy, loader, loss, as_real_pairs(parameters), views) for loss, parameters in losses]
+        found = [_look(planned, form, loss, as_real_pairs(parameters)) for loss, parameters in losses]
         check_nothing_written(module, before)
     return found
 
 
 def _look(
-    strategy: Strategy,
-    loader: PoissonLoader,
-    loss_function: LossFunction,
-    parameters: Mapping[str, Tensor],
-    views: Views | None,
+    planned: Planned, form: ExampleForm, loss_function: LossFunction, parameters: Mapping[str, Tensor]
 ) -> Reduction:
-    module, at_once = module_of(strategy), loader.physical_batch_size
+    module, loader = planned.module, planned.loader
+    at_once = loader.physical_batch_size
     records = loader.evenly_spaced(PROBES if at_once >= PROBES else PROBES // 2)
 
     def collate(some: list[Any]) -> Any:
-        return to_device(strategy, loader.collated(some))
+        return form.to_engine(loader.collated(some))
 
     check_collate_repeats_itself(collate, records, at_once)
     check_collate_keeps_examples_apart(collate, records, at_once)
     check_collate_forgets_places(collate, records, at_once)
-    if views is None:
+    if form.views is None:
         check_padding_is_masked(collate, records, module, loss_function, parameters, at_once)
     examples = PROBES if len(records) == PROBES else PROBES // 2
     if len(records) < examples:
@@ -139,7 +124,7 @@ def _look(
 
     def batch_of(rows: list[int]) -> Any:
         batch = with_seed(collate, [records[row] for row in rows], 0)
-        return batch if views is None else views.drawn(batch, np.asarray(rows), 0)
+        return form.with_views(batch, np.asarray(rows), 0)
 
     try:
         if examples <= at_once:

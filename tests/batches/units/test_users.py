@@ -26,7 +26,7 @@ from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.plan.clipping import Clipping
-from lightning_dp.private_step import PrivateStep
+from lightning_dp.step.planned import Planned
 from tests.batches.units.data import OWNERS, USERS, WithUser, dict_regressor, dp_sgd_over_users_by_hand
 from tests.conftest import sample_of, trainer, weights
 from tests.guarantees.mutations import caught, patched
@@ -39,14 +39,14 @@ KEY = RandomKey.from_seed(0)
 @contextmanager
 def clipped_per_example() -> Iterator[None]:
     """Every example of a user is clipped by itself, so that a user moves the sum by as many times C."""
-    original = PrivateStep._micro_batches
+    original = Planned.micro_batches
 
     def micro_batches(*args: Any) -> Iterator[tuple[Any, int]]:
         for batch, _ in original(*args):
             rows = ungroup(batch)
             yield rows, len(rows["inputs"])
 
-    with patched((PrivateStep, "_micro_batches", micro_batches)):
+    with patched((Planned, "micro_batches", micro_batches)):
         yield
 
 

@@ -31,9 +31,9 @@ def check_secure() -> None:
     """All users are drawn, so the sum of integers in the first step is that of the loop over users."""
     sums: list[Tensor] = []
 
-    def recorded(step: PrivateStep, strategy: Any, number: int, gradient: Any, **options: Any) -> Any:
+    def recorded(step: PrivateStep, number: int, gradient: Any, **options: Any) -> Any:
         sums.append(torch.cat([g.flatten() for g in gradient.values()]))
-        return released(step, strategy, number, gradient, **options)
+        return released(step, number, gradient, **options)
 
     released = PrivateStep.released
     with patched((PrivateStep, "released", recorded)):

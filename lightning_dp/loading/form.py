@@ -1,0 +1,124 @@
+"""A batch as the user has it and as the engines have it: what is put around the examples, and taken off again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lightning_dp.batches.axis import BatchAxis, from_front, to_front
+from lightning_dp.batches.containers import close_containers, open_containers, own_copy
+from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element
+from lightning_dp.batches.units import Units, group, ungroup
+from lightning_dp.batches.views import Views
+from lightning_dp.lightning_internals import before_transfer, transfer
+from lightning_dp.loading.rows import check_all_came
+
+
+class Changes(Protocol):
+    """What hooks at the start of a batch change in it, done to each example; see :mod:`lightning_dp.step.batch_hooks`."""
+
+    def applied(self, batch: Any) -> Any:
+        """A batch of the engines, after each of its examples has been changed."""
+
+    def applied_to_one(self, batch: Any) -> Any:
+        """A batch of one example, as training_step takes it, after it has been changed."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleForm:
+    """How a batch comes from ``collate_fn`` to the engines, and each of its examples back to training_step.
+
+    On the way there Lightning's transfer (precision, the user's hooks, the device), containers of the user's own in parts,
+    examples on the first axis, what hooks change (:meth:`to_engine`), K views of each example (:meth:`with_views`), and the
+    examples of a unit together (:meth:`in_units`). On the way back all but the transfer, in the opposite order
+    (:meth:`to_user`).
+
+    Guarantee:
+        Every step but the user's own hooks and transform treats examples one by one.
+
+    Attributes:
+        module: attached to its Trainer. Its ``on_before_batch_transfer``, ``transfer_batch_to_device`` and
+            ``on_after_batch_transfer`` (or the data module's), and its Trainer's precision, are used.
+        device: where the engines work.
+        axis: where a batch has its examples, see :mod:`lightning_dp.batches.axis`.
+        views: how the K views of an example are made, or ``None`` for the examples as they are.
+        units: whose each example is, or ``None`` where each is a unit of its own.
+        hooks: what hooks at the start of a batch change in it, or ``None`` as long as nobody knows.
+    """
+
+    module: pl.LightningModule
+    device: torch.device
+    axis: BatchAxis = 0
+    views: Views | None = None
+    units: Units | None = None
+    hooks: Changes | None = None
+
+    def to_engine(self, batch: Any, drawn: int | None = None) -> Any:
+        """A collated micro-batch on the device, as the engines take it.
+
+        Args:
+            batch: of ``collate_fn``, or of the engines after :meth:`closed`.
+            drawn: how many examples it is of, if that is to be checked.
+
+        Raises:
+            DroppedExamplesError: some of them are missing.
+        """
+        if isinstance(batch, Apart):
+            moved = [self._moved(element.content) for element in batch.elements]
+            return Apart([Element(one if self.hooks is None else self.hooks.applied_to_one(one)) for one in moved])
+        batch = self.opened(self._moved(batch))
+        if drawn is not None:
+            check_all_came(batch, drawn)
+        return batch if self.hooks is None else self.hooks.applied(batch)
+
+    def with_views(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
+        """``(B, ...)`` with its K views, ``(B, K, ...)``; as it is where none are wanted.
+
+        Args:
+            batch: on the device.
+            indices: dataset indices of its examples, on which their views depend.
+            seed: on which they depend too.
+        """
+        return batch if self.views is None else self.views.drawn(batch, indices, seed)
+
+    def in_units(self, batch: Any, units: int, each: int) -> Any:
+        """The examples of each unit together, see :func:`lightning_dp.batches.units.group`."""
+        return group(batch, units, each)
+
+    def to_user(self, example: Any) -> Any:
+        """One example (its views, a unit's examples) as the ordinary batch that training_step takes."""
+        example = ungroup(example)
+        return self.closed(example if self.views is None else self.views.fold(example))
+
+    def opened(self, batch: Any, *, strict: bool = True) -> Any:
+        """A batch with its containers in parts and its examples on the first axis.
+
+        Args:
+            batch: any nest, on any device.
+            strict: whether every field that the axis names has to be there.
+        """
+        return to_front(open_containers(batch), self.axis, strict=strict)
+
+    def closed(self, batch: Any) -> Any:
+        """The inverse of :meth:`opened`, for a batch of any number of examples, of which no views were made."""
+        if isinstance(batch, Apart):
+            if len(batch.elements) != 1:
+                raise BatchAxisError(
+                    f"{len(batch.elements)} examples that were collated one by one: expected one. They cannot be put together to a batch."
+                )
+            return own_copy(batch.elements[0].content)
+        return close_containers(from_front(batch, self.axis))
+
+    def with_one_view(self) -> ExampleForm:
+        """The same with one view of each example, where there are any."""
+        return self if self.views is None else replace(self, views=replace(self.views, k=1))
+
+    def _moved(self, batch: Any) -> Any:
+        """A batch after what Lightning does to it between loader and training_step."""
+        batch = self.module.trainer.precision_plugin.convert_input(batch)
+        return transfer(self.module, before_transfer(self.module, batch), self.device)
