@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger, Statement
+from lightning_dp.accounting.find_plan import Wanted
 from lightning_dp.batches.axis import Axis
 from lightning_dp.batches.units import Units
 from lightning_dp.callbacks.augmentation import views_of
@@ -18,12 +19,12 @@ from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.look.advice import check_decisions
 from lightning_dp.look.batch_size.physical import PhysicalBatchSize
-from lightning_dp.look.delta import check_delta_for
 from lightning_dp.look.epochs import Progress, check_draws_in_an_epoch, check_end_was_given, planned_steps
 from lightning_dp.look.module import check_module, check_optimizers
 from lightning_dp.look.planning import (
     agreed_plan,
     check_batch_after_resume,
+    check_delta_for,
     check_plan_stays,
     warn_spent,
 )
@@ -357,10 +358,7 @@ class DifferentialPrivacy(pl.Callback):
             lost = on_rank_zero(world, lambda: lost_since(self._spent, where, facts))
             self._spent = None if self._spent is None else with_lost_steps(self._spent, lost)
         spent = None if self._spent is None else self._spent.ledger
-        plan = agreed_plan(
-            world,
-            loader,
-            units,
+        wanted = Wanted(
             epsilon=self.epsilon,
             noise_multiplier=self._sigma if self._planned else self.noise_multiplier,
             delta=self.delta,
@@ -370,9 +368,9 @@ class DifferentialPrivacy(pl.Callback):
             max_batch_size=self.max_batch_size,
             resolution=resolution(self.secure),
             coordinates=coordinates(trainer.lightning_module.parameters()) if self.secure else None,
-            spent=as_if_real(spent, self.simulate),
-            remaining_steps=lambda: self._planned_steps(trainer, len(loader)),
         )
+        remaining = self._planned_steps(trainer, len(loader))
+        plan = agreed_plan(world, loader, units, wanted, as_if_real(spent, self.simulate), remaining)
         real, sigma, plan = plan, plan.noise_multiplier, simulated(plan, self.simulate)
         if self._planned and self.ledger is not None:  # reload_dataloaders_every_n_epochs
             check_plan_stays(self.ledger.plan, plan)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import lightning_dp.accounting.entry as entry_module
 import lightning_dp.accounting.epsilon as epsilon_module
+import lightning_dp.accounting.find_plan as find_plan_module
 import lightning_dp.accounting.ledger as ledger_module
 import lightning_dp.callbacks.differential_privacy as callback_module
 import lightning_dp.layers.batch_norm as batch_norm_module
 import lightning_dp.loading.draws as draws_module
 import lightning_dp.loading.loader as loader_module
 import lightning_dp.look.module as module_module
-import lightning_dp.look.planning as planning_module
 import lightning_dp.private_step as private_step_module
 import lightning_dp.record.report as report_module
 from lightning_dp.accounting.epsilon import EpsilonBound
@@ -168,9 +168,9 @@ def ledger_never_says_no() -> Iterator[None]:
 @contextmanager
 def noise_found_too_small(factor: float) -> Iterator[None]:
     """The search for σ ends on the wrong side of the target."""
-    original = planning_module.noise_multiplier_for
+    original = find_plan_module.noise_multiplier_for
     with patched(
-        (planning_module, "noise_multiplier_for", lambda *args, **options: factor * original(*args, **options))
+        (find_plan_module, "noise_multiplier_for", lambda *args, **options: factor * original(*args, **options))
     ):
         yield
 
@@ -180,8 +180,9 @@ def epochs_rounded_down() -> Iterator[None]:
     """O#308: σ is found for fewer steps than the run will take."""
     original = callback_module.agreed_plan
 
-    def agreed_plan(*args: Any, remaining_steps: Callable[[], int | None], **options: Any) -> PrivacyPlan:
-        return original(*args, remaining_steps=lambda: (remaining_steps() or 4) - 3, **options)
+    def agreed_plan(*others: Any) -> PrivacyPlan:
+        *others, remaining_steps = others
+        return original(*others, (remaining_steps or 4) - 3)
 
     with patched((callback_module, "agreed_plan", agreed_plan)):
         yield

@@ -1,0 +1,153 @@
+"""The plan of a run, from the numbers asked for, what is spent and what is known of the data: arithmetic and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_dp.accounting.calibrate import noise_multiplier_for
+from lightning_dp.accounting.ledger import Ledger
+from lightning_dp.accounting.limits import check_distance_is_affordable
+from lightning_dp.accounting.reserve import noise_with_reserve
+from lightning_dp.errors import PreflightError
+from lightning_dp.plan.clipping import Clipping
+from lightning_dp.plan.privacy_plan import EXAMPLE, PrivacyPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The privacy numbers that a user asks for; ``None`` for those to be found.
+
+    Args:
+        delta: δ.
+        clipping: C and how it is kept.
+        epsilon: target ε, or ``None``.
+        noise_multiplier: σ, or ``None`` to have it found for ``epsilon``.
+        expected_batch_size: B over all ranks, or ``None`` for the loader's ``batch_size`` × ranks.
+        dataset_size: N, of examples or of other privacy units, or ``None`` for as many as there are.
+        max_batch_size: M, or ``None`` for draws of any size.
+        resolution: Δ, the clip norm in units of the grid of discrete noise, or ``None`` for noise in floating point.
+        coordinates: P, how many trainable coordinates there are; needed with ``resolution``.
+    """
+
+    delta: float
+    clipping: Clipping
+    epsilon: float | None = None
+    noise_multiplier: float | None = None
+    expected_batch_size: int | None = None
+    dataset_size: int | None = None
+    max_batch_size: int | None = None
+    resolution: int | None = None
+    coordinates: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What loader and Trainer tell of a run.
+
+    Args:
+        length: how many examples, or other privacy units, the dataset has.
+        batch_size: the loader's; ``None`` counts as 1.
+        remaining_steps: how many further steps this ``fit`` will take, or ``None`` if nobody knows.
+        ranks: how many processes draw a ``batch_size`` each.
+        unit: what ``length`` counts.
+    """
+
+    length: int
+    batch_size: int | None
+    remaining_steps: int | None
+    ranks: int = 1
+    unit: str = EXAMPLE
+
+
+def find_plan(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None = None) -> PrivacyPlan:
+    """The plan of the steps to come.
+
+    Args:
+        wanted: the numbers asked for.
+        known: of the data and the end of the run.
+        spent: the state of a ledger that the run continues, or ``None``.
+
+    Raises:
+        PreflightError: the number of steps is unknown although σ must be found, or sizes do not go together.
+        ValueError: a number is out of range, no σ reaches ε, or ``spent`` is not the state of a ledger.
+
+    Example:
+        >>> wanted = Wanted(epsilon=8.0, delta=1e-5, clipping=Clipping(1.0), expected_batch_size=4096)
+        >>> plan = find_plan(wanted, Known(length=50_000, batch_size=512, remaining_steps=875))
+        >>> round(plan.noise_multiplier, 2), plan.sampling_probability, plan.steps
+        (1.64, 0.08192, 875)
+    """
+    return with_noise(before_noise(wanted, known, spent), wanted, spent)
+
+
+def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) -> PrivacyPlan:
+    """All of :func:`find_plan` that takes no search: where σ is to be found, it is 1 for now. Quick, so every rank does it."""
+    size = known.length if wanted.dataset_size is None else wanted.dataset_size
+    batch = wanted.expected_batch_size
+    if batch is None:
+        batch = (known.batch_size or 1) * known.ranks
+        if batch > size > 0:
+            ranks = "" if known.ranks == 1 else f" on each of {known.ranks} ranks"
+            raise PreflightError(
+                f"batch_size={known.batch_size}{ranks} with {size} {'examples' if known.unit == EXAMPLE else 'users'}: expected at "
+                f"most {size // known.ranks}. A step draws batch_size of them on average, so it cannot be more than there are. Lower "
+                f"the loader's batch_size; DifferentialPrivacy(expected_batch_size={size}) takes all of them in every step."
+            )
+    if wanted.max_batch_size is not None and size < known.length:
+        raise PreflightError(
+            f"dataset_size={size} with max_batch_size={wanted.max_batch_size}: expected at least the dataset's length, of "
+            "which draws above the bound are counted. Give a larger dataset_size, or leave out max_batch_size."
+        )
+    plan = PrivacyPlan(
+        noise_multiplier=1.0 if wanted.noise_multiplier is None else wanted.noise_multiplier,
+        clip_norm=wanted.clipping.clip_norm,
+        clipping=wanted.clipping.style,
+        automatic_gamma=wanted.clipping.gamma,
+        delta=wanted.delta,
+        dataset_size=size,
+        expected_batch_size=batch,
+        target_epsilon=wanted.epsilon,
+        max_batch_size=wanted.max_batch_size,
+        resolution=wanted.resolution,
+        coordinates=wanted.coordinates,
+        unit=known.unit,
+    )
+    before = ledger_of(plan, spent).steps
+    return plan if known.remaining_steps is None else replace(plan, steps=before + known.remaining_steps)
+
+
+def with_noise(plan: PrivacyPlan, wanted: Wanted, spent: Mapping[str, Any] | None) -> PrivacyPlan:
+    """The plan of :func:`before_noise` with the σ that reaches the target ε, if it was not given. A search: seconds."""
+    if wanted.noise_multiplier is None:
+        plan = replace(plan, noise_multiplier=_found(plan, spent))
+    check_distance_is_affordable(ledger_of(plan, spent))
+    return plan
+
+
+def ledger_of(plan: PrivacyPlan, spent: Mapping[str, Any] | None) -> Ledger:
+    """The ledger of ``plan``'s steps after those that are spent."""
+    return Ledger.resume(plan, spent) if spent else Ledger(plan)
+
+
+def _found(plan: PrivacyPlan, spent: Mapping[str, Any] | None) -> float:
+    epsilon, history = plan.target_epsilon, ledger_of(plan, spent)
+    if epsilon is None:
+        raise ValueError("epsilon=None, noise_multiplier=None: expected one of them.")
+    if plan.steps is None:
+        raise PreflightError(
+            f"epsilon={epsilon} without an end: expected Trainer(max_steps=...) or Trainer(max_epochs=...). The noise "
+            "is found for a planned number of steps; training may still stop earlier, for instance by max_time."
+        )
+    last = history.phases[-1] if history.phases else None
+    remaining = plan.steps - history.steps
+    if last is not None and (last.sampling_probability == plan.sampling_probability or remaining == 0):
+        return last.noise_multiplier  # go on as before; the ledger stops the run before it overspends
+    more, q, phases = max(remaining, 1), plan.sampling_probability, history.phases
+    return noise_with_reserve(
+        lambda left: noise_multiplier_for(epsilon, left, q, more, history=phases),
+        epsilon,
+        plan.delta,
+        lambda sigma: ledger_of(replace(plan, noise_multiplier=sigma), spent).distance(history.steps + more),
+    )
