@@ -9,8 +9,9 @@ from lightning_dp.batches.axis import check_batch_axis_argument
 from lightning_dp.engines.select import check_engine_name
 from lightning_dp.look.batch_size.physical import check_physical_batch_size
 from lightning_dp.mechanism.secure import check_secure
-from lightning_dp.plan.clipping import check_clipping
-from lightning_dp.plan.privacy_plan import check_clip_norm, check_delta, check_epsilon, check_noise_multiplier
+from lightning_dp.plan.clipping import check_clip_norm, check_clipping
+from lightning_dp.plan.mechanism import check_noise_multiplier
+from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
 from lightning_dp.plan.simulation import check_simulation
 from lightning_dp.validate import shown, truth, whole
 

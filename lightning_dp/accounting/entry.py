@@ -1,62 +1,56 @@
-"""One stretch of a ledger: consecutive steps under one set of public numbers, written to and read from checkpoints."""
+"""The ledger's line: consecutive steps of one mechanism, written to and read from checkpoints."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_dp.accounting.phase import Phase
-from lightning_dp.accounting.slack import Distance, distance_of_step
-from lightning_dp.plan.clipping import DEFAULT_GAMMA, ClippingStyle, check_clipping
-from lightning_dp.plan.privacy_plan import (
-    EXAMPLE,
-    MOST_EXAMPLES,
-    PrivacyPlan,
-    check_clip_norm,
-    check_delta,
-    check_max_batch_size,
-)
-from lightning_dp.validate import number, shown, whole
+from lightning_dp.accounting.slack import Slack, slack_of
+from lightning_dp.plan.clipping import DEFAULT_GAMMA
+from lightning_dp.plan.mechanism import EXAMPLE, Mechanism
+from lightning_dp.plan.privacy_plan import PrivacyPlan, check_delta
+from lightning_dp.validate import number, shown
 
-_NULLABLE = ("max_batch_size", "resolution", "coordinates")
 REMEDY = "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."
+FIELDS = (
+    "steps", "noise_multiplier", "sampling_probability", "clip_norm", "expected_batch_size", "dataset_size", "delta",
+    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", "unit",
+)  # fmt: skip
+"""What is written of an entry."""
+
+_NULLABLE = ("max_batch_size", "resolution", "coordinates", "automatic_gamma")
+_COUNTS = ("steps", "dataset_size", "max_batch_size", "resolution", "coordinates")
+_TEXTS = ("clipping", "unit")
+_AT_FIRST = {"clipping": "flat", "unit": EXAMPLE, "automatic_gamma": None}
+"""What was not written by versions that knew nothing else, or did not write it down."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Consecutive steps under one set of public numbers."""
+    """Consecutive steps of one mechanism.
 
+    Args:
+        mechanism: what each of them was, whole. Without automatic clipping γ means nothing, and is the default.
+        steps: how many.
+        delta: δ of the statement that was meant to be made.
+        gamma_known: whether γ was written down. At first ledgers wrote none; ``mechanism`` then has the default.
+    """
+
+    mechanism: Mechanism
     steps: int
-    noise_multiplier: float
-    sampling_probability: float
-    clip_norm: float
-    expected_batch_size: float
-    dataset_size: int
     delta: float
-    max_batch_size: int | None
-    resolution: int | None
-    coordinates: int | None
-    clipping: ClippingStyle = "flat"
-    unit: str = EXAMPLE
+    gamma_known: bool = True
 
     @classmethod
     def of(cls, plan: PrivacyPlan, steps: int) -> Entry:
         """``steps`` steps of ``plan``."""
-        return cls(
-            steps=steps,
-            noise_multiplier=float(plan.noise_multiplier),
-            sampling_probability=float(plan.sampling_probability),
-            clip_norm=float(plan.clip_norm),
-            expected_batch_size=float(plan.expected_batch_size),
-            dataset_size=int(plan.dataset_size),
-            delta=float(plan.delta),
-            max_batch_size=plan.max_batch_size,
-            resolution=plan.resolution,
-            coordinates=plan.coordinates,
-            clipping=plan.clipping,
-            unit=plan.unit,
-        )
+        mechanism = plan.mechanism
+        if mechanism.clipping.style != "automatic":
+            mechanism = mechanism.but(automatic_gamma=DEFAULT_GAMMA)
+        return cls(mechanism, steps, float(plan.delta))
 
     @classmethod
     def read(cls, raw: object) -> Entry:
@@ -65,72 +59,90 @@ class Entry:
         Raises:
             ValueError: a field is missing, of another type or out of range.
         """
-        fields = cls.__dataclass_fields__
         if isinstance(raw, Mapping):
-            raw = {"clipping": "flat", "unit": EXAMPLE, **raw}  # all that there was at first
-        if not isinstance(raw, Mapping) or set(raw) != set(fields):
+            raw = {**_AT_FIRST, **raw}
+        if not isinstance(raw, Mapping) or set(raw) != set(FIELDS):
             found = sorted(map(str, raw)) if isinstance(raw, Mapping) else raw
             raise ValueError(
-                f"a phase of the ledger's state has {shown(found, 400)}: expected {sorted(fields)}. {REMEDY}"
+                f"a phase of the ledger's state has {shown(found, 400)}: expected {sorted(FIELDS)}. {REMEDY}"
             )
-        for name in set(fields) - {"clipping", "unit"}:
-            if raw[name] is None and name in _NULLABLE:
+        for name in FIELDS:
+            if name in _TEXTS or (raw[name] is None and name in _NULLABLE):
                 continue
-            kinds = (int,) if name in ("steps", "dataset_size", *_NULLABLE) else (int, float)
+            kinds = (int,) if name in _COUNTS else (int, float)
             if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
                 raise ValueError(f"{name}={shown(raw[name])} in the ledger's state: expected a plain number. {REMEDY}")
         if not isinstance(raw["unit"], str):
             raise ValueError(
                 f"unit={shown(raw['unit'])} in the ledger's state: expected the name of a privacy unit. {REMEDY}"
             )
-        entry = cls(**{str(name): value for name, value in raw.items()})
         try:
-            entry.phase()
-            check_clip_norm(entry.clip_norm)
-            check_clipping(entry.clipping, DEFAULT_GAMMA, entry.clip_norm)
-            check_delta(entry.delta)
-            entry.check_draw()
-            entry.check_distance()
+            return cls._checked(dict(raw))
         except ValueError as error:
             raise ValueError(f"the ledger's state is not valid: {error} {REMEDY}") from error
+
+    @classmethod
+    def _checked(cls, raw: dict[str, Any]) -> Entry:
+        steps, delta, q, gamma = (
+            raw.pop(name) for name in ("steps", "delta", "sampling_probability", "automatic_gamma")
+        )
+        automatic = raw["clipping"] == "automatic"
+        if gamma is not None and not automatic:
+            raise ValueError(f"automatic_gamma={gamma} with clipping={shown(raw['clipping'])}: expected None.")
+        mechanism = Mechanism.of(**raw, automatic_gamma=DEFAULT_GAMMA if gamma is None else gamma)
+        if not math.isclose(mechanism.sampling.probability, number("sampling_probability", q), rel_tol=1e-9):
+            raise ValueError(
+                f"sampling_probability={q} with expected_batch_size={raw['expected_batch_size']} and "
+                f"dataset_size={raw['dataset_size']}: expected their ratio."
+            )
+        check_delta(delta)
+        entry = cls(mechanism, steps, delta, gamma_known=gamma is not None or not automatic)
+        entry.phase()
+        entry.slack()
         return entry
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """As plain values, for checkpoints and journals; :meth:`read` is the inverse."""
+        step = self.mechanism
+        return {
+            "steps": self.steps,
+            "noise_multiplier": float(step.noise.noise_multiplier),
+            "sampling_probability": float(step.sampling.probability),
+            "clip_norm": float(step.clipping.clip_norm),
+            "expected_batch_size": float(step.sampling.expected_batch_size),
+            "dataset_size": int(step.sampling.dataset_size),
+            "delta": self.delta,
+            "max_batch_size": step.sampling.max_batch_size,
+            "resolution": step.noise.resolution,
+            "coordinates": step.noise.coordinates,
+            "clipping": step.clipping.style,
+            "automatic_gamma": self.gamma,
+            "unit": step.unit,
+        }
+
+    @property
+    def gamma(self) -> float | None:
+        """γ of automatic clipping; ``None`` with another style, or if it was not written down."""
+        automatic = self.mechanism.clipping.style == "automatic"
+        return self.mechanism.clipping.gamma if automatic and self.gamma_known else None
+
+    def text(self) -> str:
+        """The numbers of one of these steps as they enter the key of a run with a known seed.
+
+        The form does not change between versions, so that the continuation of a checkpoint can be repeated. γ enters the key
+        beside it (:func:`lightning_dp.record.course.facts_of`).
+        """
+        shown_numbers = {name: value for name, value in self.numbers.items() if name != "automatic_gamma"}
+        return f"Entry({', '.join(f'{name}={value!r}' for name, value in {**shown_numbers, 'steps': 0}.items())})"
 
     def phase(self) -> Phase:
         """What the accountant composes."""
-        return Phase(self.noise_multiplier, self.sampling_probability, self.steps)
+        return Phase(*self.mechanism.event(), self.steps)
 
-    def distance(self) -> Distance:
+    def slack(self) -> Slack:
         """How far these steps are from what the accountant composes, all together."""
-        one = distance_of_step(
-            dataset_size=self.dataset_size,
-            sampling_probability=self.sampling_probability,
-            noise_multiplier=self.noise_multiplier,
-            max_batch_size=self.max_batch_size,
-            resolution=self.resolution,
-            coordinates=self.coordinates,
-        )
-        return one * self.steps
-
-    def check_draw(self) -> None:
-        """Raise ``ValueError`` unless q is B / N, which nobody writes any other way."""
-        whole("dataset_size", self.dataset_size, 1, MOST_EXAMPLES)
-        q = number("expected_batch_size", self.expected_batch_size) / self.dataset_size
-        if not math.isclose(q, self.sampling_probability, rel_tol=1e-9):
-            raise ValueError(
-                f"sampling_probability={self.sampling_probability} with expected_batch_size={self.expected_batch_size} and "
-                f"dataset_size={self.dataset_size}: expected their ratio."
-            )
-
-    def check_distance(self) -> None:
-        """Raise ``ValueError`` unless the numbers that the distance is computed from make sense."""
-        if self.max_batch_size is not None:
-            check_max_batch_size(self.max_batch_size)
-        for name, value in (("dataset_size", self.dataset_size), ("resolution", self.resolution)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1.")
-        if self.resolution is not None and (self.coordinates is None or self.coordinates < 1):
-            raise ValueError(f"coordinates={self.coordinates}: expected at least 1 beside a resolution.")
-        self.distance()
+        return slack_of(self.mechanism) * self.steps
 
 
 def check_one_unit(entries: Iterable[Entry], unit: str) -> None:
@@ -139,7 +151,7 @@ def check_one_unit(entries: Iterable[Entry], unit: str) -> None:
     Raises:
         ValueError: see the message.
     """
-    other = next((entry.unit for entry in entries if entry.unit != unit), None)
+    other = next((entry.mechanism.unit for entry in entries if entry.mechanism.unit != unit), None)
     if other is not None:
         raise ValueError(
             f"privacy_unit={unit!r} after steps with {shown(other)}: expected the same throughout. The steps before protect one "

@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning_dp.accounting.calibrate import noise_multiplier_for
 from lightning_dp.accounting.ledger import Ledger
-from lightning_dp.accounting.limits import check_distance_is_affordable
+from lightning_dp.accounting.limits import check_slack_is_affordable
 from lightning_dp.accounting.reserve import noise_with_reserve
 from lightning_dp.errors import PreflightError
 from lightning_dp.plan.clipping import Clipping
-from lightning_dp.plan.privacy_plan import EXAMPLE, PrivacyPlan
+from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseScale, Sampling
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +101,14 @@ def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) 
             f"dataset_size={size} with max_batch_size={wanted.max_batch_size}: expected at least the dataset's length, of "
             "which draws above the bound are counted. Give a larger dataset_size, or leave out max_batch_size."
         )
-    plan = PrivacyPlan(
-        noise_multiplier=1.0 if wanted.noise_multiplier is None else wanted.noise_multiplier,
-        clip_norm=wanted.clipping.clip_norm,
-        clipping=wanted.clipping.style,
-        automatic_gamma=wanted.clipping.gamma,
-        delta=wanted.delta,
-        dataset_size=size,
-        expected_batch_size=batch,
-        target_epsilon=wanted.epsilon,
-        max_batch_size=wanted.max_batch_size,
-        resolution=wanted.resolution,
-        coordinates=wanted.coordinates,
-        unit=known.unit,
+    sigma = 1.0 if wanted.noise_multiplier is None else wanted.noise_multiplier
+    mechanism = Mechanism(
+        Sampling(size, batch, wanted.max_batch_size),
+        wanted.clipping,
+        NoiseScale(sigma, wanted.resolution, wanted.coordinates),
+        known.unit,
     )
+    plan = PrivacyPlan(mechanism, delta=wanted.delta, target_epsilon=wanted.epsilon)
     before = ledger_of(plan, spent).steps
     return plan if known.remaining_steps is None else replace(plan, steps=before + known.remaining_steps)
 
@@ -121,8 +116,8 @@ def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) 
 def with_noise(plan: PrivacyPlan, wanted: Wanted, spent: Mapping[str, Any] | None) -> PrivacyPlan:
     """The plan of :func:`before_noise` with the σ that reaches the target ε, if it was not given. A search: seconds."""
     if wanted.noise_multiplier is None:
-        plan = replace(plan, noise_multiplier=_found(plan, spent))
-    check_distance_is_affordable(ledger_of(plan, spent))
+        plan = plan.but(noise_multiplier=_found(plan, spent))
+    check_slack_is_affordable(ledger_of(plan, spent))
     return plan
 
 
@@ -149,5 +144,5 @@ def _found(plan: PrivacyPlan, spent: Mapping[str, Any] | None) -> float:
         lambda left: noise_multiplier_for(epsilon, left, q, more, history=phases),
         epsilon,
         plan.delta,
-        lambda sigma: ledger_of(replace(plan, noise_multiplier=sigma), spent).distance(history.steps + more),
+        lambda sigma: ledger_of(plan.but(noise_multiplier=sigma), spent).slack(history.steps + more),
     )

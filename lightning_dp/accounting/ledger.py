@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ from lightning_dp.accounting.entry import REMEDY, Entry, check_one_unit, merge_e
 from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
 from lightning_dp.accounting.reserve import ReservedCurve
-from lightning_dp.accounting.slack import Distance
+from lightning_dp.accounting.slack import Slack
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.validate import shown
 
@@ -42,8 +42,9 @@ class Ledger:
     | history has already overspent the target | no step can be charged, ``epsilon()`` still tells |
     | σ or q changed on resume | composed phase by phase, and noted |
     | C changed on resume | noted; ε does not depend on C, because σ is relative to it |
-    | max_batch_size or the grid changed on resume | each stretch counts with its own distance, and noted |
+    | max_batch_size or the grid changed on resume | each stretch counts with its own slack, and noted |
     | clipping style changed on resume | noted; ε does not depend on it, because C bounds every style's sensitivity |
+    | γ of automatic clipping changed on resume | noted, for the same reason |
     | privacy unit changed on resume | refused: the steps before protect another |
     | dataset size changed on resume | composed, which bounds ε for every example in all phases, and noted |
 
@@ -76,11 +77,11 @@ class Ledger:
         self._foreseen = foreseen
         self._curve = ReservedCurve(
             self._past_phases,
-            sum((entry.distance() for entry in self._past), Distance()),
+            sum((entry.slack() for entry in self._past), Slack()),
             self._plan.noise_multiplier,
             self._plan.sampling_probability,
             self._plan.delta,
-            Entry.of(self._plan, 1).distance(),
+            Entry.of(self._plan, 1).slack(),
             foreseen,
         )
         self._surely_affordable: int | None = None
@@ -112,15 +113,15 @@ class Ledger:
         """How many steps have been charged, resumed history included."""
         return self._past_steps + self._charged
 
-    def distance(self, steps: int) -> Distance:
+    def slack(self, steps: int) -> Slack:
         """How far ``steps`` steps in all (at least those past) are from what the accountant composes."""
-        past = sum((entry.distance() for entry in self._past), Distance())
-        return past + Entry.of(self._plan, steps - self._past_steps).distance()
+        past = sum((entry.slack() for entry in self._past), Slack())
+        return past + Entry.of(self._plan, steps - self._past_steps).slack()
 
     @property
     def numbers(self) -> dict[str, Any]:
         """The public numbers of the current plan's steps, and how many are charged, as in a state."""
-        return asdict(Entry.of(self._plan, self._charged))
+        return Entry.of(self._plan, self._charged).numbers
 
     @property
     def changed(self) -> str:
@@ -128,8 +129,8 @@ class Ledger:
 
         :attr:`course` is a part of it: what else has changed.
         """
-        current, before = Entry.of(self._plan, 0), list(self._past)
-        while before and replace(before[-1], steps=0) == current:
+        current, before = Entry.of(self._plan, 0).text(), list(self._past)
+        while before and before[-1].text() == current:
             before.pop()
         return (f"{sum(entry.steps for entry in before)}: {current}" if before else "") + self.course
 
@@ -172,10 +173,10 @@ class Ledger:
                 "noise in floating point)",
             ),
         ):
-            for a, b in pairwise(entries):
-                if getattr(a, name) != getattr(b, name):
-                    notes.append(meaning.format(a=getattr(a, name), b=getattr(b, name)))
-        return tuple(notes)
+            for a, b in pairwise(entry.numbers[name] for entry in entries):
+                if a != b:
+                    notes.append(meaning.format(a=a, b=b))
+        return (*notes, *_gamma_notes(entries))
 
     @property
     def affordable_steps(self) -> int | None:
@@ -243,16 +244,16 @@ class Ledger:
             cut.append(replace(entry, steps=min(entry.steps, total)))
             total -= cut[-1].steps
         history, last = [entry.phase() for entry in cut[:-1]], cut[-1]
-        distance = sum((entry.distance() for entry in cut), Distance())
-        sigma, q = last.noise_multiplier, last.sampling_probability
-        return ReservedCurve(history, distance, sigma, q, self._plan.delta, Distance(), last.steps).at(last.steps)
+        slack = sum((entry.slack() for entry in cut), Slack())
+        sigma, q = last.mechanism.event()
+        return ReservedCurve(history, slack, sigma, q, self._plan.delta, Slack(), last.steps).at(last.steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Ledger.resume, (self._plan, self.state_dict())  # plain numbers; curves are computed again
 
     def state_dict(self) -> dict[str, Any]:
         """What has been spent and under which public numbers, as plain numbers, lists and strings."""
-        return {"version": STATE_VERSION, "phases": [asdict(entry) for entry in self._entries()]}
+        return {"version": STATE_VERSION, "phases": [entry.numbers for entry in self._entries()]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace what this ledger has counted by ``state``, and continue under this ledger's plan.
@@ -315,3 +316,20 @@ class Ledger:
                 fails = middle
             interpolate = fails - holds < width // 2 or not interpolate
         return min(holds, MOST_STEPS)
+
+
+def _gamma_notes(entries: Sequence[Entry]) -> list[str]:
+    """What a reader should know of γ in those stretches that were clipped automatically."""
+    automatic = [entry for entry in entries if entry.mechanism.clipping.style == "automatic"]
+    unknown = sum(entry.steps for entry in automatic if not entry.gamma_known)
+    notes = [
+        f"γ of automatic clipping changed during training from {a:g} to {b:g}; ε does not depend on it"
+        for a, b in pairwise(entry.gamma for entry in automatic if entry.gamma is not None)
+        if a != b
+    ]
+    if unknown:
+        notes.append(
+            f"γ of automatic clipping was not written down for {unknown} steps, so that it may have changed; ε does not depend "
+            "on it"
+        )
+    return notes

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_dp.plan.privacy_plan import MOST_STEPS, check_noise_multiplier, check_sampling_probability
+from lightning_dp.plan.mechanism import check_noise_multiplier, check_sampling_probability
+from lightning_dp.plan.privacy_plan import MOST_STEPS
 from lightning_dp.validate import whole
 
 

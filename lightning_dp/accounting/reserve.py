@@ -1,4 +1,4 @@
-"""ε of a run that is only close to the mechanism that the accountant composes: a part of δ pays for the distance."""
+"""ε of a run that is only close to the mechanism that the accountant composes: a part of δ pays for the slack."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve
 from lightning_dp.accounting.phase import Phase
-from lightning_dp.accounting.slack import Distance
+from lightning_dp.accounting.slack import Slack
 
 SHARES = (0.0, 1e-3, 1e-2, 0.1, 0.5)
 """The parts of δ that may be set aside. The smallest one that suffices is taken."""
@@ -16,24 +16,24 @@ _MANY = 10**9
 
 
 class ReservedCurve:
-    """Upper bounds on ε after a history and further steps, when a part of δ is set aside for a :class:`Distance`.
+    """Upper bounds on ε after a history and further steps, when a part of δ is set aside for a :class:`Slack`.
 
     With share ρ set aside, ε is the accountant's bound at (1 - ρ)δ, and it holds if (1 + e^ε)·τ ≤ ρδ, with τ the
-    distance of all steps so far. Where every step runs as the accountant composes it, τ = 0, nothing is set aside and
+    slack of all steps so far. Where every step runs as the accountant composes it, τ = 0, nothing is set aside and
     this is :class:`~lightning_dp.accounting.epsilon.EpsilonCurve`.
 
     Args:
         history: phases already spent.
-        spent: the distance of those phases.
+        spent: the slack of those phases.
         noise_multiplier: σ of the steps to come.
         sampling_probability: q of the steps to come.
         delta: δ, in (0, 1).
-        each: the distance of each step to come.
+        each: the slack of each step to come.
         max_steps: how many further steps are foreseen, or ``None``.
 
     Example:
-        >>> plain = ReservedCurve((), Distance(), 3.0, 0.08192, 1e-5, Distance(), 875).at(100)
-        >>> cut = ReservedCurve((), Distance(), 3.0, 0.08192, 1e-5, Distance(truncation=1e-12), 875).at(100)
+        >>> plain = ReservedCurve((), Slack(), 3.0, 0.08192, 1e-5, Slack(), 875).at(100)
+        >>> cut = ReservedCurve((), Slack(), 3.0, 0.08192, 1e-5, Slack(truncation=1e-12), 875).at(100)
         >>> plain.epsilon < cut.epsilon < plain.epsilon + 1e-3
         True
     """
@@ -41,11 +41,11 @@ class ReservedCurve:
     def __init__(
         self,
         history: Sequence[Phase],
-        spent: Distance,
+        spent: Slack,
         noise_multiplier: float,
         sampling_probability: float,
         delta: float,
-        each: Distance,
+        each: Slack,
         max_steps: int | None = None,
     ) -> None:
         self._spent, self._each, self._delta = spent, each, delta
@@ -56,16 +56,16 @@ class ReservedCurve:
         self._curve(0.0)  # which checks the numbers
 
     def at(self, steps: int) -> EpsilonBound:
-        """The bound after the history followed by ``steps`` steps; ``inf`` if half of δ cannot pay for the distance.
+        """The bound after the history followed by ``steps`` steps; ``inf`` if half of δ cannot pay for the slack.
 
         Raises:
             ValueError: ``steps`` is negative.
         """
-        distance = self._distance(steps)
+        slack = self._slack(steps)
         bound = EpsilonBound(math.inf, "exact")
-        for share in self._shares(distance):
+        for share in self._shares(slack):
             bound = self._curve(share).at(steps)
-            if math.isinf(bound.epsilon) or distance.costs(bound.epsilon) <= share * self._delta:
+            if math.isinf(bound.epsilon) or slack.costs(bound.epsilon) <= share * self._delta:
                 return bound
         return EpsilonBound(
             math.inf,
@@ -75,18 +75,18 @@ class ReservedCurve:
 
     def rdp_steps(self, epsilon: float) -> float:
         """A number of further steps that surely stays within ``epsilon``, by RDP alone (possibly ``inf``)."""
-        for share in self._shares(self._distance(1)):
+        for share in self._shares(self._slack(1)):
             steps = self._curve(share).rdp_steps(epsilon)
-            if self._distance(int(min(steps, _MANY))).costs(epsilon) <= share * self._delta:
-                return steps if self._each == Distance() else min(steps, _MANY)
+            if self._slack(int(min(steps, _MANY))).costs(epsilon) <= share * self._delta:
+                return steps if self._each == Slack() else min(steps, _MANY)
         return 0.0
 
-    def _distance(self, steps: int) -> Distance:
+    def _slack(self, steps: int) -> Slack:
         return self._spent + self._each * max(steps, 0)
 
     @staticmethod
-    def _shares(distance: Distance) -> Sequence[float]:
-        return SHARES[:1] if distance.total_variation == 0.0 else SHARES[1:]
+    def _shares(slack: Slack) -> Sequence[float]:
+        return SHARES[:1] if slack.total_variation == 0.0 else SHARES[1:]
 
     def _curve(self, share: float) -> EpsilonCurve:
         if share not in self._curves:
@@ -95,7 +95,7 @@ class ReservedCurve:
 
 
 def noise_with_reserve(
-    find: Callable[[float], float], epsilon: float, delta: float, distance: Callable[[float], Distance]
+    find: Callable[[float], float], epsilon: float, delta: float, slack: Callable[[float], Slack]
 ) -> float:
     """The σ that ``find`` gives when the smallest sufficient part of δ is set aside.
 
@@ -103,15 +103,15 @@ def noise_with_reserve(
         find: the smallest σ that reaches ``epsilon`` at the δ it is given.
         epsilon: the target ε.
         delta: δ.
-        distance: the distance of the whole run, history included, at a σ. It must not grow with σ.
+        slack: that of the whole run, history included, at a σ. It must not grow with σ.
 
     Returns:
         σ. With it :class:`ReservedCurve` stays within ``epsilon``, unless even half of δ is too little for the
-        distance; the curve is infinite then.
+        slack; the curve is infinite then.
     """
     sigma = math.nan
     for share in SHARES:
         sigma = find(delta * (1.0 - share))
-        if distance(sigma).costs(epsilon) <= share * delta:
+        if slack(sigma).costs(epsilon) <= share * delta:
             break
     return sigma

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from scipy.special import betainc
 
+from lightning_dp.plan.mechanism import Mechanism
+
 _ROUNDING = 1.0 + 1e-9
 """Every probability is rounded up by this factor: the incomplete beta function is good to about 1e-12."""
 
 
 @dataclass(frozen=True, slots=True)
-class Distance:
+class Slack:
     """A bound on the distance between a run and its ideal, as two sums over the run's steps.
 
     The ideal is the Poisson-subsampled Gaussian mechanism in real numbers. A run differs from it where a draw is cut
@@ -28,18 +30,18 @@ class Distance:
         divergence: sum over the steps of the Kullback-Leibler divergence of the noise as drawn from its ideal.
 
     Example:
-        >>> Distance(1e-9, 0.0) * 3 + Distance(0.0, 2e-18)
-        Distance(truncation=3.0000000000000004e-09, divergence=2e-18)
+        >>> Slack(1e-9, 0.0) * 3 + Slack(0.0, 2e-18)
+        Slack(truncation=3.0000000000000004e-09, divergence=2e-18)
     """
 
     truncation: float = 0.0
     divergence: float = 0.0
 
-    def __add__(self, other: Distance) -> Distance:
-        return Distance(self.truncation + other.truncation, self.divergence + other.divergence)
+    def __add__(self, other: Slack) -> Slack:
+        return Slack(self.truncation + other.truncation, self.divergence + other.divergence)
 
-    def __mul__(self, steps: int) -> Distance:
-        return Distance(self.truncation * steps, self.divergence * steps)
+    def __mul__(self, steps: int) -> Slack:
+        return Slack(self.truncation * steps, self.divergence * steps)
 
     @property
     def total_variation(self) -> float:
@@ -47,39 +49,25 @@ class Distance:
         return (self.truncation + math.sqrt(self.divergence / 2.0)) * _ROUNDING
 
     def costs(self, epsilon: float) -> float:
-        """(1 + e^ε)·τ, what this distance takes of δ; ``inf`` where e^ε is too large to write down."""
+        """(1 + e^ε)·τ, what this takes of δ; ``inf`` where e^ε is too large to write down."""
         tau = self.total_variation
         if tau == 0.0:
             return 0.0
         return (1.0 + math.exp(epsilon)) * tau if epsilon < 700.0 else math.inf
 
 
-def distance_of_step(
-    *,
-    dataset_size: int,
-    sampling_probability: float,
-    noise_multiplier: float,
-    max_batch_size: int | None,
-    resolution: int | None,
-    coordinates: int | None,
-) -> Distance:
-    """The distance of one step from one step of the Poisson-subsampled Gaussian mechanism.
+def slack_of(mechanism: Mechanism) -> Slack:
+    """The slack of one step: its distance from one step of the Poisson-subsampled Gaussian mechanism.
 
-    Args:
-        dataset_size: N, at least the actual number of examples.
-        sampling_probability: q.
-        noise_multiplier: σ.
-        max_batch_size: M, or ``None`` if draws are never cut.
-        resolution: Δ, the clip norm in units of the grid of discrete noise, or ``None`` for floating-point noise.
-        coordinates: P, how many coordinates get noise at most; needed with ``resolution``.
+    ``dataset_size`` must be at least the actual number of examples.
     """
-    truncation = 0.0 if max_batch_size is None else truncation_probability(
-        dataset_size, sampling_probability, max_batch_size
-    )  # fmt: skip
-    divergence = 0.0
-    if resolution is not None and noise_multiplier > 0:
-        divergence = discretisation_divergence(noise_multiplier * resolution, coordinates or 0)
-    return Distance(truncation, divergence)
+    sampling, noise = mechanism.sampling, mechanism.noise
+    truncation = divergence = 0.0
+    if sampling.max_batch_size is not None:
+        truncation = truncation_probability(sampling.dataset_size, sampling.probability, sampling.max_batch_size)
+    if noise.resolution is not None:
+        divergence = discretisation_divergence(noise.noise_multiplier * noise.resolution, noise.coordinates or 0)
+    return Slack(truncation, divergence)
 
 
 def truncation_probability(dataset_size: int, sampling_probability: float, max_batch_size: int) -> float:

@@ -10,12 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for, phases_of, side_by_side
-from lightning_dp.plan.privacy_plan import (
-    check_delta,
-    check_epsilon,
-    check_noise_multiplier,
-    check_sampling_probability,
-)
+from lightning_dp.plan.mechanism import check_noise_multiplier, check_sampling_probability
+from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
 from lightning_dp.version import __version__
 
 OVERVIEW = """\

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -13,7 +12,8 @@ from lightning_dp.accounting.find_plan import Known, Wanted, before_noise, ledge
 from lightning_dp.batches.units import Units
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.errors import PreflightError
-from lightning_dp.plan.privacy_plan import EXAMPLE, PrivacyPlan
+from lightning_dp.plan.mechanism import EXAMPLE
+from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.agreement import check_same_on_every_rank
 from lightning_dp.ranks.gathering import on_every_rank, on_rank_zero
 from lightning_dp.ranks.world import World
@@ -68,7 +68,7 @@ def agreed_plan(
             "whose each example is (digest)": None if units is None else units.digest,
             "steps already charged": ledger_of(mine, spent).steps,
             "the checkpoint's ledger": spent,
-            **asdict(mine),
+            **mine.numbers,
             "len(train_dataloader)": len(loader),  # an epoch: a rank with a shorter one would leave the others waiting
         },
     )

@@ -12,6 +12,7 @@ from lightning_dp.validate import number, shown
 ClippingStyle = Literal["flat", "per_layer", "automatic"]
 DEFAULT_GAMMA = 0.01
 """γ of the automatic style, as in the experiments of its authors."""
+SMALLEST_CLIP_NORM = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Clipping:
     gamma: float = DEFAULT_GAMMA
 
     def __post_init__(self) -> None:
+        check_clip_norm(self.clip_norm)
         check_clipping(self.style, self.gamma, self.clip_norm)
 
     @property
@@ -104,4 +106,18 @@ def check_clipping(style: str, gamma: float, clip_norm: float) -> None:
         raise ValueError(
             f"clipping='automatic' with clip_norm={clip_norm}: expected a finite clip norm. Every gradient is scaled to "
             "about that norm; give one, or clipping='flat' to train without clipping."
+        )
+
+
+def check_clip_norm(clip_norm: float) -> None:
+    """Raise ``ValueError`` unless ``clip_norm`` is above 0 (``inf`` is accepted) and suits float32.
+
+    Noise of a standard deviation near the smallest float32 would be rounded to a few values.
+    """
+    if not number("clip_norm", clip_norm) > 0:
+        raise ValueError(f"clip_norm={clip_norm}: expected a number above 0, such as 1.0.")
+    if clip_norm != math.inf and not SMALLEST_CLIP_NORM <= clip_norm <= 1 / SMALLEST_CLIP_NORM:
+        raise ValueError(
+            f"clip_norm={clip_norm}: expected a number from {SMALLEST_CLIP_NORM:g} to {1 / SMALLEST_CLIP_NORM:g}, such as 1.0: "
+            "sums and noise are float32. Scale the loss instead."
         )

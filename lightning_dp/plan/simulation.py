@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from lightning_dp.plan.privacy_plan import PrivacyPlan
@@ -52,8 +51,7 @@ def simulated(plan: PrivacyPlan, simulate: int) -> PrivacyPlan:
             f"simulate={simulate} with expected_batch_size={plan.expected_batch_size:g}: expected at least one example in a "
             "step. Give a smaller simulate."
         )
-    return replace(
-        plan,
+    return plan.but(
         noise_multiplier=plan.noise_multiplier / simulate,
         expected_batch_size=plan.expected_batch_size / simulate,
         target_epsilon=None,

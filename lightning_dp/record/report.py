@@ -18,7 +18,7 @@ from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.select import Selection
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.mechanism import secure
-from lightning_dp.plan.privacy_plan import EXAMPLE
+from lightning_dp.plan.mechanism import EXAMPLE
 from lightning_dp.private_step import PrivateStep
 from lightning_dp.record.journal import Journal
 from lightning_dp.record.loggers import tell_plan, tell_statement
@@ -98,7 +98,7 @@ class Report:
         )
         tell_plan(
             trainer,
-            {**dataclasses.asdict(plan), "engine": selection.engine.name, "world_size": trainer.world_size},
+            {**plan.numbers, "engine": selection.engine.name, "world_size": trainer.world_size},
         )
         self._allow(self._ahead(self.ledger.steps + 1), _fits(journal))
         self.tell_if_more_is_allowed(trainer)

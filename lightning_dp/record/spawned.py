@@ -15,7 +15,7 @@ import tempfile
 import uuid
 import weakref
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -73,7 +73,7 @@ class ToParent:
 
     def __init__(self, address: str, report: Report, spent: Spent, journal: Journal | None) -> None:
         facts = {
-            "plan": asdict(report.ledger.plan),
+            "plan": report.ledger.plan.numbers,
             "numbers": report.ledger.numbers,
             "spent": with_digest(spent),
             "fit": None if journal is None else journal.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -54,7 +53,7 @@ def release_sample(
         return layers.released(gradient, ledger.plan, key, step)
     plan = ledger.plan
     if parts > 1:
-        plan = replace(plan, noise_multiplier=plan.noise_multiplier * math.sqrt(parts))
+        plan = plan.but(noise_multiplier=plan.noise_multiplier * math.sqrt(parts))
     add_up, unflatten = sum_over_ranks(world, module, gradient)
     with naming_lost_ranks(world, step):
         return release(

@@ -22,6 +22,7 @@ import lightning_dp.step.sample_release as sample_release_module
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.clipping import as_clipping
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.private_step import PrivateStep
 
@@ -147,7 +148,7 @@ def no_noise() -> AbstractContextManager[None]:
 @contextmanager
 def noise_of_sigma_alone() -> Iterator[None]:
     """The noise has standard deviation σ whatever C: right only at C = 1."""
-    with patched((PrivacyPlan, "noise_std", property(lambda plan: plan.noise_multiplier))):
+    with patched((Mechanism, "noise_std", property(lambda step: step.noise.noise_multiplier))):
         yield
 
 

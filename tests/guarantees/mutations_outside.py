@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import lightning_dp.accounting.entry as entry_module
@@ -88,7 +87,8 @@ def accounted_with_one_over_the_loaders_length() -> Iterator[None]:
     original = entry_module.Entry.of
 
     def of(plan: PrivacyPlan, steps: int) -> Any:
-        return replace(original(plan, steps), sampling_probability=1 / math.ceil(1 / plan.sampling_probability))
+        wrong = plan.dataset_size / math.ceil(1 / plan.sampling_probability)
+        return original(plan.but(expected_batch_size=wrong), steps)
 
     with patched((entry_module.Entry, "of", staticmethod(of))):
         yield

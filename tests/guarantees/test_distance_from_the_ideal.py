@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from tests.accounting import test_distance as distances
-from tests.guarantees import mutations_distance as mutations
+from tests.accounting import test_slack as slacks
+from tests.guarantees import mutations_slack as mutations
 from tests.guarantees.mutations import Mutation, caught
 from tests.mechanism import test_grid as grids
 from tests.training import test_cut_draws as cut_draws
@@ -16,9 +16,9 @@ from tests.training import test_secure as secure
 
 @pytest.mark.parametrize("wrong", [mutations.cuts_are_free, mutations.cuts_are_paid_for_once])
 def test_cut_draws_are_paid_for(wrong: Mutation) -> None:
-    distances.test_the_distances_of_phases_add_up_and_stay_in_the_ledger()
+    slacks.test_the_slack_of_phases_add_up_and_stay_in_the_ledger()
     with caught(wrong()):
-        distances.test_the_distances_of_phases_add_up_and_stay_in_the_ledger()
+        slacks.test_the_slack_of_phases_add_up_and_stay_in_the_ledger()
 
 
 @pytest.mark.parametrize("wrong", [mutations.draws_are_not_cut, mutations.each_rank_cuts_for_itself])
@@ -29,10 +29,10 @@ def test_the_bound_on_draws_is_kept(wrong: Mutation) -> None:
 
 
 def test_discrete_noise_is_paid_for() -> None:
-    distances.test_discrete_noise_is_paid_for_at_every_step()
+    slacks.test_discrete_noise_is_paid_for_at_every_step()
     for wrong in (mutations.discrete_noise_is_free, mutations.cuts_are_paid_for_once):
         with caught(wrong()):
-            distances.test_discrete_noise_is_paid_for_at_every_step()
+            slacks.test_discrete_noise_is_paid_for_at_every_step()
 
 
 @pytest.mark.parametrize(

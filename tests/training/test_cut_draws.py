@@ -47,7 +47,7 @@ def test_a_run_uses_no_more_than_the_bound_and_says_so() -> None:
     assert max(sizes.steps) <= BOUND
     assert private.ledger is not None
     cut = 12 * truncation_probability(64, 0.25, BOUND)
-    assert private.ledger.distance(12).truncation == pytest.approx(cut, rel=1e-9, abs=0)
+    assert private.ledger.slack(12).truncation == pytest.approx(cut, rel=1e-9, abs=0)
     assert cut > 0
     statement = json.loads(Path("privacy.json").read_text(encoding="utf-8"))
     assert statement["max_batch_size"] == BOUND
@@ -118,7 +118,7 @@ def test_a_resumed_run_keeps_what_the_bound_has_cost(tmp_path: Path) -> None:
     trainer(second, max_steps=8).fit(regressor(), loader(), ckpt_path=tmp_path / "last.ckpt")
     assert second.ledger is not None
     each = [truncation_probability(64, 0.25, bound) for bound in (38, 50)]
-    assert second.ledger.distance(8).truncation == pytest.approx(4 * each[0] + 4 * each[1], rel=1e-12, abs=0)
+    assert second.ledger.slack(8).truncation == pytest.approx(4 * each[0] + 4 * each[1], rel=1e-12, abs=0)
     assert any("changed during training from 38 to 50" in caveat for caveat in second.statement().caveats)
 
 

@@ -149,7 +149,7 @@ def test_the_statement_says_what_the_noise_is() -> None:
     assert any("not accounted for" in caveat for caveat in written["caveats"])
     assert private.ledger is not None
     per_step = discretisation_divergence(SIGMA * RESOLUTION, len(weights(regressor())))
-    assert private.ledger.distance(3).divergence == pytest.approx(3 * per_step, rel=1e-9, abs=0)
+    assert private.ledger.slack(3).divergence == pytest.approx(3 * per_step, rel=1e-9, abs=0)
     plain = DifferentialPrivacy(noise_multiplier=SIGMA, clip_norm=CLIP, delta=1e-3)
     trainer(plain, max_steps=3).fit(regressor(), loader())
     assert plain.statement().epsilon < private.statement().epsilon < plain.statement().epsilon + 1e-3

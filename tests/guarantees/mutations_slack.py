@@ -16,7 +16,8 @@ import lightning_dp.engines.rounded as rounded_module
 import lightning_dp.loading.draws as draws_module
 import lightning_dp.mechanism.grid as grid_module
 import lightning_dp.mechanism.release as release_module
-from lightning_dp.accounting import Distance
+from lightning_dp.accounting import Slack
+from lightning_dp.plan.mechanism import Mechanism
 from tests.guarantees.mutations import patched
 
 # --- cut draws --------------------------------------------------------------------------------------------------------
@@ -25,24 +26,24 @@ from tests.guarantees.mutations import patched
 @contextmanager
 def cuts_are_free() -> Iterator[None]:
     """Draws are cut and accounted for as if they were not, as a fixed-size buffer does it."""
-    original = entry_module.distance_of_step
+    original = entry_module.slack_of
 
-    def distance(**numbers: Any) -> Distance:
-        return original(**{**numbers, "max_batch_size": None})
+    def slack_of(mechanism: Mechanism) -> Slack:
+        return original(mechanism.but(max_batch_size=None))
 
-    with patched((entry_module, "distance_of_step", distance)):
+    with patched((entry_module, "slack_of", slack_of)):
         yield
 
 
 @contextmanager
 def cuts_are_paid_for_once() -> Iterator[None]:
     """The probability of a cut is taken for one step, not for all of them."""
-    original = entry_module.Entry.distance
+    original = entry_module.Entry.slack
 
-    def distance(self: Any) -> Distance:
+    def slack(self: Any) -> Slack:
         return original(replace(self, steps=min(1, self.steps)))
 
-    with patched((entry_module.Entry, "distance", distance)):
+    with patched((entry_module.Entry, "slack", slack)):
         yield
 
 
@@ -70,12 +71,12 @@ def each_rank_cuts_for_itself() -> Iterator[None]:
 @contextmanager
 def discrete_noise_is_free() -> Iterator[None]:
     """Discrete noise is accounted for as if it were the Gaussian itself."""
-    original = entry_module.distance_of_step
+    original = entry_module.slack_of
 
-    def distance(**numbers: Any) -> Distance:
-        return original(**{**numbers, "resolution": None})
+    def slack_of(mechanism: Mechanism) -> Slack:
+        return original(mechanism.but(resolution=None))
 
-    with patched((entry_module, "distance_of_step", distance)):
+    with patched((entry_module, "slack_of", slack_of)):
         yield
 
 

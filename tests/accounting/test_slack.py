@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import math
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +15,7 @@ from scipy.stats import norm
 
 import lightning_dp.accounting.reserve
 import lightning_dp.accounting.slack
-from lightning_dp.accounting import Distance, Ledger, Statement, check_distance_is_affordable
+from lightning_dp.accounting import Ledger, Slack, Statement, check_slack_is_affordable
 from lightning_dp.accounting.epsilon import EpsilonCurve
 from lightning_dp.accounting.reserve import SHARES, ReservedCurve
 from lightning_dp.accounting.slack import (
@@ -74,7 +73,7 @@ def test_discrete_and_rounded_gaussian_noise_are_as_close_as_proven(scale: float
     assert exact <= discretisation_divergence(scale, 1)
     assert exact == pytest.approx(1 / (576 * scale**4), rel=0.2, abs=3e-16)  # the bound is an order of magnitude above
     tau = 0.5 * math.fsum(np.abs(discrete - rounded))
-    assert tau <= Distance(divergence=discretisation_divergence(scale, 1)).total_variation
+    assert tau <= Slack(divergence=discretisation_divergence(scale, 1)).total_variation
 
 
 def test_less_than_a_unit_of_noise_has_no_bound() -> None:
@@ -122,10 +121,8 @@ def exact_delta_without_cuts(q: float, sigma: float, epsilon: float) -> float:
 
 @pytest.mark.parametrize(("others", "q", "bound"), [(6, 0.3, 3), (10, 0.1, 4), (3, 0.95, 3), (2, 0.99, 2)])
 @pytest.mark.parametrize("sigma", [0.4, 1.0])
-def test_the_distance_covers_what_cutting_costs_in_a_worst_case(
-    others: int, q: float, bound: int, sigma: float
-) -> None:
-    tau = Distance(truncation_probability(others, q, bound))
+def test_the_slack_covers_what_cutting_costs_in_a_worst_case(others: int, q: float, bound: int, sigma: float) -> None:
+    tau = Slack(truncation_probability(others, q, bound))
     dearer = 0
     for epsilon in (0.1, 1.0, 3.0, 6.0):
         ideal = exact_delta_without_cuts(q, sigma, epsilon)
@@ -137,8 +134,8 @@ def test_the_distance_covers_what_cutting_costs_in_a_worst_case(
 
 @pytest.mark.parametrize("truncation", [1e-13, 1e-10, 1e-8])
 def test_epsilon_is_the_accountants_at_what_is_left_of_delta(truncation: float) -> None:
-    each = Distance(truncation)
-    curve = ReservedCurve((), Distance(), 2.0, 0.1, 1e-5, each, 50)
+    each = Slack(truncation)
+    curve = ReservedCurve((), Slack(), 2.0, 0.1, 1e-5, each, 50)
     for steps in (1, 20, 50):
         bound = curve.at(steps)
         spent = (each * steps).costs(bound.epsilon)
@@ -150,15 +147,15 @@ def test_epsilon_is_the_accountants_at_what_is_left_of_delta(truncation: float) 
     assert curve.at(int(curve.rdp_steps(1.5))).epsilon <= 1.5
 
 
-def test_a_distance_that_delta_cannot_pay_for_is_no_privacy() -> None:
-    bound = ReservedCurve((), Distance(), 2.0, 0.1, 1e-5, Distance(1e-6), 50).at(50)
+def test_slack_that_delta_cannot_pay_for_is_no_privacy() -> None:
+    bound = ReservedCurve((), Slack(), 2.0, 0.1, 1e-5, Slack(1e-6), 50).at(50)
     assert bound.epsilon == math.inf
     assert "δ cannot pay" in str(bound.note)
-    assert Distance(1e-300).costs(1e4) == math.inf
-    assert Distance().costs(1e4) == 0
+    assert Slack(1e-300).costs(1e4) == math.inf
+    assert Slack().costs(1e4) == 0
 
 
-def test_the_distances_of_phases_add_up_and_stay_in_the_ledger() -> None:
+def test_the_slack_of_phases_add_up_and_stay_in_the_ledger() -> None:
     first = Ledger(plan(max_batch_size=180, steps=20))
     for _ in range(20):
         first.charge()
@@ -166,11 +163,11 @@ def test_the_distances_of_phases_add_up_and_stay_in_the_ledger() -> None:
     for _ in range(30):
         second.charge()
     each = [truncation_probability(1000, 0.1, bound) for bound in (180, 190)]
-    assert_nearly(second.distance(second.steps), Distance(20 * each[0] + 30 * each[1]), atol=0)
-    assert second.distance(60).truncation == pytest.approx(20 * each[0] + 40 * each[1], rel=1e-9, abs=0)
+    assert_nearly(second.slack(second.steps), Slack(20 * each[0] + 30 * each[1]), atol=0)
+    assert second.slack(60).truncation == pytest.approx(20 * each[0] + 40 * each[1], rel=1e-9, abs=0)
     assert any("bound on a step's draw changed during training from 180 to 190" in note for note in second.notes)
     third = Ledger.resume(plan(), second.state_dict())
-    assert_nearly(third.distance(50), second.distance(50), atol=0)
+    assert_nearly(third.slack(50), second.slack(50), atol=0)
     for steps in (0, 10, 20, 40, 50):
         assert third.epsilon(steps).epsilon == pytest.approx(second.epsilon(steps).epsilon, abs=0.011)
     plain = Ledger.resume(plan(), {**first.state_dict(), "phases": [
@@ -186,7 +183,7 @@ def test_discrete_noise_is_paid_for_at_every_step() -> None:
     for _ in range(50):
         ledger.charge()
     each = discretisation_divergence(2.0 * 2**20, 10**6)
-    assert ledger.distance(50).divergence == pytest.approx(50 * each, rel=1e-9, abs=0)
+    assert ledger.slack(50).divergence == pytest.approx(50 * each, rel=1e-9, abs=0)
     tau = math.sqrt(50 * each / 2)
     bound = ledger.epsilon()
     share = next(share for share in SHARES[1:] if (1 + math.exp(bound.epsilon)) * tau <= share * 1e-5)
@@ -197,18 +194,18 @@ def test_discrete_noise_is_paid_for_at_every_step() -> None:
 @pytest.mark.parametrize("changes", [{"target_epsilon": 3.0}, {}, {"steps": None}])
 def test_a_bound_that_cuts_too_often_names_one_that_does_not(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"max_batch_size=110 .*expected at least (\d+)\..*leave it out") as refusal:
-        check_distance_is_affordable(Ledger(plan(max_batch_size=110, **changes)))
+        check_slack_is_affordable(Ledger(plan(max_batch_size=110, **changes)))
     named = int(str(refusal.value).split("expected at least ")[1].split(".")[0])
     assert 100 < named < 250
-    check_distance_is_affordable(Ledger(plan(max_batch_size=named, **changes)))
-    check_distance_is_affordable(Ledger(plan(**changes)))
+    check_slack_is_affordable(Ledger(plan(max_batch_size=named, **changes)))
+    check_slack_is_affordable(Ledger(plan(**changes)))
 
 
 def test_a_grid_too_coarse_for_epsilon_is_refused() -> None:
     coarse = plan(noise_multiplier=0.7, resolution=2**10, coordinates=10**6)
     with pytest.raises(ValueError, match=r"secure=True with noise_multiplier=0.7: .*Expected more noise"):
-        check_distance_is_affordable(Ledger(coarse))
-    check_distance_is_affordable(Ledger(replace(coarse, resolution=2**30)))
+        check_slack_is_affordable(Ledger(coarse))
+    check_slack_is_affordable(Ledger(coarse.but(resolution=2**30)))
 
 
 @pytest.mark.parametrize("module", [lightning_dp.accounting.slack, lightning_dp.accounting.reserve])

@@ -1,0 +1,261 @@
+"""What one step is, as plain public numbers: a draw, a bound on each example, noise, and whom all this protects."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lightning_dp.plan.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
+from lightning_dp.validate import number, whole
+
+MOST_EXAMPLES = 10**15
+"""Counts up to here are exact as floating-point numbers, and so is arithmetic with them."""
+SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 1e-9, 1e9
+
+EXAMPLE = "example"
+"""The privacy unit unless another is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Poisson sampling: every example enters a step's sample independently with probability q = B / N.
+
+    Args:
+        dataset_size: N, the public number of examples.
+        expected_batch_size: B, the expected size of a step's sample over all ranks. ``0 < B <= N``.
+        max_batch_size: M, the most examples that a step uses over all ranks: a larger draw is cut to a random part of
+            this size (truncated Poisson sampling). ``None`` never cuts.
+
+    Raises:
+        ValueError: a number is outside its range.
+
+    Example:
+        >>> Sampling(1000, 100).probability
+        0.1
+    """
+
+    dataset_size: int
+    expected_batch_size: float
+    max_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        number("expected_batch_size", self.expected_batch_size)
+        if whole("dataset_size", self.dataset_size, high=MOST_EXAMPLES) < 1:
+            raise ValueError(
+                f"dataset_size={self.dataset_size}: expected at least one example. "
+                "Check that the training dataset is not empty."
+            )
+        q = self.probability
+        if not 0 < q <= 1 or math.isinf(1 / q):  # so small that nothing can be computed with it
+            raise ValueError(
+                f"expected_batch_size={self.expected_batch_size} with dataset_size={self.dataset_size} gives a "
+                f"sampling probability of {q:.4g}: expected a value in "
+                "(0, 1]. Lower the loader's batch_size (it is multiplied by the number of ranks) or pass "
+                f"DifferentialPrivacy(expected_batch_size=...) at most {self.dataset_size}."
+            )
+        if self.max_batch_size is not None:
+            check_max_batch_size(self.max_batch_size)
+
+    @property
+    def probability(self) -> float:
+        """Q = B / N."""
+        return self.expected_batch_size / self.dataset_size
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseScale:
+    """How much noise a step adds, in units of the sensitivity, and whether in floating point or on a grid.
+
+    Args:
+        noise_multiplier: σ, the noise's standard deviation in units of the sensitivity. 0 means no noise (ε = ∞).
+        resolution: Δ, how many units of an integer grid the sensitivity has. Noise is then a discrete Gaussian on the
+            grid. ``None`` for noise in floating point.
+        coordinates: P, the most coordinates that get noise; needed with ``resolution``.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    noise_multiplier: float
+    resolution: int | None = None
+    coordinates: int | None = None
+
+    def __post_init__(self) -> None:
+        check_noise_multiplier(self.noise_multiplier)
+        if self.resolution is None:
+            return
+        if self.noise_multiplier == 0:
+            raise ValueError(
+                "noise_multiplier=0 with secure=True: expected noise, since there is nothing else to make secure. Give a "
+                "noise_multiplier above 0, or leave out secure=True."
+            )
+        whole("resolution", self.resolution, 1, MOST_EXAMPLES)
+        if self.coordinates is None or whole("coordinates", self.coordinates, high=MOST_EXAMPLES) < 1:
+            raise ValueError(
+                f"coordinates={self.coordinates} with resolution={self.resolution}: expected the number of trainable coordinates."
+            )
+        if self.noise_multiplier * self.resolution < 1:
+            raise ValueError(
+                f"noise_multiplier={self.noise_multiplier} with resolution={self.resolution}: expected noise of at least one unit "
+                "of the grid. Raise noise_multiplier."
+            )
+
+
+class Event(NamedTuple):
+    """What an accountant composes: one step of the Poisson-subsampled Gaussian mechanism.
+
+    Args:
+        noise_multiplier: σ.
+        sampling_probability: q.
+    """
+
+    noise_multiplier: float
+    sampling_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mechanism:
+    """One step: draw, bound each example's gradient, sum, add noise to every coordinate, divide by a public number.
+
+    Sampler, clipping, noise and ledger all read this one object, and a ledger's entry holds it whole.
+
+    Args:
+        sampling: N, B and M.
+        clipping: C, the style, and γ.
+        noise: σ, and the grid of discrete noise.
+        unit: who is protected, ``"example"`` or the name of a user's field; N, B and M count these.
+
+    Raises:
+        ValueError: the numbers do not go together.
+
+    Guarantee:
+        The Poisson-subsampled Gaussian mechanism of :meth:`event` under add/remove one unit, but for what cut draws and
+        discrete noise take from δ (:func:`lightning_dp.accounting.slack.slack_of`).
+
+    Example:
+        >>> step = Mechanism(Sampling(1000, 100), Clipping(0.5), NoiseScale(3.0))
+        >>> step.sensitivity, step.noise_std, step.divisor, step.event()
+        (0.5, 1.5, 100, Event(noise_multiplier=3.0, sampling_probability=0.1))
+
+    Source: Abadi et al. 2016, Algorithm 1 (arXiv 1607.00133), with Poisson sampling.
+    """
+
+    sampling: Sampling
+    clipping: Clipping
+    noise: NoiseScale
+    unit: str = EXAMPLE
+
+    def __post_init__(self) -> None:
+        sigma, units = self.noise.noise_multiplier, self.noise.resolution
+        if math.isinf(self.clipping.clip_norm) and sigma > 0:
+            raise ValueError(
+                f"clip_norm=inf with noise_multiplier={sigma}: without clipping no finite noise "
+                "protects anybody. Give a finite clip_norm, or noise_multiplier=0 to train without privacy."
+            )
+        if units is not None and (self.sampling.dataset_size + 2**10 * sigma) * units >= 2**62:
+            raise ValueError(
+                f"dataset_size={self.sampling.dataset_size}, noise_multiplier={sigma} with resolution={units}: "
+                "expected sums and noise that fit into 62 bits. Lower noise_multiplier, or leave out secure=True."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        noise_multiplier: float,
+        clip_norm: float,
+        dataset_size: int,
+        expected_batch_size: float,
+        max_batch_size: int | None = None,
+        resolution: int | None = None,
+        coordinates: int | None = None,
+        clipping: ClippingStyle = "flat",
+        automatic_gamma: float = DEFAULT_GAMMA,
+        unit: str = EXAMPLE,
+    ) -> Mechanism:
+        """The mechanism of these numbers, as a user, a checkpoint or a logger writes them: one beside the other."""
+        return cls(
+            Sampling(dataset_size, expected_batch_size, max_batch_size),
+            Clipping(clip_norm, clipping, automatic_gamma),
+            NoiseScale(noise_multiplier, resolution, coordinates),
+            unit,
+        )
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """All numbers, as :meth:`of` takes them."""
+        return {
+            "noise_multiplier": self.noise.noise_multiplier,
+            "clip_norm": self.clipping.clip_norm,
+            "dataset_size": self.sampling.dataset_size,
+            "expected_batch_size": self.sampling.expected_batch_size,
+            "max_batch_size": self.sampling.max_batch_size,
+            "resolution": self.noise.resolution,
+            "coordinates": self.noise.coordinates,
+            "clipping": self.clipping.style,
+            "automatic_gamma": self.clipping.gamma,
+            "unit": self.unit,
+        }
+
+    def but(self, **changes: Any) -> Mechanism:
+        """The same with other numbers, by the names of :meth:`of`."""
+        return Mechanism.of(**{**self.numbers, **changes})
+
+    @property
+    def sensitivity(self) -> float:
+        """The most by which adding or removing one unit moves the sum, in L2 norm."""
+        return self.clipping.sensitivity
+
+    @property
+    def divisor(self) -> float:
+        """B: the only number that a noisy sum is divided by."""
+        return self.sampling.expected_batch_size
+
+    @property
+    def noise_std(self) -> float:
+        """σ times the sensitivity: the standard deviation of the noise on each coordinate of the *sum*."""
+        sigma = self.noise.noise_multiplier
+        return sigma * self.sensitivity if sigma > 0 else 0.0
+
+    @property
+    def neighbouring_relation(self) -> str:
+        """Between which datasets the guarantee holds."""
+        return f"add/remove one {self.unit}"
+
+    def event(self) -> Event:
+        """What the accountant composes: σ and q."""
+        return Event(self.noise.noise_multiplier, self.sampling.probability)
+
+
+def check_max_batch_size(max_batch_size: int) -> None:
+    """Raise ``ValueError`` unless ``max_batch_size`` is at least 1."""
+    if whole("max_batch_size", max_batch_size) < 1:
+        raise ValueError(
+            f"max_batch_size={max_batch_size}: expected at least 1, well above the expected batch size, or None for draws "
+            "of any size."
+        )
+
+
+def check_noise_multiplier(noise_multiplier: float) -> None:
+    """Raise ``ValueError`` unless ``noise_multiplier`` is 0 or a number that the accountants can work with."""
+    number("noise_multiplier", noise_multiplier)
+    if 0 < noise_multiplier < SMALLEST_NOISE_MULTIPLIER or math.inf > noise_multiplier > LARGEST_NOISE_MULTIPLIER:
+        raise ValueError(
+            f"noise_multiplier={noise_multiplier}: expected 0, or a number from {SMALLEST_NOISE_MULTIPLIER:g} to "
+            f"{LARGEST_NOISE_MULTIPLIER:g}, such as 1.0."
+        )
+    if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
+        raise ValueError(
+            f"noise_multiplier={noise_multiplier}: expected a finite number of at least 0, such as 1.0 "
+            "(0 means no noise and no privacy)."
+        )
+
+
+def check_sampling_probability(sampling_probability: float) -> None:
+    """Raise ``ValueError`` unless ``sampling_probability`` lies in (0, 1]."""
+    if not 0 < number("sampling_probability", sampling_probability) <= 1:
+        raise ValueError(
+            f"sampling_probability={sampling_probability}: expected a number in (0, 1], "
+            "the expected batch size divided by the dataset size."
+        )

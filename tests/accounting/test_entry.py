@@ -1,0 +1,124 @@
+"""The ledger's line holds the whole mechanism: what changes is a phase of its own, and is said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from lightning_dp.accounting import Ledger, Statement
+from lightning_dp.accounting.entry import FIELDS, Entry
+from lightning_dp.plan.mechanism import Mechanism
+from lightning_dp.plan.privacy_plan import PrivacyPlan
+
+NUMBERS: dict[str, Any] = {
+    "noise_multiplier": 2.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, "expected_batch_size": 100,
+    "steps": 50, "clipping": "automatic", "automatic_gamma": 0.25, "max_batch_size": 300, "resolution": 2**20,
+    "coordinates": 9, "unit": "user",
+}  # fmt: skip
+OTHERS: dict[str, Any] = {
+    "noise_multiplier": 3.0, "clip_norm": 0.5, "dataset_size": 2000, "expected_batch_size": 50, "clipping": "flat",
+    "automatic_gamma": 0.5, "max_batch_size": 400, "resolution": 2**21, "coordinates": 10, "unit": "patient",
+}  # fmt: skip
+
+
+def charged(plan: PrivacyPlan, steps: int, before: dict[str, Any] | None = None) -> Ledger:
+    ledger = Ledger(plan) if before is None else Ledger.resume(plan, before)
+    for _ in range(steps):
+        ledger.charge()
+    return ledger
+
+
+def notes_on_gamma(ledger: Ledger) -> list[str]:
+    return [note for note in Statement.of(ledger, randomness="secret").caveats if "γ" in note]
+
+
+def old_state(**numbers: Any) -> dict[str, Any]:
+    """As written before the ledger kept γ."""
+    state: dict[str, Any] = charged(PrivacyPlan(**{**NUMBERS, **numbers}), 3).state_dict()
+    state["phases"] = [{n: v for n, v in phase.items() if n != "automatic_gamma"} for phase in state["phases"]]
+    return state
+
+
+def test_no_number_of_the_mechanism_falls_off() -> None:
+    plan = PrivacyPlan(**NUMBERS)
+    assert set(OTHERS) == set(plan.mechanism.numbers)
+    for name, value in OTHERS.items():
+        assert Entry.of(plan.but(**{name: value}), 1) != Entry.of(plan, 1), name
+    entry = Entry.of(plan, 7)
+    assert set(entry.numbers) == set(FIELDS)
+    assert Entry.read(json.loads(json.dumps(entry.numbers))) == entry
+
+
+def test_another_gamma_is_another_phase_and_is_said() -> None:
+    plan = PrivacyPlan(**NUMBERS)
+    first = charged(plan, 2)
+    second = charged(plan.but(automatic_gamma=0.5), 3, first.state_dict())
+    assert [(p["steps"], p["automatic_gamma"]) for p in second.state_dict()["phases"]] == [(2, 0.25), (3, 0.5)]
+    assert notes_on_gamma(second) == [
+        "γ of automatic clipping changed during training from 0.25 to 0.5; ε does not depend on it"
+    ]
+    assert second.epsilon() == charged(plan, 5).epsilon()
+    third = charged(plan.but(automatic_gamma=0.5), 1, second.state_dict())
+    assert [p["steps"] for p in third.state_dict()["phases"]] == [2, 4]
+
+
+def test_a_gamma_without_meaning_makes_no_phase() -> None:
+    plan = PrivacyPlan(**{**NUMBERS, "clipping": "flat"})
+    ledger = charged(plan.but(automatic_gamma=0.5), 3, charged(plan, 2).state_dict())
+    assert [(p["steps"], p["automatic_gamma"]) for p in ledger.state_dict()["phases"]] == [(5, None)]
+    assert notes_on_gamma(ledger) == []
+    back = charged(plan.but(clipping="automatic"), 1, ledger.state_dict())
+    assert notes_on_gamma(back) == []  # the style is said to have changed
+
+
+def test_a_gamma_that_was_not_written_down_stays_unknown() -> None:
+    plan = PrivacyPlan(**NUMBERS)
+    ledger = charged(plan, 2, old_state())
+    state = json.loads(json.dumps(ledger.state_dict()))
+    assert [(p["steps"], p["automatic_gamma"]) for p in state["phases"]] == [(3, None), (2, 0.25)]
+    for one in (ledger, Ledger.resume(plan, state)):
+        assert notes_on_gamma(one) == [
+            "γ of automatic clipping was not written down for 3 steps, so that it may have changed; ε does not depend on it"
+        ]
+    assert ledger.changed == ""  # a continuation that is repeated has the noise that it had
+
+
+def test_old_states_of_other_styles_go_on_as_they_were() -> None:
+    ledger = charged(PrivacyPlan(**{**NUMBERS, "clipping": "per_layer"}), 2, old_state(clipping="per_layer"))
+    assert [p["steps"] for p in ledger.state_dict()["phases"]] == [5]
+    assert notes_on_gamma(ledger) == []
+
+
+def test_numbers_enter_the_key_in_the_form_they_always_had() -> None:
+    plan = PrivacyPlan(noise_multiplier=2, clip_norm=1, delta=1e-5, dataset_size=1000, expected_batch_size=100)
+    ledger = charged(plan.but(clip_norm=0.5), 1, charged(plan, 2).state_dict())
+    assert ledger.changed == (
+        "2: Entry(steps=0, noise_multiplier=2.0, sampling_probability=0.1, clip_norm=0.5, expected_batch_size=100.0, "
+        "dataset_size=1000, delta=1e-05, max_batch_size=None, resolution=None, coordinates=None, clipping='flat', "
+        "unit='example')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"automatic_gamma": "0.25"}, "automatic_gamma='0.25' in the ledger's state: expected a plain number"),
+        ({"automatic_gamma": 0.0}, "automatic_gamma=0.0: expected a finite number above 0"),
+        ({"clipping": "flat"}, "automatic_gamma=0.25 with clipping='flat': expected None"),
+        ({"sampling_probability": 0.2}, r"sampling_probability=0.2 with expected_batch_size=100.0 .*expected their ratio"),
+        ({"resolution": 0}, "resolution=0: expected at least 1"),
+    ],
+)  # fmt: skip
+def test_a_line_that_nobody_writes_is_refused(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Entry.read({**Entry.of(PrivacyPlan(**NUMBERS), 1).numbers, **change})
+
+
+def test_a_mechanism_is_its_numbers() -> None:
+    step = PrivacyPlan(**NUMBERS).mechanism
+    assert Mechanism.of(**step.numbers) == step
+    assert (step.sensitivity, step.noise_std, step.divisor, tuple(step.event())) == (1.0, 2.0, 100, (2.0, 0.1))
+    with pytest.raises(TypeError, match=r"mechanism and clip_norm: expected one of the two"):
+        PrivacyPlan(step, delta=1e-5, clip_norm=1.0)
