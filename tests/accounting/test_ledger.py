@@ -182,6 +182,7 @@ def test_state_is_plain_numbers() -> None:
                 "resolution": None,
                 "coordinates": None,
                 "clipping": "flat",
+                "automatic_gamma": None,
                 "unit": "example",
             }
         ],
