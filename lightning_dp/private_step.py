@@ -22,7 +22,6 @@ from lightning_dp.batches.views import Views
 from lightning_dp.engines.accumulate import Accumulated, accumulate
 from lightning_dp.engines.fall_back import FallBack
 from lightning_dp.engines.protocol import LossFunction
-from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.layers.batch_norm import check_batch_norms_rest
@@ -362,13 +361,8 @@ class PrivateStep:
     def try_engines(self, loss_function: LossFunction, parameters: Mapping[str, nn.Parameter]) -> Selection:
         """The engine for one loss, tried on the first examples."""
         loader = self.planned.loader
-        resolution = loader.plan.resolution
-        name = self._engine_name if resolution is None else "loop"
         most = CHECKED_EXAMPLES if self._physical_batch_size == "auto" else loader.physical_batch_size
-        selection = check_engines(self.planned, name, loss_function, parameters, most)
-        return (
-            selection if resolution is None else replace(selection, engine=RoundedEngine(selection.engine, resolution))
-        )
+        return check_engines(self.planned, self._engine_name, loss_function, parameters, most)
 
     def teardown(self) -> None:
         """Forget the key and leave the module as it was found."""

@@ -29,7 +29,7 @@ class Late(Tensor):
 
     @staticmethod
     def of(compute: Callable[[], Tensor]) -> Late:
-        """A stand-in for what ``compute`` returns, which is called at most once."""
+        """A placeholder for what ``compute`` returns, which is called at most once."""
         late: Late = Tensor._make_wrapper_subclass(Late, ())
         late._compute, late.computed = compute, None
         return late

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from torch import nn
@@ -14,6 +14,7 @@ from lightning_dp.engines.explain import OUT_OF_MEMORY, explain
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import Engine
+from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.engines.uncompiled import compiled_parts
 from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.validate import shown
@@ -78,7 +79,9 @@ def check_engine_name(engine: str) -> None:
         raise ValueError(f"engine={shown(engine)}: expected one of {', '.join(get_args(EngineName))}.")
 
 
-def select_engine(name: EngineName, check: Callable[[Engine], None], module: nn.Module) -> Selection:
+def select_engine(
+    name: EngineName, check: Callable[[Engine], None], module: nn.Module, resolution: int | None = None
+) -> Selection:
     """The engine to train with.
 
     Args:
@@ -86,12 +89,17 @@ def select_engine(name: EngineName, check: Callable[[Engine], None], module: nn.
             or refused.
         check: runs an engine on a small batch and raises if it cannot, or if its gradients are wrong.
         module: the module whose layers the loss calls.
+        resolution: Δ, the sensitivity in units of the grid if the noise is discrete. Sums of integers are exact only if every
+            example is worked on alone, so it is then the reference, whatever the name, with its gradients rounded.
 
     Raises:
         EngineError: the engine asked for cannot trace the training_step.
         Exception: what the training_step itself raises when even a batch of one fails is passed on as it is, and so is want
             of memory.
     """
+    if resolution is not None:
+        reference = select_engine("loop", check, module)
+        return replace(reference, engine=RoundedEngine(reference.engine, resolution))
     if name != "auto":
         engine = make_engine(name, module)
         try:

@@ -71,7 +71,7 @@ def check_engines(
             if engine.needs_agreement:
                 check_agreement(engine, loss_function, given, on_device, examples, module)
 
-        selection = select_engine(engine_name, check, module)
+        selection = select_engine(engine_name, check, module, planned.loader.plan.resolution)
         check_nothing_written(module, before)
     return selection
 

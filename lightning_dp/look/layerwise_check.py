@@ -86,7 +86,7 @@ def start_layerwise(planned: Planned, selection: Selection, make_loss: MakeLoss)
 def _usable(planned: Planned, selection: Selection) -> Engine:
     """The engine, if it and the module can do it at all."""
     if not selection.engine.brings_layers:
-        secure = "secure=True" if planned.loader.plan.resolution is not None else selection.describe()
+        secure = selection.describe() if selection.engine.sum_dtype is None else "secure=True"
         raise PreflightError(
             f"gather='layer' with engine={selection.engine.name!r} ({secure}): expected 'ghost', which needs a parameter only "
             "where its layer runs. Use gather='step'."

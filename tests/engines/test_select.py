@@ -218,3 +218,11 @@ def test_a_rounded_engine_says_of_itself_what_the_engine_in_it_says(name: str) -
 def test_the_first_line_of_an_error_is_what_is_quoted() -> None:
     assert explain(ValueError("\n  one.\ntwo")) == "one"
     assert explain(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize("name", ["auto", "ghost", "loop"])
+def test_discrete_noise_gets_the_reference_with_its_gradients_rounded(name: Any) -> None:
+    selection = select_engine(name, trying(smooth), nn.Module(), 1000)
+    assert isinstance(selection.engine, RoundedEngine)
+    assert (selection.engine.name, selection.engine.resolution, selection.slower) == ("loop", 1000, ())
+    assert selection.describe().startswith("lightning_dp: engine 'loop'")
