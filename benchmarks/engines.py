@@ -332,8 +332,8 @@ def main() -> None:
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
     where = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     about = (
-        f"{where}, {os.cpu_count()} cores, {arguments.threads} thread(s), {arguments.clock} clock, {arguments.rounds} rounds, load average before "
-        f"each case {', '.join(loads)}; Python {platform.python_version()}, {versions}."
+        f"{where}, {os.cpu_count()} cores, {arguments.threads} thread(s), {arguments.clock} clock, {arguments.rounds} rounds, "
+        f"load average before each case {', '.join(loads)}; Python {platform.python_version()}, {versions}."
     )
     print(f"\n{about}", file=sys.stderr)
     if arguments.write:

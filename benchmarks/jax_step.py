@@ -6,8 +6,8 @@ same numbers: images with channels last and kernels as (height, width, in, out),
 
     uv run --with jax-privacy python benchmarks/engines.py --engines jax-privacy jax-plain --cases wrn:16 wrn-ws:16
 
-XLA takes its number of threads when it is first imported, so ``OMP_NUM_THREADS`` does not bind it; bind the process to one core,
-as by ``taskset --cpu-list 0``.
+XLA takes its number of threads when it is first imported, so ``OMP_NUM_THREADS`` does not bind it; bind the process to one
+core, as by ``taskset --cpu-list 0``.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 MALLOC_MMAP_THRESHOLD_=1000000 uv run python benchmarks/sharding.py [--width 2000] [--layers 4] [--ranks 2]
 
 Trains a stack of linear layers with Adam for four steps on random data, under ``ddp`` and both kinds of ``private_fsdp``,
-with gloo on the CPU. Memory is the operating system's (resident set), of rank 0, above what the process had before the module existed,
-in the steps after the first; in units of one copy of the parameters. The variable makes the C library give freed tensors
-back at once.
+with gloo on the CPU. Memory is the operating system's (resident set), of rank 0, above what the process had before the module
+existed, in the steps after the first; in units of one copy of the parameters. The variable makes the C library give freed
+tensors back at once.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def rank(number: int, ranks: int, port: int, strategy: str, width: int, layers: 
     torch.set_num_threads(1)
     data = DataLoader(TensorDataset(torch.randn(64, width)), batch_size=2)
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_steps=4, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=ranks, strategy=STRATEGIES[strategy](ranks), max_steps=4, logger=False,
+        enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[DifferentialPrivacy(noise_multiplier=1.0, physical_batch_size=1, engine="ghost")],
     )  # fmt: skip

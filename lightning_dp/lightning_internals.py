@@ -54,8 +54,8 @@ class LightningMovedError(ImportError):
 
     def __init__(self, owner: str, name: str) -> None:
         super().__init__(
-            f"lightning {pl.__version__} no longer has {owner}.{name}, by which {PURPOSES[name]}: expected lightning>=2.6,<2.7. "
-            "Install such a version."
+            f"lightning {pl.__version__} no longer has {owner}.{name}, by which {PURPOSES[name]}: expected "
+            "lightning>=2.6,<2.7. Install such a version."
         )
 
 

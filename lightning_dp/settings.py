@@ -31,8 +31,8 @@ def check_arguments(given: Any) -> None:
     epsilon, noise_multiplier, clip_norm = given.epsilon, given.noise_multiplier, given.clip_norm
     if (epsilon is None) == (noise_multiplier is None):
         raise ValueError(
-            f"epsilon={shown(epsilon)}, noise_multiplier={shown(noise_multiplier)}: expected exactly one of them. Give epsilon to "
-            "have the noise found for a budget, or noise_multiplier to have ε computed."
+            f"epsilon={shown(epsilon)}, noise_multiplier={shown(noise_multiplier)}: expected exactly one of them. Give epsilon "
+            "to have the noise found for a budget, or noise_multiplier to have ε computed."
         )
     if epsilon is not None:
         check_epsilon(epsilon)

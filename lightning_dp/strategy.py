@@ -230,7 +230,8 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
     Parameters, the gradient that the optimizer gets and the optimizer's state are sharded by ``fully_shard``, which the
     module's ``configure_model`` calls. For the length of a step every rank holds the parameters whole, and each sums the
     clipped gradients of its own examples; each then gets its shards of the ranks' total by one reduce-scatter. With
-    ``gather="layer"`` no rank ever holds all parameters or the whole sum. It needs the :class:`~lightning_dp.DifferentialPrivacy` callback and refuses to fit without it.
+    ``gather="layer"`` no rank ever holds all parameters or the whole sum. It needs the
+    :class:`~lightning_dp.DifferentialPrivacy` callback and refuses to fit without it.
 
     Args:
         data_parallel_size: how many ranks share the parameters; ``"auto"`` for all of them.

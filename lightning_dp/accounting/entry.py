@@ -154,8 +154,8 @@ def check_one_unit(entries: Iterable[Entry], unit: str) -> None:
     other = next((entry.mechanism.unit for entry in entries if entry.mechanism.unit != unit), None)
     if other is not None:
         raise ValueError(
-            f"privacy_unit={unit!r} after steps with {shown(other)}: expected the same throughout. The steps before protect one "
-            f"{other} each, and no later step changes that. Go on with that unit, or start anew."
+            f"privacy_unit={unit!r} after steps with {shown(other)}: expected the same throughout. The steps before protect "
+            f"one {other} each, and no later step changes that. Go on with that unit, or start anew."
         )
 
 

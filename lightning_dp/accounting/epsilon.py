@@ -284,5 +284,8 @@ def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, 
 
 
 def _together(note: str | None, number: int) -> str:
-    said = f"{number} phases of other numbers were put together, each with more noise than it is accounted for, to bound ε in time"
+    said = (
+        f"{number} phases of other numbers were put together, each with more noise than it is accounted for, to bound ε in "
+        "time"
+    )
     return said if note is None or note == said else f"{note}; {said}" if said not in note else note

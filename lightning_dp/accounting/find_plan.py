@@ -92,9 +92,10 @@ def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) 
         if batch > size > 0:
             ranks = "" if known.ranks == 1 else f" on each of {known.ranks} ranks"
             raise PreflightError(
-                f"batch_size={known.batch_size}{ranks} with {size} {'examples' if known.unit == EXAMPLE else 'users'}: expected at "
-                f"most {size // known.ranks}. A step draws batch_size of them on average, so it cannot be more than there are. Lower "
-                f"the loader's batch_size; DifferentialPrivacy(expected_batch_size={size}) takes all of them in every step."
+                f"batch_size={known.batch_size}{ranks} with {size} {'examples' if known.unit == EXAMPLE else 'users'}: "
+                f"expected at most {size // known.ranks}. A step draws batch_size of them on average, so it cannot be more "
+                f"than there are. Lower the loader's batch_size; DifferentialPrivacy(expected_batch_size={size}) takes all of "
+                "them in every step."
             )
     if wanted.max_batch_size is not None and size < known.length:
         raise PreflightError(

@@ -44,6 +44,6 @@ def check_slack_is_affordable(ledger: Ledger) -> None:
     raise ValueError(
         f"max_batch_size={plan.max_batch_size} with an expected batch size of {plan.expected_batch_size:g}: expected at least "
         f"{sensible}. A step's draw would be cut with a probability that adds up to {min(1.0, slack.truncation):.2g} over "
-        f"{steps} {'step' if steps == 1 else 'steps'}, and δ={plan.delta:g} cannot pay for that at ε = {epsilon:.3g}. Raise max_batch_size, or leave it out: memory is "
-        "bounded by physical_batch_size anyway."
+        f"{steps} {'step' if steps == 1 else 'steps'}, and δ={plan.delta:g} cannot pay for that at ε = {epsilon:.3g}. Raise "
+        "max_batch_size, or leave it out: memory is bounded by physical_batch_size anyway."
     )

@@ -35,8 +35,8 @@ def check_batch_axis_argument(batch_axis: object) -> None:
     )
     if not allowed or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"batch_axis={shown(batch_axis)}: expected the axis of the examples, such as 1, 'list' for a list with one element for "
-            "each example, or a mapping from fields to these, such as {'inputs': 1, 'positions': None}; None marks a part "
+            f"batch_axis={shown(batch_axis)}: expected the axis of the examples, such as 1, 'list' for a list with one element "
+            "for each example, or a mapping from fields to these, such as {'inputs': 1, 'positions': None}; None marks a part "
             "that all examples share. 'each' has every example collated by itself."
         )
 
@@ -171,8 +171,8 @@ def _at(node: Any, names: tuple[str, ...], change: Callable[[Any], Any]) -> Any:
 def _elements(node: Any, name: str) -> Any:
     if type(node) not in (list, tuple):
         raise BatchAxisError(
-            f"batch_axis says that {name or 'the batch'} is a list, but it is of type {type(node).__name__}: expected a list or "
-            "tuple with one element for each example. Correct batch_axis or collate_fn."
+            f"batch_axis says that {name or 'the batch'} is a list, but it is of type {type(node).__name__}: expected a list "
+            "or tuple with one element for each example. Correct batch_axis or collate_fn."
         )
     return type(node)(Element(one) for one in node)
 

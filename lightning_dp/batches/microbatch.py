@@ -88,8 +88,8 @@ def check_batch_axis(batch: Any, examples: int) -> None:
                 raise BatchAxisError(
                     f"{where} has shape (): expected {examples} rows, one for each of the {examples} examples drawn. It is a "
                     "single number. If it is the same whatever the examples are, such as a temperature, say so with "
-                    f"DifferentialPrivacy({_as_shared(batch, leaf)}) or keep it on the module; what collate_fn computes over the "
-                    "batch, such as a mean or the longest length, each example has to do without."
+                    f"DifferentialPrivacy({_as_shared(batch, leaf)}) or keep it on the module; what collate_fn computes over "
+                    "the batch, such as a mean or the longest length, each example has to do without."
                 )
             raise BatchAxisError(
                 f"{where} has shape {tuple(leaf.shape)}: expected {examples} rows, one for each of the {examples} "

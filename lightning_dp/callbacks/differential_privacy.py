@@ -90,8 +90,8 @@ class DifferentialPrivacy(pl.Callback):
         seed: ``None`` (the default) takes sampling and noise from 256 secret bits of the operating system, which no
             ``seed_everything`` fixes. A number makes them reproducible, for tests, and the statement says so.
         simulate: S above 1 makes a *simulation*, with none of the privacy: batch and noise are divided by S, at the same
-            number of steps (see :mod:`lightning_dp.plan.simulation`). For choosing settings where that is allowed; ``epsilon`` is
-            then the budget of the run that is simulated, and what is spent is said.
+            number of steps (see :mod:`lightning_dp.plan.simulation`). For choosing settings where that is allowed; ``epsilon``
+            is then the budget of the run that is simulated, and what is spent is said.
         secure: ``True`` draws noise and samples from a cryptographic generator, adds gradients up as integers, and adds exact
             discrete Gaussian noise (Canonne, Kamath and Steinke 2020); needs the extra ``lightning-dp[secure]``, and is slow.
         log_train_metrics: ``False`` keeps what ``training_step`` logs from the loggers: those numbers are computed from

@@ -135,7 +135,8 @@ def normalise(images: Tensor, mean: Triple, std: Triple) -> Tensor:
     """Scale uint8 images ``(batch, 3, height, width)`` to [0, 1], subtract ``mean`` and divide by ``std``.
 
     Example:
-        >>> normalise(torch.full((1, 3, 1, 1), 51, dtype=torch.uint8), (0.2, 0.2, 0.0), (1, 1, 0.1))[0, :, 0, 0].round(decimals=3)
+        >>> pixel = torch.full((1, 3, 1, 1), 51, dtype=torch.uint8)
+        >>> normalise(pixel, (0.2, 0.2, 0.0), (1, 1, 0.1))[0, :, 0, 0].round(decimals=3)
         tensor([0., 0., 2.])
     """
     shift, scale = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (mean, std))

@@ -174,8 +174,8 @@ def _groups(answers: list[str]) -> list[list[int]]:
 
 
 _ASSIGNMENTS = {vars(torch._C.TensorBase)[name].__set__ for name in ("data", "grad")} | {Tensor.set_}
-"""What gives a tensor the memory of another. One that got it from a tensor under vmap would be used after vmap is over, and torch
-would crash."""
+"""What gives a tensor the memory of another. One that got it from a tensor under vmap would be used after vmap is over, and
+torch would crash."""
 
 _WITH_SPARSE_GRADIENTS = {F.embedding: 6, F.embedding_bag: 7}
 """What may bring a sparse gradient, and the place of the argument that asks for it. vmap cannot, and noise is dense anyway."""

@@ -1,4 +1,4 @@
-"""The proof on one example, before training, that an engine loses nothing of the gradient that training without privacy gives."""
+"""The proof on one example, before training, that an engine loses nothing of the gradient that plain training gives."""
 
 from __future__ import annotations
 
@@ -60,12 +60,14 @@ def check_nothing_is_lost(
         own, found = float(gradient.norm()), float(ours.gradient[name].norm())
         if own > NOTHING * size and found == 0.0:
             raise DisagreementError(
-                f"its gradients differ from those of plain backward passes: there is none of {name}, which has one of norm {own:.2g}"
+                f"its gradients differ from those of plain backward passes: there is none of {name}, which has one of norm "
+                f"{own:.2g}"
             )
         random = not torch.equal(gradient, again.gradient[name])
         off = float((ours.gradient[name] - gradient).norm())
         least = LEAST if tolerance <= TOLERANCE_FLOAT32 else 1.0
         if not random and not off <= tolerance * max(own, least * size, torch.finfo(torch.float32).tiny):
             raise DisagreementError(
-                f"its gradients differ from those of plain backward passes, in {name} by {off:.2g} where that has norm {own:.2g}"
+                f"its gradients differ from those of plain backward passes, in {name} by {off:.2g} where that has norm "
+                f"{own:.2g}"
             )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, State, Tensor, Tensor | None], State]
-"""``(what the input gives to the gates, state, weight and bias of the state)`` → the next state, whose first part is put out."""
+"""``(what the input gives to the gates, state, weight and bias of the state)`` → the next state; its first part is put out."""
 
 POSITIONS, WEIGHTS = 9, 2
 

@@ -31,8 +31,8 @@ def make_trainable_privately(
     the layer has seen data its running statistics are folded into them: for an example whose own statistics are those of
     the data, the new layer gives what the old one gave in eval mode. Pre-trained weights therefore remain a good start,
     though not as good as with BatchNorm. Dropout and activation that a layer has
-    inside, as timm's have, stay inside the new one. InstanceNorm stops tracking statistics. Frozen layers in eval mode do no harm and
-    stay.
+    inside, as timm's have, stay inside the new one. InstanceNorm stops tracking statistics. Frozen layers in eval mode do no
+    harm and stay.
 
     Call it before the optimizer is made (in ``__init__`` of the LightningModule, or on it before ``fit``). Names of
     parameters stay, buffers of running statistics go, so load checkpoints of the old module before. What the module has

@@ -31,8 +31,8 @@ LOOKED_AT = (2, 1, 3)
 def collate_each_if_needed(form: ExampleForm, loader: PoissonLoader) -> None:
     """Have every example collated by itself, if the user says so, or if the batch's parts cannot be told apart.
 
-    That is: batches of graphs that are joined into one (an object with ``to_data_list``, or with ``ptr``, where each graph begins),
-    objects beside tensors, and parts that are the same whatever the examples are. Tensors and lists of a wrong length
+    That is: batches of graphs that are joined into one (an object with ``to_data_list``, or with ``ptr``, where each graph
+    begins), objects beside tensors, and parts that are the same whatever the examples are. Tensors and lists of a wrong length
     are left as they are, and refused with what to do: most have their examples on another axis.
 
     Args:
@@ -60,8 +60,8 @@ def collate_each_if_needed(form: ExampleForm, loader: PoissonLoader) -> None:
         )
     if isinstance(loader.first_records(1)[0], Row):
         raise BatchAxisError(
-            f"{reason}, and the dataset's __getitems__ returns columns: expected a list of examples, of which each can be collated "
-            "by itself. Let __getitems__ return a list, or leave it out."
+            f"{reason}, and the dataset's __getitems__ returns columns: expected a list of examples, of which each can be "
+            "collated by itself. Let __getitems__ return a list, or leave it out."
         )
     loader.collate.each = True
     if form.axis != "each":

@@ -32,7 +32,7 @@ class _AsLong(DataLoader[Any]):
 
 
 def with_batch_size(loader: object) -> object:
-    """A loader with ``batch_size=None`` and a ``BatchSampler`` as the usual one that gives the same batches; others as they are.
+    """A loader with ``batch_size=None`` and a ``BatchSampler`` as the usual one with the same batches; others as they are.
 
     Args:
         loader: as Lightning has prepared it for this rank.

@@ -109,7 +109,8 @@ class ExampleForm:
         if isinstance(batch, Apart):
             if len(batch.elements) != 1:
                 raise BatchAxisError(
-                    f"{len(batch.elements)} examples that were collated one by one: expected one. They cannot be put together to a batch."
+                    f"{len(batch.elements)} examples that were collated one by one: expected one. They cannot be put together "
+                    "to a batch."
                 )
             return own_copy(batch.elements[0].content)
         return close_containers(from_front(batch, self.axis))

@@ -150,9 +150,9 @@ def _check_no_copies(sketches: list[npt.NDArray[np.uint64]]) -> None:
     twice = sum(times > 1 for times in counted.values())
     if twice:
         raise HeldRecordsError(
-            f"{twice} of {len(counted)} records compared are on more than one rank: expected each record on one rank only, or it "
-            "would count several times in a step. Let read return the records of its own shard, and list each shard once; if "
-            "the data contain repetitions that are to count as records of their own, give copies='count'."
+            f"{twice} of {len(counted)} records compared are on more than one rank: expected each record on one rank only, or "
+            "it would count several times in a step. Let read return the records of its own shard, and list each shard once; "
+            "if the data contain repetitions that are to count as records of their own, give copies='count'."
         )
 
 

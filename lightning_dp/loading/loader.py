@@ -66,8 +66,8 @@ class PoissonLoader:
     """Replaces the user's training loader: the same dataset, collate_fn and workers, but Poisson sampling.
 
     Its items are :class:`LogicalBatch` objects, one for each DP step; its length, the number of steps in an epoch, is that
-    of the user's loader, so that whoever counts batches counts right. Step t's sample depends on the key and t alone: all ranks make the same global draw and each takes its
-    own slice of it.
+    of the user's loader, so that whoever counts batches counts right. Step t's sample depends on the key and t alone: all ranks
+    make the same global draw and each takes its own slice of it.
 
     Args:
         loader: the user's loader, as Lightning has prepared it for this rank. Its shuffling and sampler play no part any
@@ -135,9 +135,9 @@ class PoissonLoader:
     def __iter__(self) -> Iterator[LogicalBatch]:
         if self._order and order(self.dataset) != self._order:
             raise ValueError(
-                f"dataset={type(self.dataset).__name__} has other indices than when its loader was made: expected them to stay, "
-                "since the ranks compare their data once for each loader. Return a new loader from train_dataloader, with "
-                "Trainer(reload_dataloaders_every_n_epochs=1)."
+                f"dataset={type(self.dataset).__name__} has other indices than when its loader was made: expected them to "
+                "stay, since the ranks compare their data once for each loader. Return a new loader from train_dataloader, "
+                "with Trainer(reload_dataloaders_every_n_epochs=1)."
             )
         self.settle()
         first = self._next_step()

@@ -69,9 +69,9 @@ class Withheld:
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise TypeError(
-            f"a hook looks into its batch, where {self.__dict__['_what']} is withheld: under differential privacy a hook's batch "
-            "has the type of training_step's and nobody's data, and the content of this could not be taken out: expected the "
-            "hook to do without. Put what is done with examples into training_step, on_after_batch_transfer or the dataset."
+            f"a hook looks into its batch, where {self.__dict__['_what']} is withheld: under differential privacy a hook's "
+            "batch has the type of training_step's and nobody's data, and the content of this could not be taken out: expected "
+            "the hook to do without. Put what is done with examples into training_step, on_after_batch_transfer or the dataset."
         )
 
     __getitem__ = __setitem__ = __setattr__ = __len__ = __contains__ = _refuse

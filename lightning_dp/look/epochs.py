@@ -101,8 +101,8 @@ def check_draws_in_an_epoch(trainer: pl.Trainer, plan: PrivacyPlan, loader: Data
     fitting = max(1, round((loader.batch_size or 1) * draws))
     rank_zero_only(warn_user)(
         f"max_epochs={trainer.max_epochs} with expected_batch_size={plan.expected_batch_size:g}: an epoch is "
-        f"len(train_dataloader) = {steps} steps, in which each {plan.unit} is drawn {draws:.3g} times on average: expected about "
-        f"once. Give the loader batch_size={fitting}, or say the end in steps, as in Trainer(max_steps=...)."
+        f"len(train_dataloader) = {steps} steps, in which each {plan.unit} is drawn {draws:.3g} times on average: expected "
+        f"about once. Give the loader batch_size={fitting}, or say the end in steps, as in Trainer(max_steps=...)."
     )
 
 
@@ -124,6 +124,6 @@ def check_end_was_given(trainer: pl.Trainer, plan: PrivacyPlan) -> None:
     noise = "was found for" if plan.target_epsilon is not None else "is added in"
     rank_zero_only(warn_user)(
         f"max_epochs={LIGHTNINGS_EPOCHS}, which Lightning sets when neither max_steps nor max_epochs is given: the plan is T = "
-        f"{plan.steps} steps, and the noise σ = {plan.noise_multiplier:.4g} {noise} all of them. Expected the end that is meant, "
-        f"in Trainer(max_steps=...) or Trainer(max_epochs=...). If it is this one, give max_steps={plan.steps}."
+        f"{plan.steps} steps, and the noise σ = {plan.noise_multiplier:.4g} {noise} all of them. Expected the end that is "
+        f"meant, in Trainer(max_steps=...) or Trainer(max_epochs=...). If it is this one, give max_steps={plan.steps}."
     )

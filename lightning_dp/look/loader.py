@@ -36,8 +36,8 @@ def check_loader(loader: object) -> DataLoader[Any]:
     if isinstance(loader.dataset, IterableDataset):
         raise PreflightError(
             f"dataset={type(loader.dataset).__name__} is an IterableDataset: expected a map-style dataset with "
-            "__getitem__ and __len__. A stream cannot be sampled by Poisson: what a shuffle buffer gives is neither independent "
-            "nor drawn with a known probability. Index the data, or hold the records of its shards in memory with "
+            "__getitem__ and __len__. A stream cannot be sampled by Poisson: what a shuffle buffer gives is neither "
+            "independent nor drawn with a known probability. Index the data, or hold the records of its shards in memory with "
             "lightning_dp.HeldRecords."
         )
     if not hasattr(loader.dataset, "__len__"):
@@ -49,9 +49,9 @@ def check_loader(loader: object) -> DataLoader[Any]:
         raise PreflightError(
             f"train_dataloader with batch_size=None over {type(loader.dataset).__name__}: expected single examples and "
             "DataLoader(dataset, batch_size=...), or, of a dataset that takes a list of indices, "
-            "DataLoader(dataset, batch_size=None, sampler=BatchSampler(RandomSampler(dataset), batch_size=..., drop_last=False)). "
-            "Here an index is a whole batch, which would be drawn, clipped and protected as one example. Batches that are tuples "
-            "of tensors become examples with TensorDataset(*map(torch.cat, zip(*dataset)))."
+            "DataLoader(dataset, batch_size=None, sampler=BatchSampler(RandomSampler(dataset), batch_size=..., "
+            "drop_last=False)). Here an index is a whole batch, which would be drawn, clipped and protected as one example. "
+            "Batches that are tuples of tensors become examples with TensorDataset(*map(torch.cat, zip(*dataset)))."
         )
     if loader.batch_size is None or type(loader.batch_sampler) not in (BatchSampler, index_batch_sampler()):
         given: Any = loader.batch_sampler
@@ -106,7 +106,8 @@ def _check_sampler(sampler: Any, dataset: Any) -> None:
             )
         raise PreflightError(
             f"sampler={name}(replacement={sampler.replacement}, num_samples={sampler.num_samples}): expected none "
-            f"(shuffle=True or False). Poisson sampling draws from all {size} examples, each with the same probability. {remedy}."
+            f"(shuffle=True or False). Poisson sampling draws from all {size} examples, each with the same probability. "
+            f"{remedy}."
         )
     if type(sampler) in (SequentialSampler, DistributedSampler):
         return

@@ -75,16 +75,16 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[torch.optim.Op
         )
     if any(isinstance(optimizer, torch.optim.SparseAdam) for optimizer in optimizers):
         raise PreflightError(
-            "optimizer=SparseAdam: expected one that takes dense gradients. Noise falls on every row of an embedding, so a private "
-            "gradient is never sparse. Use Adam or AdamW."
+            "optimizer=SparseAdam: expected one that takes dense gradients. Noise falls on every row of an embedding, so a "
+            "private gradient is never sparse. Use Adam or AdamW."
         )
     for optimizer in optimizers:
         two = next((pair for pair in _TWO_STEPS if all(hasattr(optimizer, name) for name in pair)), None)
         if two:
             raise PreflightError(
-                f"optimizer={type(optimizer).__name__}, which steps in two halves ({two[0]}, {two[1]}): expected one that needs "
-                "one gradient a step. Its second gradient, at weights moved by the first, is a further release of the same "
-                "sample, not amplified by sampling as if it had a sample of its own. Use SGD or Adam."
+                f"optimizer={type(optimizer).__name__}, which steps in two halves ({two[0]}, {two[1]}): expected one that "
+                "needs one gradient a step. Its second gradient, at weights moved by the first, is a further release of the "
+                "same sample, not amplified by sampling as if it had a sample of its own. Use SGD or Adam."
             )
     known = {id(parameter) for parameter in module.parameters()}
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -84,9 +84,10 @@ def raise_explained(error: Exception, module: nn.Module, with_rows: Callable[[in
         error.add_note(ALONE)
         raise error from None
     raise PreflightError(
-        f"training_step cannot take a batch of one: {explain(error, module)}. It runs on {enough} rows. Expected a step for any number of examples: under "
-        "differential privacy it runs for each example on its own, and the first axis of every tensor has length 1. Give squeeze() "
-        "the axis that it is for, as in squeeze(-1), and take sizes from the batch (x.chunk(2) of one row is one piece)."
+        f"training_step cannot take a batch of one: {explain(error, module)}. It runs on {enough} rows. Expected a step for "
+        "any number of examples: under differential privacy it runs for each example on its own, and the first axis of every "
+        "tensor has length 1. Give squeeze() the axis that it is for, as in squeeze(-1), and take sizes from the batch "
+        "(x.chunk(2) of one row is one piece)."
     ) from error
 
 

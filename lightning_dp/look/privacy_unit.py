@@ -82,8 +82,8 @@ class PrivacyUnit:
         """
         if isinstance(dataset, HeldRecords):
             raise PreflightError(
-                f"privacy_unit={self.name!r} with HeldRecords: expected a dataset that every rank holds whole. A user's records "
-                "could be on several ranks. Hold the whole dataset on each, or leave out privacy_unit."
+                f"privacy_unit={self.name!r} with HeldRecords: expected a dataset that every rank holds whole. A user's "
+                "records could be on several ranks. Hold the whole dataset on each, or leave out privacy_unit."
             )
         if self._field is not None:
             users = self._fields(dataset, self._field)

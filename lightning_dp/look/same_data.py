@@ -73,8 +73,8 @@ def check_same_data_on_every_rank(world: World, dataset: Any) -> None:
     if all(set(content) <= random_parts for probes in of_rank for content in probes):
         rank_zero_warn(
             f"dataset={type(dataset).__name__} is another at every time of reading, so whether its order is the same on all "
-            f"{len(of_rank)} ranks could not be looked at: expected it to be, or an example could be drawn twice. Order the data "
-            "with a fixed seed, and let only what is done to each example be random."
+            f"{len(of_rank)} ranks could not be looked at: expected it to be, or an example could be drawn twice. Order the "
+            "data with a fixed seed, and let only what is done to each example be random."
         )
 
 

@@ -47,8 +47,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"Here {library} makes or runs the Trainer: have it pass gradient_clip_val=None on to it, as with "
             "trainer_kwargs={'gradient_clip_val': None}"
             if library
-            else "Leave it out of Trainer(...), or give None; where a library makes the Trainer, as GluonTS's estimators do, give "
-            "trainer_kwargs={'gradient_clip_val': None} or what it calls that"
+            else "Leave it out of Trainer(...), or give None; where a library makes the Trainer, as GluonTS's estimators do, "
+            "give trainer_kwargs={'gradient_clip_val': None} or what it calls that"
         )
         raise PreflightError(
             f"gradient_clip_val={trainer.gradient_clip_val}, an argument of the Trainer: expected None or 0. It would clip the "

@@ -80,8 +80,8 @@ def release_on_grid(
     """The ranks' integer sums, with discrete noise once, as the noisy gradient that may be used and published.
 
     Each rank adds discrete Gaussian noise of scale σΔ to its own share of the coordinates of its own sum, before the ranks'
-    sums are added up, so that the total holds it once. What leaves the integers afterwards (the factor C/ΔB, and floating point) is post-processing. So would be a sum that wraps around at
-    2⁶³, although a plan that could come near it is refused.
+    sums are added up, so that the total holds it once. What leaves the integers afterwards (the factor C/ΔB, and floating
+    point) is post-processing. So would be a sum that wraps around at 2⁶³, although a plan that could come near it is refused.
 
     Args:
         gradient: parameter name → int64 sum of this rank's examples on the grid. **Private.**

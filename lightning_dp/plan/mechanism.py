@@ -93,12 +93,13 @@ class NoiseScale:
         whole("resolution", self.resolution, 1, MOST_EXAMPLES)
         if self.coordinates is None or whole("coordinates", self.coordinates, high=MOST_EXAMPLES) < 1:
             raise ValueError(
-                f"coordinates={self.coordinates} with resolution={self.resolution}: expected the number of trainable coordinates."
+                f"coordinates={self.coordinates} with resolution={self.resolution}: expected the number of trainable "
+                "coordinates."
             )
         if self.noise_multiplier * self.resolution < 1:
             raise ValueError(
-                f"noise_multiplier={self.noise_multiplier} with resolution={self.resolution}: expected noise of at least one unit "
-                "of the grid. Raise noise_multiplier."
+                f"noise_multiplier={self.noise_multiplier} with resolution={self.resolution}: expected noise of at least one "
+                "unit of the grid. Raise noise_multiplier."
             )
 
 

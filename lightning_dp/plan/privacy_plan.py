@@ -16,8 +16,8 @@ MOST_STEPS = 10**15
 SAMPLING = "Poisson"
 
 _NAMES = (
-    "noise_multiplier", "clip_norm", "delta", "dataset_size", "expected_batch_size", "steps", "target_epsilon", "max_batch_size",
-    "resolution", "coordinates", "clipping", "automatic_gamma", "simulation", "unit",
+    "noise_multiplier", "clip_norm", "delta", "dataset_size", "expected_batch_size", "steps", "target_epsilon",
+    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", "simulation", "unit",
 )  # fmt: skip
 """In the order in which they are shown."""
 

@@ -22,10 +22,10 @@ def simulated(plan: PrivacyPlan, simulate: int) -> PrivacyPlan:
     """The plan of a run that behaves like ``plan``'s, with 1/S of its batch and of its noise.
 
     Both B and σ are divided by S; steps, epochs, δ, C and N stay. What serves a guarantee alone is left out: the target ε, the
-    bound on a draw (of the real run, only draws that next to never happen are cut) and the grid of secure noise. The noise on the *mean* gradient is σ·C/B as before, so
-    the learning rate stays as well: a step has the signal-to-noise ratio of the real one, but for the sampling of fewer
-    examples. Its privacy is another matter: σ/S at q/S spends far more than σ at q once σ/S is small, so no target ε is
-    kept, and the ledger counts what is really run.
+    bound on a draw (of the real run, only draws that next to never happen are cut) and the grid of secure noise. The noise on
+    the *mean* gradient is σ·C/B as before, so the learning rate stays as well: a step has the signal-to-noise ratio of the real
+    one, but for the sampling of fewer examples. Its privacy is another matter: σ/S at q/S spends far more than σ at q once σ/S
+    is small, so no target ε is kept, and the ledger counts what is really run.
 
     Args:
         plan: of the run that is simulated.

@@ -24,8 +24,8 @@ from lightning_dp.record.lineage import Lineage
 
 CAVEAT = (
     "noise is a function of the seed and the number of the step, and a checkpoint was gone on with: another continuation of it "
-    "has other noise if its public numbers, module, optimizer or schedules are others, and the same noise if it differs in what "
-    "cannot be seen here, such as the data, so that what both released must not be put side by side"
+    "has other noise if its public numbers, module, optimizer or schedules are others, and the same noise if it differs in "
+    "what cannot be seen here, such as the data, so that what both released must not be put side by side"
 )
 
 

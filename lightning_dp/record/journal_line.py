@@ -22,7 +22,10 @@ FILE_NAME = "privacy.journal"
 STEPS_AT = len('{"steps": ')
 State = Literal["open", "ended"]
 _MOST_BYTES, _MOST_LINES = 2**26, 100_000
-_REMEDY = "Restore the file as training left it. If that is lost, move the file away: the statement then says what was not counted."
+_REMEDY = (
+    "Restore the file as training left it. If that is lost, move the file away: the statement then says what was not "
+    "counted."
+)
 
 
 class JournalError(ValueError):
@@ -69,7 +72,8 @@ class FitLine:
         """
         steps, state, closed = f"{self.steps:<20d}", f"{json.dumps(self.state):<7}", int(self.closed)
         digest = _digest(head, self.steps, self.state, closed)
-        return f'{steps}, "state": {state}, "closed": {closed}, "seal": "{digest}", "copy": [{steps}, {state}, {closed}, "{digest}"]'
+        copy = f'[{steps}, {state}, {closed}, "{digest}"]'
+        return f'{steps}, "state": {state}, "closed": {closed}, "seal": "{digest}", "copy": {copy}'
 
     def text(self) -> str:
         """The whole line, with its end."""

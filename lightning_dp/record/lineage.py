@@ -99,9 +99,9 @@ class Lineage:
             number, steps = len(self.beside), sum(self.beside.values())
             fits = "another fit" if number == 1 else f"{number} other fits"
             notes.append(
-                f"{fits} went on from a checkpoint of this training to a planned end: {steps} of {'its' if number == 1 else 'their'} "
-                "steps are not counted here but in a statement of their own; whoever has seen anything of both has to add what "
-                "these have spent"
+                f"{fits} went on from a checkpoint of this training to a planned end: {steps} of "
+                f"{'its' if number == 1 else 'their'} steps are not counted here but in a statement of their own; whoever has "
+                "seen anything of both has to add what these have spent"
             )
         if not self.found:
             notes.append(
@@ -110,8 +110,8 @@ class Lineage:
             )
         if not self.proved:
             notes.append(
-                f"a {FILE_NAME} of an earlier fit was cut, edited, put back to an older state, or written by an earlier version: "
-                "what it holds is counted, and steps that it does not hold any more are not"
+                f"a {FILE_NAME} of an earlier fit was cut, edited, put back to an older state, or written by an earlier "
+                "version: what it holds is counted, and steps that it does not hold any more are not"
             )
         if self.unclosed:
             number = len(self.unclosed)
@@ -122,8 +122,8 @@ class Lineage:
             )
         if self.resumed:
             notes.append(
-                f"training went on from a checkpoint: other runs that went on from it, or from an earlier one, are counted only "
-                f"where their {FILE_NAME} lies beside or above the checkpoint or in the Trainer's own folders"
+                "training went on from a checkpoint: other runs that went on from it, or from an earlier one, are counted "
+                f"only where their {FILE_NAME} lies beside or above the checkpoint or in the Trainer's own folders"
             )
         return tuple(notes)
 

@@ -57,8 +57,8 @@ def tell_statement(trainer: pl.Trainer, statement: Statement, state: str, text: 
             _tell(logger, statement, sentence, state, text)
         except Exception as error:  # the training is done, or ends for a reason of its own
             warn_user(
-                f"{type(logger).__name__} did not take what was spent ({type(error).__name__}: {error}): expected a logger that "
-                f"can be reached. It is in the record of the run all the same: {sentence}"
+                f"{type(logger).__name__} did not take what was spent ({type(error).__name__}: {error}): expected a logger "
+                f"that can be reached. It is in the record of the run all the same: {sentence}"
             )
 
 

@@ -158,9 +158,9 @@ def uncounted_strangers(lineage: Lineage | None, phase: dict[str, Any], where: P
         ]
         if steps:
             return (
-                f"{FILE_NAME} in the folders of this run names {_fits(len(steps))} of another training, killed or still running "
-                f"when this one began: {'its' if len(steps) == 1 else 'their'} {sum(steps)} steps are not counted here. If that "
-                "was on the same data and anything of it was seen, add what it has spent",
+                f"{FILE_NAME} in the folders of this run names {_fits(len(steps))} of another training, killed or still "
+                f"running when this one began: {'its' if len(steps) == 1 else 'their'} {sum(steps)} steps are not counted "
+                "here. If that was on the same data and anything of it was seen, add what it has spent",
             )
     return ()
 

@@ -67,8 +67,8 @@ class Report:
         self.folder = journal_folder(folder)
         if RunFolder(folder).path is None:
             rank_zero_info(
-                f"privacy.journal is kept in {self.folder}, since it is written in place at every step, which {folder} does not "
-                "allow. Keep it if you mean to resume: a resume that does not find it says so in its statement."
+                f"privacy.journal is kept in {self.folder}, since it is written in place at every step, which {folder} does "
+                "not allow. Keep it if you mean to resume: a resume that does not find it says so in its statement."
             )
         if trainer.is_global_zero:
             logs = [logger.log_dir for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]

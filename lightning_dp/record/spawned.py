@@ -122,8 +122,8 @@ class ToParent:
 
     def _error(self, error: OSError) -> JournalError:
         return JournalError(
-            f"{self._address} cannot be written ({error}): expected a folder for temporary files with room, since what processes "
-            "started by the Trainer spend has to become known in this one. Make room, or set TMPDIR."
+            f"{self._address} cannot be written ({error}): expected a folder for temporary files with room, since what "
+            "processes started by the Trainer spend has to become known in this one. Make room, or set TMPDIR."
         )
 
 

@@ -55,8 +55,8 @@ class Run:
 def read_runs(folders: Sequence[Path], metric: str, plain: Sequence[Path] = ()) -> list[Run]:
     """Read the runs in ``folders``.
 
-    A run without ``privacy.json`` is one without privacy only if its folder shows that, by an ``hparams.yaml`` without a plan or
-    a ``config.yaml`` without the callback, or if it is said to be one. Otherwise ε is not known.
+    A run without ``privacy.json`` is one without privacy only if its folder shows that, by an ``hparams.yaml`` without a plan
+    or a ``config.yaml`` without the callback, or if it is said to be one. Otherwise ε is not known.
 
     Args:
         folders: each holds ``metrics.csv`` of Lightning's CSVLogger and, for private runs, ``privacy.json``, or one folder
@@ -65,9 +65,9 @@ def read_runs(folders: Sequence[Path], metric: str, plain: Sequence[Path] = ()) 
         plain: folders of more runs, which were trained without privacy.
 
     Raises:
-        ReportError: there are no logs, or several runs or statements in one folder; a file is torn; the column is unknown; a run
-            said to be without privacy is a private one; or the runs are about different numbers of training examples, so not
-            about the same data.
+        ReportError: there are no logs, or several runs or statements in one folder; a file is torn; the column is unknown; a
+            run said to be without privacy is a private one; or the runs are about different numbers of training examples, so
+            not about the same data.
     """
     runs = [_read(folder, metric) for folder in folders] + [_without_privacy(_read(folder, metric)) for folder in plain]
     sizes = {run.name: run.statement["dataset_size"] for run in runs if run.statement is not None}
@@ -154,9 +154,9 @@ def _statement(folder: Path) -> dict[str, Any] | None:
     files = records_in(folder)
     if len(files) > 1:
         raise ReportError(
-            f"{folder} has {len(files)} statements ({', '.join(file.name for file in files[:3])}): expected one, that of the run "
-            f"behind {METRICS}. Several runs used this folder, and none of these speaks of them all. Give every run a folder "
-            "of its own."
+            f"{folder} has {len(files)} statements ({', '.join(file.name for file in files[:3])}): expected one, that of the "
+            f"run behind {METRICS}. Several runs used this folder, and none of these speaks of them all. Give every run a "
+            "folder of its own."
         )
     if not files:
         return None

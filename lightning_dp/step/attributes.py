@@ -90,7 +90,8 @@ def leave(
         What was found without anybody's data.
 
     Raises:
-        PreflightError: an attribute that had another value before depends on the example, or an integer does. Then nothing is done.
+        PreflightError: an attribute that had another value before depends on the example, or an integer does. Then nothing is
+            done.
     """
     one_for_all = {place: _one_for_all(changes[place], kinds[place]) for place in may_be_public(kinds)}
     found = without_data() if any(value is not _ABSENT for value in one_for_all.values()) else None

@@ -221,8 +221,8 @@ def _owner_put_back(hook: _Hook) -> Iterator[None]:
             held[name] = value
     if versions != [tensor._version for tensor in tensors]:
         raise PreflightError(
-            f"{hook.name} changes its batch, and writes into a tensor of its own: expected one or the other. It is run for each "
-            "example, and what it keeps of one would reach the next. Compute statistics beforehand, from public data."
+            f"{hook.name} changes its batch, and writes into a tensor of its own: expected one or the other. It is run for "
+            "each example, and what it keeps of one would reach the next. Compute statistics beforehand, from public data."
         )
 
 
@@ -254,8 +254,8 @@ def _together(ones: list[Any], name: str) -> Any:
     shapes = [{leaf.shape for leaf in column if isinstance(leaf, Tensor)} for column in columns]
     if len(places) > 1 or any(len(each) > 1 for each in shapes):
         raise BatchAxisError(
-            f"{name} gives the examples of a batch different shapes: expected the same, so that they fit into one batch. Give it "
-            "a size, or use physical_batch_size=1."
+            f"{name} gives the examples of a batch different shapes: expected the same, so that they fit into one batch. Give "
+            "it a size, or use physical_batch_size=1."
         )
 
     def joined(column: tuple[Any, ...]) -> Any:

@@ -90,10 +90,10 @@ def written(module: nn.Module, names: Sequence[str], line: Line | None = None) -
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     if found := [name for name in names if name in parameters]:
         return PreflightError(
-            f"training_step writes into {', '.join(found[:5])}{where}: expected parameters, also frozen ones, that stay as they "
-            "are while it runs. It runs once for each example: the write would take place as often, and whatever it took from "
-            "an example would leave with the weights, without noise. Move updates of teachers and target networks, and weight "
-            "clipping, to on_train_batch_end, which runs once for each step, on weights that are released (under manual "
+            f"training_step writes into {', '.join(found[:5])}{where}: expected parameters, also frozen ones, that stay as "
+            "they are while it runs. It runs once for each example: the write would take place as often, and whatever it took "
+            "from an example would leave with the weights, without noise. Move updates of teachers and target networks, and "
+            "weight clipping, to on_train_batch_end, which runs once for each step, on weights that are released (under manual "
             "optimization the end of training_step, after the last private step, will do)."
         )
     if found := [name for name in names if name in buffers]:
@@ -105,8 +105,9 @@ def written(module: nn.Module, names: Sequence[str], line: Line | None = None) -
         )
     return PreflightError(
         f"training_step writes into the tensor self.{', self.'.join(names[:5])}{where}: expected it to stay as it is. "
-        "training_step runs once for each example, and no later example may depend on what one has left there. Make a new tensor "
-        "in each training_step, use self.log or a torchmetrics object, or do it in on_train_batch_end from public values."
+        "training_step runs once for each example, and no later example may depend on what one has left there. Make a new "
+        "tensor in each training_step, use self.log or a torchmetrics object, or do it in on_train_batch_end from public "
+        "values."
     )
 
 

@@ -21,8 +21,9 @@ def replaced_tensors(module: nn.Module, values: Mapping[str, Tensor], *, may_mov
 
     Parameters in shards that are not replaced are left to FSDP2, whose hooks put whole ones in their places meanwhile.
 
-    A tensor that is held in several places, or by a submodule under several names, is replaced in all of them. (``functional_call``
-    puts the tensors back in an order that, for a submodule under two names, leaves the replacements in the module.)
+    A tensor that is held in several places, or by a submodule under several names, is replaced in all of them.
+    (``functional_call`` puts the tensors back in an order that, for a submodule under two names, leaves the replacements in the
+    module.)
 
     Args:
         module: the user's.

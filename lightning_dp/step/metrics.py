@@ -179,7 +179,7 @@ def value_apart(calls: Sequence[MetricCall], arguments: Sequence[Any]) -> Any:
 
 
 def outermost_metrics(module: nn.Module) -> list[AnyMetric]:
-    """The metrics that code of ``module`` may call: registered ones at any depth, and those in lists and dicts of attributes."""
+    """The metrics that code of ``module`` may call: registered ones at any depth, and those in attributes' lists and dicts."""
     found: dict[int, AnyMetric] = {}
     for one in module.modules():
         if isinstance(one, (Metric, MetricCollection)):

@@ -40,6 +40,6 @@ class NeverMoved:
                 f"Trainable parameters that got no gradient from any example in {STEPS} steps: {', '.join(names[:5])}"
                 f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}. Noise alone moves them. If training_step is not "
                 "meant to use them, freeze them with requires_grad_(False), which also leaves more of the clip norm's noise "
-                "out; if it is, look for detach(), no_grad() or a .data on the way from them to the loss. (This was learnt from "
-                "private examples: keep it to yourselves.)"
+                "out; if it is, look for detach(), no_grad() or a .data on the way from them to the loss. (This was learnt "
+                "from private examples: keep it to yourselves.)"
             )

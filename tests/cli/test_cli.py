@@ -104,7 +104,9 @@ def test_bad_numbers(words: list[str], expected: str, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("words", [[], ["--help"]])
-def test_the_overview_names_every_command(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_the_overview_names_every_command(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-dp"])
     out = said(capsys, *words)
     for command in ("fit", "validate", "test", "predict", "epsilon", "calibrate"):

@@ -46,7 +46,8 @@ def images() -> nn.Module:
 
 def data(examples: int, *shape: int, seed: int = 1) -> PAIR:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(examples, *shape, dtype=torch.float64, generator=generator), torch.randint(3, (examples,), generator=generator)  # fmt: skip
+    inputs = torch.randn(examples, *shape, dtype=torch.float64, generator=generator)
+    return inputs, torch.randint(3, (examples,), generator=generator)
 
 
 def run(engine: Engine, module: nn.Module, batch: PAIR, clip_norm: float, loss: Any = F.cross_entropy) -> ClippedSum:
@@ -69,10 +70,17 @@ COUPLED = {
     "contrastive": contrastive,
     "a sum over the batch": lambda output, target: F.cross_entropy(output, target, reduction="sum"),
     "centred by the batch": lambda output, target: F.cross_entropy(output - 0.5 * output.mean(0), target),
-    "weighted by a statistic of the batch": lambda output, target: F.cross_entropy(output, target) * output.std(0, correction=0).sum().exp(),
-    "a mean over the labels that count": lambda output, target: F.cross_entropy(output, target.where(target > 0, -100), ignore_index=-100, reduction="sum") / (target > 0).sum().clamp(min=1),
-    "coupled only when the batch is large": lambda output, target: F.cross_entropy(output, target) * (1 if len(output) <= 2 else output.sum()),
-}  # fmt: skip
+    "weighted by a statistic of the batch": lambda output, target: (
+        F.cross_entropy(output, target) * output.std(0, correction=0).sum().exp()
+    ),
+    "a mean over the labels that count": lambda output, target: (
+        F.cross_entropy(output, target.where(target > 0, -100), ignore_index=-100, reduction="sum")
+        / (target > 0).sum().clamp(min=1)
+    ),
+    "coupled only when the batch is large": lambda output, target: (
+        F.cross_entropy(output, target) * (1 if len(output) <= 2 else output.sum())
+    ),
+}
 
 
 @pytest.mark.parametrize("name", COUPLED)

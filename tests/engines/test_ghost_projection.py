@@ -26,12 +26,14 @@ def standardised(v: Tensor, gain: Tensor) -> Tensor:
 
 PROJECTIONS: dict[str, Weight] = {
     "weight standardisation": standardised,
-    "… with a scale, an offset in ε and no gain": lambda v, gain: 1.7 * (v - v.mean((1, 2), True)) / (v.var((1, 2), keepdim=True) + 1e-2).sqrt(),
+    "… with a scale, an offset in ε and no gain": lambda v, gain: (
+        1.7 * (v - v.mean((1, 2), True)) / (v.var((1, 2), keepdim=True) + 1e-2).sqrt()
+    ),
     "… whose clamp is active": lambda v, gain: standardised(1e-4 * v, gain),
     "centring": lambda v, gain: v - v.mean((1, 2), keepdim=True),
     "weight normalisation": lambda v, gain: gain * v / v.flatten(1).norm(dim=1)[:, None, None],
     "a gain alone": lambda v, gain: gain * v,
-}  # fmt: skip
+}
 
 OTHERS: dict[str, Weight] = {
     "nearly": lambda v, gain: standardised(v, gain) + 1e-3 * v**3,
@@ -78,7 +80,8 @@ def test_projections_are_recognised_and_their_contributions_are_the_whole_way_ba
     assert shares.keys() == expected.keys()
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     for parameter, rows in expected.items():
-        for one, all_rows in ((shares[parameter], rows), (shares[parameter].without(torch.tensor([False, True, False, False])), rows * torch.tensor([1, 0, 1, 1]).view(4, 1, 1, 1))):  # fmt: skip
+        share, present = shares[parameter], torch.tensor([1, 0, 1, 1])
+        for one, all_rows in ((share, rows), (share.without(present == 0), rows * present.view(4, 1, 1, 1))):
             torch.testing.assert_close(one.norms(), all_rows.flatten(1).norm(dim=1), rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(one.rows(), all_rows, rtol=tolerance, atol=tolerance)
             weighted = torch.einsum("b,b...->...", factors, all_rows)

@@ -100,20 +100,29 @@ TAMPERED: dict[str, Callable[[Path, str], str]] = {
     "of another training": lambda lives, text: (lives / "other" / FILE_NAME).read_text(),
     "rolled back behind the checkpoint": lambda lives, text: (lives / "killed" / f"{FILE_NAME} at 2").read_text(),
     "rolled back to after the checkpoint": lambda lives, text: (lives / "killed" / f"{FILE_NAME} at 5").read_text(),
-    "said to have ended": lambda lives, text: text.replace('"open" ', '"ended"', 1).replace('"closed": 0', '"closed": 1'),
-    "without its digests": lambda lives, text: json.dumps(
-        {name: first_line(text)[name] for name in ("steps", "state", "fit", "training", "phase")} | {"state": "ended", "steps": 3}
-    )
-    + "\n",
+    "said to have ended": lambda lives, text: text.replace('"open" ', '"ended"', 1).replace(
+        '"closed": 0', '"closed": 1'
+    ),
+    "without its digests": lambda lives, text: (
+        json.dumps(
+            {name: first_line(text)[name] for name in ("steps", "state", "fit", "training", "phase")}
+            | {"state": "ended", "steps": 3}
+        )
+        + "\n"
+    ),
     "under another name": lambda lives, text: replace(
         read_lines(lives / "killed" / FILE_NAME).lines[0], fit="0123456789abcdef"
     ).text(),
     "with other numbers": lambda lives, text: FitLine(
-        first_line(text)["fit"], first_line(text)["training"], {**first_line(text)["phase"], "noise_multiplier": 9.0},
-        steps=3, state="ended", closed=True,
+        first_line(text)["fit"],
+        first_line(text)["training"],
+        {**first_line(text)["phase"], "noise_multiplier": 9.0},
+        steps=3,
+        state="ended",
+        closed=True,
     ).text(),
     "not there": lambda lives, text: "",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", list(TAMPERED))

@@ -124,11 +124,30 @@ def parser() -> ArgumentParser:
 
 
 words: st.SearchStrategy[str] = st.one_of(
-    st.sampled_from(["8", "1e-5", "nan", ".inf", "-1", "0", "true", "null", "[1]", "{a: 1}", "1e400", "8.0.0", "٨", "0x10", "1_0", "!!python/none"]),
+    st.sampled_from(
+        [
+            "8",
+            "1e-5",
+            "nan",
+            ".inf",
+            "-1",
+            "0",
+            "true",
+            "null",
+            "[1]",
+            "{a: 1}",
+            "1e400",
+            "8.0.0",
+            "٨",
+            "0x10",
+            "1_0",
+            "!!python/none",
+        ]
+    ),
     st.floats().map(str),
     st.integers().map(str),
     st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=10),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=1000)

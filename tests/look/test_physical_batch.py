@@ -285,8 +285,8 @@ def test_a_step_that_refuses_random_data_gets_the_default(monkeypatch: pytest.Mo
     fit = trainer(private, max_steps=1)
     fit.fit(regressor(), loader())
     assert any(
-        "physical_batch_size='auto' stays at 32 without being measured: random data cannot be trained on: these are not pictures"
-        in line
+        "physical_batch_size='auto' stays at 32 without being measured: random data cannot be trained on: these are not "
+        "pictures" in line
         for line in caplog.messages
     )
     assert private.statement().steps == 1

@@ -1,4 +1,4 @@
-"""Run as a script: two ranks whose data are loaded more than once, and ranks that are lost early. Used by test_every_loader.py."""
+"""Run by test_every_loader.py: two ranks whose data are loaded more than once, and ranks that are lost early."""
 
 from __future__ import annotations
 

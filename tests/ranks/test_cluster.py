@@ -159,7 +159,10 @@ def test_no_noise_and_no_sample_is_used_twice_when_the_number_of_ranks_changes(r
 def test_another_number_of_ranks_does_not_change_the_batch_behind_ones_back(results: Any) -> None:
     told = [results("other_batch", 2, rank)["error"] for rank in range(2)]
     assert told[0] == told[1]
-    expected = r"expected_batch_size=None with 2 ranks after 1: expected the batch of the steps before, 16, .*size=16\) to go on"
+    expected = (
+        r"expected_batch_size=None with 2 ranks after 1: expected the batch of the steps before, 16, "
+        r".*size=16\) to go on"
+    )
     assert re.match(expected, told[0])
     assert results("other_batch", 1)["steps"] == 1
 

@@ -34,12 +34,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 REFUSED = {
-    "split anew on each rank": (AN_EPOCH, r"dataset\[\d+\] differs between rank 0 and rank 1: .*numpy.*fixed seed.*by the epoch"),
+    "split anew on each rank": (
+        AN_EPOCH,
+        r"dataset\[\d+\] differs between rank 0 and rank 1: .*numpy.*fixed seed.*by the epoch",
+    ),
     "split on one rank, at the start": (0, r"dataset\[\d+\] differs between rank 0 and rank 1"),
-    "split in place": (AN_EPOCH, r"dataset=Subset has other indices than when its loader was made: .*reload_dataloaders"),
+    "split in place": (
+        AN_EPOCH,
+        r"dataset=Subset has other indices than when its loader was made: .*reload_dataloaders",
+    ),
     "two are swapped": (0, "the indices of dataset=Subset differ between rank 0 and rank 1"),
     "a generator of its own, in another order": (0, r"dataset\[\d+\] differs between rank 0 and rank 1"),
-}  # fmt: skip
+}
 TRAINS = ["split anew alike", "a generator of its own", "now and then", "all at random"]
 
 

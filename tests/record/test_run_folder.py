@@ -1,4 +1,4 @@
-"""A folder behind an address, as the Trainer takes it: the record is kept there, and nothing in a local folder named like it."""
+"""A folder behind an address, as the Trainer takes it: the record is kept there, and no local folder is named like it."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_a_resumed_run_and_a_second_fit_go_on_in_their_own_record(tmp_path: Path
 
 
 def test_a_branch_does_not_make_the_steps_of_the_other_forgotten(tmp_path: Path) -> None:
-    """Back behind the end of a finished run: there are two records, each exact, and the later one says that there is another."""
+    """Back behind the end of a finished run: there are two records, each exact, and the later one names the other."""
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     fit(private(), saver, steps=6, enable_checkpointing=True)
     branch = private()

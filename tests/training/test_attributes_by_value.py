@@ -1,4 +1,4 @@
-"""Attributes of the module are compared by content, and what counters alone decide is public: it stays, and later steps see it."""
+"""Attributes are compared by content, and what counters alone decide is public: it stays, and later steps see it."""
 
 from __future__ import annotations
 

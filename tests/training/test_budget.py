@@ -88,7 +88,12 @@ def test_the_plan_knows_how_many_steps_the_trainer_will_take(options: dict[str, 
 def test_resume_goes_on_with_the_budget_and_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> None:
     whole_private = DifferentialPrivacy(epsilon=2.0, delta=1e-3, seed=5)
     whole, _ = run(whole_private, max_steps=12)
-    run(DifferentialPrivacy(epsilon=2.0, delta=1e-3, seed=5), checkpoint_at(5, tmp_path), max_steps=12, enable_checkpointing=True)  # fmt: skip
+    run(
+        DifferentialPrivacy(epsilon=2.0, delta=1e-3, seed=5),
+        checkpoint_at(5, tmp_path),
+        max_steps=12,
+        enable_checkpointing=True,
+    )
     resumed_private = DifferentialPrivacy(epsilon=2.0, delta=1e-3, seed=5)
     resumed, fit = run(resumed_private, max_steps=12, ckpt=tmp_path / "step=5.ckpt")
     assert fit.global_step == 12
@@ -180,7 +185,12 @@ def test_a_resume_with_a_larger_epsilon_may_go_on_longer(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("change", [{"noise_multiplier": 2.0}, {"expected_batch_size": 8}])
 def test_a_resume_with_other_sigma_or_q_is_composed(tmp_path: Path, change: dict[str, Any]) -> None:
-    run(DifferentialPrivacy(noise_multiplier=1.0, delta=1e-3), checkpoint_at(4, tmp_path), max_steps=4, enable_checkpointing=True)  # fmt: skip
+    run(
+        DifferentialPrivacy(noise_multiplier=1.0, delta=1e-3),
+        checkpoint_at(4, tmp_path),
+        max_steps=4,
+        enable_checkpointing=True,
+    )
     other = DifferentialPrivacy(**{"noise_multiplier": 1.0, "delta": 1e-3, **change})
     run(other, max_steps=9, ckpt=tmp_path / "step=4.ckpt")
     new = Phase(change.get("noise_multiplier", 1.0), change.get("expected_batch_size", 16) / 64, 5)

@@ -1,4 +1,4 @@
-"""What an engine cannot run and first meets in the middle of training: the next engine runs it, and nothing of the attempt stays."""
+"""What an engine first cannot run in the middle of training: the next engine runs it, and nothing of the attempt stays."""
 
 from __future__ import annotations
 

@@ -170,7 +170,9 @@ def test_state_dict_keys_checkpoints_and_loading_are_unchanged(tmp_path: Path) -
     assert save.best_model_path
     loaded = Regressor.load_from_checkpoint(save.best_model_path, weights_only=False)
     assert list(loaded.state_dict()) == keys
-    assert trainer().validate(loaded, loader(), verbose=False)[0]["val/loss"] == pytest.approx(float(save.best_model_score or 0))  # fmt: skip
+    assert trainer().validate(loaded, loader(), verbose=False)[0]["val/loss"] == pytest.approx(
+        float(save.best_model_score or 0)
+    )
 
 
 def test_validation_test_and_predict_read_all_examples_in_order() -> None:

@@ -1,4 +1,4 @@
-"""Loaders in other shapes than DataLoader(dataset of examples, batch_size): they train alike, or a sentence says what to give."""
+"""Loaders in other shapes than DataLoader(dataset of examples, batch_size): they train alike, or are told what to give."""
 
 from __future__ import annotations
 
@@ -151,19 +151,32 @@ SAMPLERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: DataLoader(whole_batches(), batch_size=None),
         r"batch_size=None over list: expected single examples .*TensorDataset\(\*map\(torch.cat, zip\(\*dataset\)\)\)",
     ),
-    "a part": (lambda: loader(sampler=SubsetRandomSampler(range(32))), r"SubsetRandomSampler .*validation.*torch.utils.data.Subset\(dataset, indices\)"),
-    "a part, in batches": (
-        lambda: DataLoader(DATA, batch_sampler=BatchSampler(SubsetRandomSampler(range(32)), 8, False)), r"Subset\(dataset, indices\)",
+    "a part": (
+        lambda: loader(sampler=SubsetRandomSampler(range(32))),
+        r"SubsetRandomSampler .*validation.*torch.utils.data.Subset\(dataset, indices\)",
     ),
-    "a part, in lists": (lambda: batches_of(DATA, sampler=SubsetRandomSampler(range(32))), r"Subset\(dataset, indices\)"),
-    "a part of one's own": (lambda: loader(sampler=range(0, 64, 2)), r"sampler=range over a part .*Subset\(dataset, indices\)"),
-    "fewer": (lambda: loader(sampler=RandomSampler(DATA, num_samples=10)), r"num_samples=10\): .*Subset.*limit_train_batches"),
+    "a part, in batches": (
+        lambda: DataLoader(DATA, batch_sampler=BatchSampler(SubsetRandomSampler(range(32)), 8, False)),
+        r"Subset\(dataset, indices\)",
+    ),
+    "a part, in lists": (
+        lambda: batches_of(DATA, sampler=SubsetRandomSampler(range(32))),
+        r"Subset\(dataset, indices\)",
+    ),
+    "a part of one's own": (
+        lambda: loader(sampler=range(0, 64, 2)),
+        r"sampler=range over a part .*Subset\(dataset, indices\)",
+    ),
+    "fewer": (
+        lambda: loader(sampler=RandomSampler(DATA, num_samples=10)),
+        r"num_samples=10\): .*Subset.*limit_train_batches",
+    ),
     "weights": (lambda: loader(sampler=WeightedRandomSampler([1.0] * 64, 10)), "weight their losses"),
     "in batches": (
         lambda: DataLoader(DATA, batch_sampler=BatchSampler(SequentialSampler(DATA), 8, True)),
         r"BatchSampler\(SequentialSampler\): .*DataLoader\(dataset, batch_size=8, drop_last=True\)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -231,15 +244,35 @@ def with_none_at(*places: int) -> list[Any]:
 
 
 COLLATES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "a generator of its own": (lambda: loader(collate_fn=OwnGenerator()), PreflightError, "generator of its own .*without a seed"),
+    "a generator of its own": (
+        lambda: loader(collate_fn=OwnGenerator()),
+        PreflightError,
+        "generator of its own .*without a seed",
+    ),
     "a seed in each call": (lambda: loader(collate_fn=seeded_anew), PreflightError, "seeded in every call"),
     "a number of the row": (lambda: loader(collate_fn=numbered), PreflightError, "number of the row"),
-    "None is left out": (lambda: loader(with_none_at(37), collate_fn=without_none), PreflightError, r"no row for dataset\[37\]: .*Subset"),
-    "the first are left out": (lambda: loader(with_none_at(0, 1), collate_fn=without_none), PreflightError, "no row for dataset"),
+    "None is left out": (
+        lambda: loader(with_none_at(37), collate_fn=without_none),
+        PreflightError,
+        r"no row for dataset\[37\]: .*Subset",
+    ),
+    "the first are left out": (
+        lambda: loader(with_none_at(0, 1), collate_fn=without_none),
+        PreflightError,
+        "no row for dataset",
+    ),
     "by content": (lambda: loader(collate_fn=low_only), PreflightError, "no row for dataset"),
-    "to an even number": (lambda: loader(batch_size=15, collate_fn=an_even_number), PreflightError, r"\d+ rows for \d+ examples"),
-    "a single number": (lambda: loader(collate_fn=with_a_number), BatchAxisError, r"batch\['t'\] has shape \(\): .*single number.*batch_axis=\{'t': None\}"),
-}  # fmt: skip
+    "to an even number": (
+        lambda: loader(batch_size=15, collate_fn=an_even_number),
+        PreflightError,
+        r"\d+ rows for \d+ examples",
+    ),
+    "a single number": (
+        lambda: loader(collate_fn=with_a_number),
+        BatchAxisError,
+        r"batch\['t'\] has shape \(\): .*single number.*batch_axis=\{'t': None\}",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", COLLATES)

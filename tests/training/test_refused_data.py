@@ -46,10 +46,22 @@ class _NoLength(torch.utils.data.Dataset):
 
 DATA = regression_data()
 LOADERS: dict[str, tuple[Callable[[], Any], list[str]]] = {
-    "weighted": (lambda: loader(sampler=WeightedRandomSampler([1.0] * 64, 64)), ["WeightedRandomSampler", "same probability"]),
-    "subset": (lambda: loader(sampler=SubsetRandomSampler(range(32))), ["SubsetRandomSampler", r"torch.utils.data.Subset(dataset, indices)"]),
-    "replacement": (lambda: loader(sampler=RandomSampler(DATA, replacement=True)), ["RandomSampler", "replacement=True"]),
-    "fewer": (lambda: loader(sampler=RandomSampler(DATA, num_samples=10)), ["num_samples=10", "Subset", "limit_train_batches"]),
+    "weighted": (
+        lambda: loader(sampler=WeightedRandomSampler([1.0] * 64, 64)),
+        ["WeightedRandomSampler", "same probability"],
+    ),
+    "subset": (
+        lambda: loader(sampler=SubsetRandomSampler(range(32))),
+        ["SubsetRandomSampler", r"torch.utils.data.Subset(dataset, indices)"],
+    ),
+    "replacement": (
+        lambda: loader(sampler=RandomSampler(DATA, replacement=True)),
+        ["RandomSampler", "replacement=True"],
+    ),
+    "fewer": (
+        lambda: loader(sampler=RandomSampler(DATA, num_samples=10)),
+        ["num_samples=10", "Subset", "limit_train_batches"],
+    ),
     "batch sampler": (
         lambda: DataLoader(DATA, batch_sampler=_Batches(SequentialSampler(DATA), 4, False)),
         ["_Batches", "batch_size"],
@@ -65,7 +77,7 @@ LOADERS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "list": (lambda: [(torch.zeros(2, 4), torch.zeros(2))], ["several", "list"]),
     "dict of loaders": (lambda: {"a": loader(), "b": loader()}, ["several training loaders", "ConcatDataset"]),
     "list of loaders": (lambda: [loader(), loader()], ["several training loaders"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -89,11 +89,15 @@ class Sets(L.Callback):
 
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "accumulation": (lambda fit: setattr(fit, "accumulate_grad_batches", 2), "accumulate_grad_batches=2: expected 1"),
-    "clipping": (lambda fit: setattr(fit, "gradient_clip_val", 0.5), r"gradient_clip_val=0\.5, an argument of the Trainer: expected None or 0"),
-    "a scheduler": (
-        lambda fit: fit.callbacks.append(GradientAccumulationScheduler({0: 1})), "GradientAccumulationScheduler",
+    "clipping": (
+        lambda fit: setattr(fit, "gradient_clip_val", 0.5),
+        r"gradient_clip_val=0\.5, an argument of the Trainer: expected None or 0",
     ),
-}  # fmt: skip
+    "a scheduler": (
+        lambda fit: fit.callbacks.append(GradientAccumulationScheduler({0: 1})),
+        "GradientAccumulationScheduler",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)

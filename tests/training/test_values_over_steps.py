@@ -32,8 +32,8 @@ def data(width: int = 3) -> TensorDataset:
 class Scripted(L.LightningModule):
     """Three parts with an optimizer each, and a training_step that does what a script says, in order.
 
-    ``make`` keeps something made with a part without a graph, ``detach`` one that is cut off, and ``step`` steps its optimizer. ``grown`` is made of every part at the
-    beginning, with its graph. Parts that are public have a loss without the batch.
+    ``make`` keeps something made with a part without a graph, ``detach`` one that is cut off, and ``step`` steps its optimizer.
+    ``grown`` is made of every part at the beginning, with its graph. Parts that are public have a loss without the batch.
     """
 
     def __init__(self, script: list[tuple[str, int]], public: list[int]) -> None:

@@ -45,7 +45,7 @@ def brought_again(values: Mapping[Tensor, Callable[[], Tensor]]) -> Iterator[Non
 
 @contextmanager
 def _allowed() -> Iterator[None]:
-    """Without the ban on such hooks that vmap puts up, for they would see its wrapped tensors; here, below vmap, there are none."""
+    """Without the ban on such hooks that vmap puts up, for they would see its wrapped tensors; below vmap there are none."""
     forbidden = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     if forbidden is None:
         yield

@@ -3,7 +3,8 @@
 For w = gain · (v − mean v) / ‖v − mean v‖, or v / ‖v‖, the way back from a gradient G of w to one of v is, for each
 output channel, α · G outside the span of the vectors 1 and w, and a 2 × 2 matrix within. So an example's norm needs
 three numbers for each channel, ‖G‖ and its two components, instead of the whole way back. Nobody has to say which layer
-is of this kind: α and the matrix are found by sending three directions back, and whether they explain what comes is checked, each time.
+is of this kind: α and the matrix are found by sending three directions back, and whether they explain what comes is checked,
+each time.
 """
 
 from __future__ import annotations

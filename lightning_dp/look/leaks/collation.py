@@ -75,8 +75,8 @@ def check_not_left_out(loader: PoissonLoader, form: ExampleForm, indices: list[i
 def check_collate_repeats_itself(collate: ToBatch, records: list[Any], at_once: int) -> None:
     """Refuse a ``collate_fn`` that draws from a generator of its own.
 
-    A few records are collated twice with all global generators seeded alike. With a seed of its own, what ``collate_fn`` draws for a row follows from how many rows came before it: removing one example would change
-    the rows of all later ones.
+    A few records are collated twice with all global generators seeded alike. With a seed of its own, what ``collate_fn`` draws
+    for a row follows from how many rows came before it: removing one example would change the rows of all later ones.
 
     Args:
         collate: the loader's, and the way to the device.
@@ -90,9 +90,10 @@ def check_collate_repeats_itself(collate: ToBatch, records: list[Any], at_once: 
     if _contents(collate, company, 0) != _contents(collate, company, 0):
         raise PreflightError(
             "collate_fn or a batch transfer hook made other rows of the same examples the second time, with the global random "
-            "generators of torch, NumPy and Python seeded alike: expected it to draw from those. What a generator of its own draws "
-            "for a row follows from how many rows came before it, so one example would change the rows of others. Let it draw from "
-            "torch's global generator, without a seed of its own (as in transformers' data collators with seed=None), or draw in the dataset."
+            "generators of torch, NumPy and Python seeded alike: expected it to draw from those. What a generator of its own "
+            "draws for a row follows from how many rows came before it, so one example would change the rows of others. Let it "
+            "draw from torch's global generator, without a seed of its own (as in transformers' data collators with "
+            "seed=None), or draw in the dataset."
         )
 
 
@@ -116,10 +117,11 @@ def check_collate_forgets_places(collate: ToBatch, records: list[Any], at_once: 
         return
     if first[0] != turned[0]:
         raise PreflightError(
-            "collate_fn or a batch transfer hook makes another row of an example at another place in the batch, whatever the global "
-            "random generators hold: expected a row that follows from its example alone, not from the first of the "
-            "batch either. A generator that is seeded in every call does so, and so does a number of the row: removing one example "
-            "would change the rows of those behind it. Draw from torch's global generator without seeding it, and leave numbers of rows out."
+            "collate_fn or a batch transfer hook makes another row of an example at another place in the batch, whatever the "
+            "global random generators hold: expected a row that follows from its example alone, not from the first of the "
+            "batch either. A generator that is seeded in every call does so, and so does a number of the row: removing one "
+            "example would change the rows of those behind it. Draw from torch's global generator without seeding it, and "
+            "leave numbers of rows out."
         )
 
 

@@ -49,7 +49,7 @@ from lightning_dp.step.undone import undone
 from lightning_dp.step.user_loss import example_loss, takes_batch_idx
 
 Losses = Callable[[ExampleForm], Sequence[tuple[LossFunction, Mapping[str, Tensor]]]]
-"""By how an example comes back to training_step, each loss whose gradients are clipped, and the parameters of which they are taken."""
+"""By how an example comes back to training_step: each loss whose gradients are clipped, and the parameters they belong to."""
 
 
 def of_training_step(module: pl.LightningModule, capture: StepCapture) -> Losses:

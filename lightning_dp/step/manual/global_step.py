@@ -1,4 +1,4 @@
-"""``trainer.global_step`` under manual optimization, which counts the steps of all optimizers, also in a pass that takes none."""
+"""``trainer.global_step`` under manual optimization, which counts all optimizers' steps, also in a pass that takes none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A privacy unit goes with secure noise, a bound on draws and a measured physical batch size: it is still the user that is clipped."""
+"""A privacy unit with secure noise, a bound on draws, a measured physical batch size: it is still the user that is clipped."""
 
 from __future__ import annotations
 
