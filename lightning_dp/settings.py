@@ -1,60 +1,169 @@
-"""What a user may give to :class:`~lightning_dp.DifferentialPrivacy`: every argument is checked when it is made."""
+"""What a user asks of :class:`~lightning_dp.DifferentialPrivacy`, checked and frozen: privacy, speed and data apart."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
-from lightning_dp.batches.axis import check_batch_axis_argument
-from lightning_dp.engines.select import check_engine_name
-from lightning_dp.look.batch_size.physical import check_physical_batch_size
+from lightning_dp.batches.axis import Axis, BatchAxis, check_batch_axis_argument
+from lightning_dp.engines.select import EngineName, check_engine_name
+from lightning_dp.loading.privacy_unit import PrivacyUnit
 from lightning_dp.mechanism.secure import check_secure
-from lightning_dp.plan.clipping import check_clip_norm, check_clipping
+from lightning_dp.plan.clipping import Clipping, ClippingStyle, check_clip_norm, check_clipping
 from lightning_dp.plan.mechanism import check_noise_multiplier
 from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
 from lightning_dp.plan.simulation import check_simulation
 from lightning_dp.validate import shown, truth, whole
 
-SWITCHES = ("secure", "static_shapes", "log_train_metrics")
-COUNTS = ("expected_batch_size", "dataset_size", "max_batch_size")
+PhysicalBatchSize = int | Literal["auto"] | None
+"""As the user gives it: a number, ``"auto"`` to have it found by measuring, ``None`` for a size by rule of thumb."""
 
 
-def check_arguments(given: Any) -> None:
-    """Refuse numbers out of range, values of another type, and combinations that mean nothing.
+def check_physical_batch_size(size: object) -> None:
+    """Raise ``ValueError`` unless ``size`` is a :data:`PhysicalBatchSize`."""
+    if size is None or (isinstance(size, str) and size == "auto"):
+        return
+    try:
+        whole("physical_batch_size", size, low=1)
+    except ValueError:
+        raise ValueError(
+            f"physical_batch_size={shown(size)}: expected at least 1, 'auto', or None for the default."
+        ) from None
 
-    Args:
-        given: what holds the arguments as attributes, under their names.
+
+def check_places(public: object) -> list[int]:
+    """The places given, as a list; ``None`` for none.
+
+    Raises:
+        ValueError: they are no whole numbers from 0.
+    """
+    if public is None:
+        return []
+    if not isinstance(public, (list, tuple)):
+        raise ValueError(
+            f"public_optimizers={shown(public)}: expected a list of places in configure_optimizers, such as [0], or None."
+        )
+    return [whole("public_optimizers", place, low=0) for place in public]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """What the guarantee depends on, as the user gave it; the arguments of ``DifferentialPrivacy`` say what each means.
 
     Raises:
         ValueError: the message names the value, what was expected and the remedy.
     """
-    epsilon, noise_multiplier, clip_norm = given.epsilon, given.noise_multiplier, given.clip_norm
-    if (epsilon is None) == (noise_multiplier is None):
-        raise ValueError(
-            f"epsilon={shown(epsilon)}, noise_multiplier={shown(noise_multiplier)}: expected exactly one of them. Give epsilon "
-            "to have the noise found for a budget, or noise_multiplier to have ε computed."
+
+    epsilon: float | None
+    noise_multiplier: float | None
+    delta: float
+    clip_norm: float
+    clipping: ClippingStyle
+    automatic_gamma: float
+    expected_batch_size: int | None
+    dataset_size: int | None
+    max_batch_size: int | None
+    seed: int | None
+    simulate: int
+    secure: bool
+    public_optimizers: tuple[int, ...]
+    privacy_unit: PrivacyUnit | None
+
+    def __post_init__(self) -> None:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError(
+                f"epsilon={shown(self.epsilon)}, noise_multiplier={shown(self.noise_multiplier)}: expected exactly one of them."
+                " Give epsilon to have the noise found for a budget, or noise_multiplier to have ε computed."
+            )
+        if self.epsilon is not None:
+            check_epsilon(self.epsilon)
+        if self.noise_multiplier is not None:
+            check_noise_multiplier(self.noise_multiplier)
+        check_delta(self.delta)
+        check_clip_norm(self.clip_norm)
+        check_clipping(self.clipping, self.automatic_gamma, self.clip_norm)
+        check_simulation(self.simulate)
+        truth(secure=self.secure)
+        for name in ("expected_batch_size", "dataset_size", "max_batch_size"):
+            value = getattr(self, name)
+            if value is not None and whole(name, value) < 1:
+                raise ValueError(f"{name}={value}: expected at least 1, or None for the default.")
+        if self.seed is not None:
+            whole("seed", self.seed)
+        if math.isinf(self.clip_norm) and self.noise_multiplier != 0:
+            raise ValueError(
+                f"clip_norm={self.clip_norm}: expected a finite number. Without clipping no finite noise protects anybody; "
+                "only noise_multiplier=0 (no privacy) goes with it."
+            )
+
+    @property
+    def clipping_rule(self) -> Clipping:
+        """How a step clips."""
+        return Clipping(self.clip_norm, self.clipping, self.automatic_gamma)
+
+    @property
+    def randomness(self) -> Literal["secret", "reproducible"]:
+        """Where sampling and noise come from."""
+        return "secret" if self.seed is None else "reproducible"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSettings:
+    """What changes time and memory and never the result; ranks may differ in it, as machines do."""
+
+    engine: EngineName
+    physical_batch_size: PhysicalBatchSize
+    static_shapes: bool
+
+    def __post_init__(self) -> None:
+        check_engine_name(self.engine)
+        check_physical_batch_size(self.physical_batch_size)
+        truth(static_shapes=self.static_shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """How batches are read, and which of their numbers are shown."""
+
+    batch_axis: BatchAxis | Literal["each"] | dict[str, Axis | None]
+    log_train_metrics: bool
+
+    def __post_init__(self) -> None:
+        check_batch_axis_argument(self.batch_axis)
+        truth(log_train_metrics=self.log_train_metrics)
+
+
+PartT = TypeVar("PartT", PrivacySettings, SpeedSettings, DataSettings)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of it. How the parts go together is checked here.
+
+    Raises:
+        ValueError: a combination means nothing.
+    """
+
+    privacy: PrivacySettings
+    speed: SpeedSettings
+    data: DataSettings
+
+    def __post_init__(self) -> None:
+        privacy = self.privacy
+        check_secure(
+            privacy.secure, seed=privacy.seed, noise_multiplier=privacy.noise_multiplier, engine=self.speed.engine
         )
-    if epsilon is not None:
-        check_epsilon(epsilon)
-    if noise_multiplier is not None:
-        check_noise_multiplier(noise_multiplier)
-    check_delta(given.delta)
-    check_clip_norm(clip_norm)
-    check_clipping(given.clipping, given.automatic_gamma, clip_norm)
-    check_engine_name(given.engine)
-    check_simulation(given.simulate)
-    check_batch_axis_argument(given.batch_axis)
-    truth(**{name: getattr(given, name) for name in SWITCHES})
-    check_secure(given.secure, seed=given.seed, noise_multiplier=noise_multiplier, engine=given.engine)
-    check_physical_batch_size(given.physical_batch_size)
-    for name in COUNTS:
-        value = getattr(given, name)
-        if value is not None and whole(name, value) < 1:
-            raise ValueError(f"{name}={value}: expected at least 1, or None for the default.")
-    if given.seed is not None:
-        whole("seed", given.seed)
-    if math.isinf(clip_norm) and noise_multiplier != 0:
-        raise ValueError(
-            f"clip_norm={clip_norm}: expected a finite number. Without clipping no finite noise protects anybody; only "
-            "noise_multiplier=0 (no privacy) goes with it."
-        )
+
+    @classmethod
+    def of(cls, asked: Any) -> Settings:
+        """The settings that ``asked``, such as the callback, holds as attributes of the same names."""
+
+        def part(kind: type[PartT]) -> PartT:
+            return kind(**{one.name: getattr(asked, one.name) for one in fields(kind)})
+
+        return cls(part(PrivacySettings), part(SpeedSettings), part(DataSettings))
+
+    def to_agree_on(self) -> dict[str, object]:
+        """What has to be the same on every rank, by name: all of privacy and data, nothing of speed."""
+        return {one.name: getattr(part, one.name) for part in (self.privacy, self.data) for one in fields(part)}

@@ -1,7 +1,7 @@
 """The private twins of Lightning's single-device, DDP and model-parallel (FSDP2) strategies.
 
 Each has its stock class as its only base (so that a stock strategy can be turned into its twin by assigning
-``__class__``) and delegates to one :class:`~lightning_dp.private_step.PrivateStep`. What all of them do is written once, in
+``__class__``) and delegates to one :class:`PrivateFit`. What all of them do is written once, in
 ``_EveryTwin``; :func:`private_twin` gives it to a class that says no more than what is different about its strategy.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import CellType, FunctionType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -31,17 +31,36 @@ from typing_extensions import override
 
 from lightning_dp.errors import PreflightError
 from lightning_dp.lightning_internals import set_device, share_over, sync_module_states
-from lightning_dp.loading.columns import with_batch_size
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.look.trainer import check_strategy
-from lightning_dp.private_step import PrivateStep
 from lightning_dp.ranks.gathering import on_every_rank
 from lightning_dp.ranks.lost_ranks import naming_absent_nodes, naming_lost_ranks
 from lightning_dp.ranks.sharding import check_gather, check_sharding, full_parameters, in_shards, reshard
 from lightning_dp.ranks.world import Gather, world_of
 from lightning_dp.record.checkpoint import check_before_reading, read_checkpoint
+from lightning_dp.step.private_step import PrivateStep
 
 TwinT = TypeVar("TwinT", bound=type[Strategy])
+
+
+class PrivateFit(Protocol):
+    """What a twin asks of the fit under way, in this order."""
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """The private loader in the place of the user's. The plan is made here."""
+
+    def shown_to_hooks(self, sample: LogicalBatch) -> Any:
+        """What hooks and callbacks get for the batch of a step."""
+
+    def before_step(self) -> None:
+        """After all hooks, before each step; before the first one, the look."""
+
+    @property
+    def step(self) -> PrivateStep:
+        """The private step."""
+
+    def teardown(self) -> None:
+        """Leave the module as it was found."""
 
 
 class _EveryTwin(SingleDeviceStrategy):
@@ -50,7 +69,7 @@ class _EveryTwin(SingleDeviceStrategy):
     It is written upon one stock strategy, as good as any other, so that type checkers know what ``super()`` is.
     """
 
-    private_step: PrivateStep | None = None
+    private_fit: PrivateFit | None = None
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -81,37 +100,36 @@ class _EveryTwin(SingleDeviceStrategy):
         module = self.lightning_module
         if module is None or not module.trainer.training:
             return dataloader
-        return step_of(self).process_dataloader(with_batch_size(dataloader))
+        return fit_of(self).process_dataloader(dataloader)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, LogicalBatch):
-            hooks = step_of(self).batch_hooks
-            return batch if hooks is None else hooks.shown(batch)
+            return fit_of(self).shown_to_hooks(batch)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        step_of(self).on_train_batch_start()
+        fit_of(self).before_step()
         super().on_train_batch_start(batch, batch_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        return step_of(self).training_step(*args, **kwargs)
+        return fit_of(self).step.training_step(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        return step_of(self).backward(closure_loss, **kwargs)
+        return fit_of(self).step.backward(closure_loss, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        return super().optimizer_step(optimizer, step_of(self).step_closure(optimizer, closure), model, **kwargs)
+        return super().optimizer_step(optimizer, fit_of(self).step.step_closure(optimizer, closure), model, **kwargs)
 
     @override
     def teardown(self) -> None:
-        if self.private_step is not None:
-            self.private_step.teardown()
-            self.private_step = None
+        if self.private_fit is not None:
+            self.private_fit.teardown()
+            self.private_fit = None
         super().teardown()
 
 
@@ -288,8 +306,9 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        step = step_of(self)
-        with in_shards(step.module) if self.gather == "layer" else full_parameters(step.module, step.world):
+        step = fit_of(self).step
+        module, world = step.run.planned.module, step.run.planned.world
+        with in_shards(module) if self.gather == "layer" else full_parameters(module, world):
             return step.training_step(*args, **kwargs)
 
     @classmethod
@@ -317,19 +336,19 @@ def register_strategies() -> None:
             twin.register_strategies(StrategyRegistry)
 
 
-def step_of(strategy: Strategy) -> PrivateStep:
-    """The private step of a twin.
+def fit_of(strategy: Strategy) -> PrivateFit:
+    """The fit under way of a twin.
 
     Raises:
         PreflightError: there is none, because the callback is missing.
     """
     private = cast(PrivateStrategy, strategy)
-    if private.private_step is None:
+    if private.private_fit is None:
         raise PreflightError(
             f"strategy={private.strategy_name!r} without DifferentialPrivacy: expected the callback, which holds the "
             "plan. Add lightning_dp.DifferentialPrivacy(...) to Trainer(callbacks=[...]), or use a stock strategy."
         )
-    return private.private_step
+    return private.private_fit
 
 
 def require(strategy: Strategy, trainer: pl.Trainer) -> None:
@@ -339,7 +358,7 @@ def require(strategy: Strategy, trainer: pl.Trainer) -> None:
         PreflightError: it is missing.
     """
     if trainer.state.fn == TrainerFn.FITTING:
-        step_of(strategy)
+        fit_of(strategy)
 
 
 register_strategies()

@@ -76,7 +76,7 @@ def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
 def sample_of(trainer: L.Trainer) -> Any:
     """The sample of the step under way, which hooks do not see."""
     step: Any = trainer.strategy
-    return step.private_step.batch_hooks.sample
+    return step.private_fit.planned.hooks.sample
 
 
 def weights(module: nn.Module) -> Tensor:

@@ -24,7 +24,7 @@ COMMON = {name: one for name, one in vars(PrivateStrategy).items() if isinstance
 def test_every_twin_does_what_all_do(stock: type, name: str) -> None:
     twin = TWINS[stock]
     assert twin.__bases__ == (stock,)
-    assert twin.private_step is None
+    assert twin.private_fit is None
     own = vars(twin)[name]
     assert own.__doc__ == COMMON[name].__doc__ or own.__code__ is not COMMON[name].__code__
     for where, cell in zip(own.__code__.co_freevars, own.__closure__ or (), strict=True):
@@ -61,7 +61,7 @@ def test_a_new_twin_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             Twin.seen += 1
-            return strategies.step_of(self).training_step(self, *args, **kwargs)
+            return strategies.fit_of(self).step.training_step(*args, **kwargs)
 
     assert list(inspect.signature(Twin.load_checkpoint).parameters) == ["self", "checkpoint_path", "weights_only"]
     modules = regressor(), regressor()

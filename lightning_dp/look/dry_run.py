@@ -3,76 +3,146 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_dp.errors import PreflightError
+from lightning_dp.loading.form import ExampleForm
+from lightning_dp.loading.placeholder import emptied_or_refused, without_content
+from lightning_dp.loading.reading import record, together
+from lightning_dp.look.one_example import raise_explained
 from lightning_dp.step.logs import StepCapture
-from lightning_dp.step.manual.commands import Commands, intercepted
+from lightning_dp.step.manual.commands import Commands, check_private_step, intercepted
 from lightning_dp.step.manual.global_step import counting_steps, global_step
+from lightning_dp.step.manual.script import Script
 from lightning_dp.step.undone import undone
 from lightning_dp.step.user_loss import takes_batch_idx
 
-DRY_RUN_BATCHES = 8
-"""The dry run takes so many batches' worth of training_step: some modules step an optimizer at every n-th batch only."""
+BATCHES, MOST_BATCHES = 8, 64
+"""So many batches' worth of training_step are run dry, and up to so many until every private optimizer has stepped: some
+modules step an optimizer at every n-th batch only."""
 
+MOST_TOGETHER = 64
+"""At most so many rows tell whether training_step takes a batch in pieces."""
 
-def check_private_step(place: int, losses: Sequence[Tensor], before: Sequence[int]) -> None:
-    """Refuse a step of a private optimizer that is no release of its own.
-
-    Args:
-        place: the optimizer's place in ``configure_optimizers``.
-        losses: given to ``manual_backward`` since the last step of any optimizer.
-        before: the optimizers that have stepped in this training_step.
-
-    Raises:
-        PreflightError: see the message.
-    """
-    if not losses:
-        raise PreflightError(
-            f"optimizer {place} steps without a manual_backward since the last step: expected one of its own for each "
-            "step. Two optimizers cannot share the gradient of one private loss; give their parameters to one optimizer, "
-            "as parameter groups."
-        )
-    if place in before:
-        raise PreflightError(
-            f"optimizer {place} steps twice in one training_step: expected at most one step of each private optimizer for "
-            "a batch. Every step is a release, and releases of one drawn sample are not amplified by sampling as if each had "
-            "drawn its own: charged so, ε would be understated. For n steps of it to each step of another optimizer, take "
-            "one in every training_step and step the other at every n-th batch (if batch_idx % n == 0): then every step "
-            "draws a sample of its own and is charged for it."
-        )
+PREPARING_HOOKS = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start")
+"""Hooks of a LightningModule that run before its first training_step, and may set what that reads."""
 
 
 def dry_run(
-    module: pl.LightningModule, capture: StepCapture, placeholder: Any, private: Sequence[int]
-) -> list[list[int]]:
-    """Which optimizers step at each of the first batches, in order. Nothing is optimized, logged or kept.
+    module: pl.LightningModule,
+    logs: StepCapture,
+    form: ExampleForm,
+    loader: DataLoader[Any],
+    public: Sequence[int],
+    physical_batch_size: int | str | None,
+) -> Script:
+    """Run training_step on a placeholder for the first batches, and see what steps.
 
     Args:
         module: under manual optimization, its optimizers set up.
-        capture: keeps logs and metrics out.
-        placeholder: a batch without anybody's data.
-        private: places of the private optimizers.
+        logs: takes what training_step logs.
+        form: of an example.
+        loader: the user's; the shape of its first example is taken for public.
+        public: places in ``configure_optimizers`` of the optimizers that see no private data.
+        physical_batch_size: bounds how many rows the placeholder has, which public steps see.
 
     Raises:
-        PreflightError: training_step steers training in a way that cannot be private, see the messages.
+        PreflightError: training_step steers training in a way that cannot be private.
     """
-    scripts: list[list[int]] = []
-    for index in range(DRY_RUN_BATCHES):
-        taken = sum(map(len, scripts))
-        scripts.append(_steps_at(module, capture, placeholder, index, private, taken=taken).script)
-    return scripts
+    private = [place for place in range(len(module.trainer.optimizers)) if place not in public]
+    batch_size = loader.batch_size or 1
+    most = physical_batch_size if isinstance(physical_batch_size, int) else batch_size
+    rows = min(batch_size, most) if public else 1
+    collate: Any = loader.collate_fn
+    first = record(loader.dataset, 0)
+
+    def emptied(batch: Any) -> Any:
+        return without_content(batch) if public else without_content(batch, emptied_or_refused)
+
+    def batch_of(rows: int, emptied: Callable[[Any], Any] = emptied) -> Any:
+        return form.closed(emptied(form.to_engine(collate(together(loader.dataset, [first] * rows)))))
+
+    placeholder = batch_of(rows)
+    try:
+        batches = _steps_of_batches(module, logs, placeholder, private)
+    except PreflightError:
+        raise
+    except Exception as error:
+        again = partial(_steps_of_batches, module, logs, private=private)
+        raise_explained(error, module, lambda more: again(batch_of(rows - 1 + more)))
+    script = Script(batches, placeholder, frozenset(public), tuple(private))
+    if not any(place in steps for steps in batches for place in private):
+        raise PreflightError(
+            f"no private optimizer steps in the first {len(batches)} batches: expected training_step to call "
+            "opt.step() of one of self.optimizers(). With automatic_optimization=False Lightning steps none by itself."
+        )
+    if batch_size > 1:
+        one, many = batch_of(1), batch_of(min(batch_size, max(most, 2), MOST_TOGETHER))
+        index = batches.index(max(batches, key=len))
+        check_no_pieces(module, logs, one, many, index, script.taken(index), private)
+    for place in public:
+        at = [(index, script.taken(index)) for index, steps in enumerate(batches) if place in steps][:1]
+        check_public_steps(module, logs, [place], placeholder, batch_of(rows, lambda batch: batch), at)
+    return script
+
+
+def early_dry_run(*of: Any) -> Script | None:
+    """:func:`dry_run`, before the plan is made.
+
+    Returns:
+        ``None`` if training_step fails, which may be for want of a hook that prepares the module: then the plan has batches
+        to spare, and :func:`late_dry_run` has the same error if it is not.
+    """
+    try:
+        return dry_run(*of)
+    except PreflightError:
+        raise
+    except Exception:
+        return None
+
+
+def late_dry_run(early: Script | None, module: pl.LightningModule, *of: Any) -> Script:
+    """:func:`dry_run` after the hooks that may prepare the module, where it has any; else what is known already."""
+    if early is not None and not any(is_overridden(hook, module) for hook in PREPARING_HOOKS):
+        return early
+    planned = 1 if early is None else early.fewest_steps
+    script = dry_run(module, *of)
+    if script.fewest_steps != planned and module.trainer.max_steps != -1:
+        rank_zero_warn(
+            f"{script.fewest_steps} optimizer steps in a batch after the module's hooks have run, and {planned} before: the "
+            f"plan turned max_steps={module.trainer.max_steps} into batches with {planned}. Set what training_step needs in "
+            "__init__ or configure_model, or give max_epochs in the place of max_steps."
+        )
+    return script
+
+
+def _steps_of_batches(
+    module: pl.LightningModule, logs: StepCapture, placeholder: Any, private: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Which optimizers step at each of the first batches, in order. Nothing is optimized, logged or kept."""
+    batches: list[tuple[int, ...]] = []
+    for index in range(MOST_BATCHES):
+        seen = {place for steps in batches for place in steps}
+        if index >= BATCHES and seen >= set(private):
+            break
+        taken = sum(map(len, batches))
+        batches.append(tuple(_steps_at(module, logs, placeholder, index, private, taken=taken).script))
+    return tuple(batches)
 
 
 def check_no_pieces(
     module: pl.LightningModule,
-    capture: StepCapture,
+    logs: StepCapture,
     one: Any,
     many: Any,
     index: int,
@@ -83,7 +153,7 @@ def check_no_pieces(
 
     Args:
         module: under manual optimization, its optimizers set up.
-        capture: keeps logs and metrics out.
+        logs: keeps logs and metrics out.
         one: a batch of one example without anybody's data.
         many: the same with several.
         index: of the batch at which to look.
@@ -94,7 +164,7 @@ def check_no_pieces(
         PreflightError: see the message.
     """
     try:
-        alone, together = (_steps_at(module, capture, batch, index, (), taken=taken) for batch in (one, many))
+        alone, together = (_steps_at(module, logs, batch, index, (), taken=taken) for batch in (one, many))
     except Exception:
         return  # it takes examples in one number only, and so not in pieces; what is wrong besides, training will tell
     for place, a, b in zip(alone.script, alone.losses, together.losses, strict=False):
@@ -112,7 +182,7 @@ def check_no_pieces(
 
 def check_public_steps(
     module: pl.LightningModule,
-    capture: StepCapture,
+    logs: StepCapture,
     public: Sequence[int],
     placeholder: Any,
     example: Any,
@@ -125,7 +195,7 @@ def check_public_steps(
 
     Args:
         module: under manual optimization, its optimizers set up.
-        capture: keeps logs and metrics out.
+        logs: keeps logs and metrics out.
         public: places of the optimizers said to be public.
         placeholder: a batch without anybody's data.
         example: a batch of the same shape with some. **Private**; only compared with the placeholder here.
@@ -135,9 +205,7 @@ def check_public_steps(
         PreflightError: see the message.
     """
     for index, taken in batches:
-        found = [
-            _steps_at(module, capture, batch, index, (), public, taken).gradients for batch in (placeholder, example)
-        ]
+        found = [_steps_at(module, logs, batch, index, (), public, taken).gradients for batch in (placeholder, example)]
         for (place, without), (_, given) in zip(*found, strict=False):
             if any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(without, given, strict=True)):
                 raise PreflightError(
@@ -159,7 +227,7 @@ class _Steps:
 
 def _steps_at(
     module: pl.LightningModule,
-    capture: StepCapture,
+    logs: StepCapture,
     batch: Any,
     index: int,
     private: Sequence[int],
@@ -184,7 +252,7 @@ def _steps_at(
         undone(module),
         torch.enable_grad(),
         counting_steps(module, global_step(module) + taken) as count,
-        capture.listening(),
+        logs.listening(),
         intercepted(module, on_step) as notes,
         module.trainer.precision_plugin.train_step_context(),
     ):

@@ -1,4 +1,4 @@
-"""The engine check: before the first step, engines run two examples. Nothing of it is kept or released."""
+"""The engine of a run, tried on two examples before the first step. Nothing of the trial is kept or released."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dp.batches.axis import has_lists
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
@@ -18,7 +18,6 @@ from lightning_dp.engines.plain import check_nothing_is_lost
 from lightning_dp.engines.protocol import Engine, LossFunction
 from lightning_dp.engines.select import EngineName, Selection, select_engine
 from lightning_dp.engines.uncompiled import uncompiled
-from lightning_dp.loading.placeholder import without_content
 from lightning_dp.loading.rows import rows_in
 from lightning_dp.look.leaks.collation import check_not_left_out
 from lightning_dp.look.leaks.transforms import check_rows_stay_apart
@@ -48,7 +47,7 @@ def check_engines(
         engine_name: the engine asked for, or ``"auto"``.
         loss_function: the user's training_step on one example.
         parameters: what is differentiated, by name; ``None`` for everything trainable.
-        most: of micro-batches of one, only one example is looked at: in those no hook can mix anything.
+        most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
 
     Raises:
         EngineError: the engine asked for cannot run this training_step.
@@ -74,29 +73,6 @@ def check_engines(
         selection = select_engine(engine_name, check, module, planned.loader.plan.resolution)
         check_nothing_written(module, before)
     return selection
-
-
-class WithoutData:
-    """Runs training_step on an example that has the form of the data and nothing of their content.
-
-    Args:
-        planned: the run, of whose first example the form is taken, once, when it is first asked for.
-    """
-
-    def __init__(self, planned: Planned) -> None:
-        self._planned = planned
-        self._example: Any = None
-
-    def __call__(self, loss_function: LossFunction, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
-        """What the loss function gives.
-
-        Raises:
-            TypeError: the batch holds objects whose content nobody can remove.
-        """
-        if self._example is None:
-            self._example = batch_of_one(without_content(engine_check_batch(self._planned, 1)[0]), 0)
-        with torch.enable_grad():
-            return loss_function(parameters, self._example)
 
 
 def _first_examples(planned: Planned, count: int) -> tuple[Any, int]:
@@ -127,7 +103,7 @@ def engine_check_batch(planned: Planned, most: int) -> tuple[Any, int]:
 
     Args:
         planned: the run.
-        most: of micro-batches of one, only one example is looked at: in those no hook can mix anything.
+        most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
 
     Raises:
         PreflightError: a hook or transform mixes the examples.

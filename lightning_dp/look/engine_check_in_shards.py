@@ -72,7 +72,7 @@ def select_in_shards(
             _check_same_as_fsdp(
                 {"norms": norms, **expected}, {"norms": found.norms, **rows}, tolerance(module) * float(norms.max())
             )
-        except Exception as error:  # the check with whole parameters knows more ways, and has the better message
+        except Exception as error:  # the trial with whole parameters knows more ways, and has the better message
             failure = explain(error, module)
         finally:
             reshard(module)

@@ -8,22 +8,6 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from lightning_dp.errors import PreflightError
-from lightning_dp.validate import shown, whole
-
-
-def check_places(public: object) -> list[int]:
-    """The places given, as a list; ``None`` for none.
-
-    Raises:
-        ValueError: they are no whole numbers from 0.
-    """
-    if public is None:
-        return []
-    if not isinstance(public, (list, tuple)):
-        raise ValueError(
-            f"public_optimizers={shown(public)}: expected a list of places in configure_optimizers, such as [0], or None."
-        )
-    return [whole("public_optimizers", place, low=0) for place in public]
 
 
 def check_public_optimizers(module: pl.LightningModule, optimizers: Sequence[Optimizer], public: Sequence[int]) -> None:

@@ -6,7 +6,6 @@ none is left waiting.
 
 from __future__ import annotations
 
-import inspect
 import platform
 import re
 from collections.abc import Mapping
@@ -27,9 +26,6 @@ PACKAGES = ("lightning", "torch", "numpy", "prv-accountant")
 MOST = 200
 """So much of a value is shown."""
 
-SPEED = ("physical_batch_size", "engine", "static_shapes")
-"""Arguments that may differ between ranks, as machines may."""
-
 _REMEDIES = {
     "version": "Install the same environment on every node, for instance from one lock file or one container image.",
     "seed": "Ranks with different seeds draw different samples, in which one example can come twice. Give every rank "
@@ -40,20 +36,23 @@ _REMEDIES = {
 _REMEDY = "Start every rank with the same arguments and data."
 
 
-def facts(callback: pl.Callback, trainer: pl.Trainer, world: World) -> dict[str, object]:
+def facts(asked: Mapping[str, object], trainer: pl.Trainer, world: World) -> dict[str, object]:
     """What must be the same on every rank before anything is planned, by name.
 
-    The versions of what draws, computes and counts, the number of ranks, the Trainer's idea of the end, and the
-    callback's arguments, but for those that change speed alone.
+    The versions of what draws, computes and counts, the number of ranks, the Trainer's idea of the end, and what is asked for.
+
+    Args:
+        asked: the settings but for those that change speed alone: ranks may differ in these, as machines do.
+        trainer: of this rank.
+        world: the ranks.
     """
     own = {"python": ".".join(platform.python_version_tuple()[:2]), "lightning_dp": __version__}
-    arguments = [name for name in inspect.signature(type(callback).__init__).parameters if name not in ("self", *SPEED)]
     return {
         **{f"version of {name}": text for name, text in {**own, **{name: version(name) for name in PACKAGES}}.items()},
         "number of ranks": world.size,
         **{name: getattr(trainer, name) for name in ("max_steps", "max_epochs", "limit_train_batches", "precision")},
         "gather": world.gather,
-        **{name: getattr(callback, name, None) for name in arguments},
+        **asked,
     }
 
 

@@ -15,11 +15,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_dp.accounting import Ledger, Statement
-from lightning_dp.engines.select import Selection
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.mechanism import secure
 from lightning_dp.plan.mechanism import EXAMPLE
-from lightning_dp.private_step import PrivateStep
 from lightning_dp.record.journal import Journal
 from lightning_dp.record.loggers import tell_plan, tell_statement
 from lightning_dp.record.run_folder import RunFolder, journal_folder
@@ -74,13 +72,13 @@ class Report:
             logs = [logger.log_dir for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
             self._records = [RunRecord(RunFolder(place)) for place in dict.fromkeys([str(folder), *map(str, logs)])]
 
-    def start(self, trainer: pl.Trainer, step: PrivateStep, selection: Selection, journal: Journal | None) -> None:
+    def start(self, trainer: pl.Trainer, engine: str, physical_batch_size: int, journal: Journal | None) -> None:
         """Announce the plan to people and loggers, and write the record. Called on every rank before training.
 
         Args:
             trainer: whose loggers to tell.
-            step: the private step.
-            selection: the engine it takes.
+            engine: its name.
+            physical_batch_size: the most examples in a micro-batch.
             journal: of this fit, on the rank that keeps one.
         """
         self._waited, self._allowed, self._told = 0.0, -1, -1
@@ -93,12 +91,12 @@ class Report:
         rank_zero_info(
             f"{title}: {bound} at δ = {plan.delta:g} over {steps}: noise multiplier "
             f"{plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}{style}, expected batch {plan.expected_batch_size:g} of "
-            f"{plan.dataset_size} (q = {plan.sampling_probability:.4g}), engine {selection.engine.name}, micro-batches of "
-            f"up to {step.physical_batch_size}, {self.randomness} randomness."
+            f"{plan.dataset_size} (q = {plan.sampling_probability:.4g}), engine {engine}, micro-batches of "
+            f"up to {physical_batch_size}, {self.randomness} randomness."
         )
         tell_plan(
             trainer,
-            {**plan.numbers, "engine": selection.engine.name, "world_size": trainer.world_size},
+            {**plan.numbers, "engine": engine, "world_size": trainer.world_size},
         )
         self._allow(self._ahead(self.ledger.steps + 1), _fits(journal))
         self.tell_if_more_is_allowed(trainer)

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.engines.select import Selection
 from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader
 from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.world import World
+from lightning_dp.step.batch_hooks import BatchHooks
+from lightning_dp.step.logs import StepCapture
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +31,9 @@ class Planned:
         loader: of Poisson-sampled logical batches.
         ledger: the steps that are charged, and the plan.
         key: of the run, the same on every rank. **Private**.
+        logs: takes what training_step logs and returns.
+        hooks: what hooks get for a batch, and what they change in it.
+        given: the user's loader, as Lightning has prepared it.
     """
 
     module: pl.LightningModule
@@ -34,6 +42,9 @@ class Planned:
     loader: PoissonLoader
     ledger: Ledger
     key: RandomKey
+    logs: StepCapture
+    hooks: BatchHooks
+    given: DataLoader[Any]
 
     def micro_batches(self, batch: LogicalBatch) -> Iterator[tuple[Any, int]]:
         """The micro-batches of a step on the device, with their views, and how many examples (or units) each holds."""
@@ -42,3 +53,29 @@ class Planned:
             rows = self.form.to_engine(micro_batch, len(examples))
             rows = self.form.with_views(rows, examples, seed)
             yield self.form.in_units(rows, size, len(examples) // size), size
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run that was looked at: what its steps need. Thawed parameters, or another loader, make another of these.
+
+    Attributes:
+        planned: what was known before.
+        selection: the engine; under manual optimization that of the first private step.
+        layers: what keeps parameters in shards, if they are brought together layer by layer.
+        trainable: the names of the parameters that are trained.
+        static_shapes: whether every micro-batch is padded to the physical batch size.
+        log_train_metrics: whether what training_step logs reaches the loggers.
+    """
+
+    planned: Planned
+    selection: Selection
+    layers: Layerwise | None
+    trainable: frozenset[str]
+    static_shapes: bool
+    log_train_metrics: bool
+
+    @property
+    def pad_to(self) -> int | None:
+        """How many rows every micro-batch gets; ``None`` for as many as it has."""
+        return self.planned.loader.physical_batch_size if self.static_shapes else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 
 import lightning_dp.mechanism.release as release_module
 import lightning_dp.record.checkpoint as checkpoint_module
-from lightning_dp.private_step import PrivateStep
 from lightning_dp.record.course import facts_of
+from lightning_dp.step.open_step import OpenStep
 from tests.conftest import Regressor, regressor
 from tests.faults.lives import life, record_releases, releases
 from tests.guarantees.mutations import caught, patched
@@ -150,11 +151,14 @@ def test_automatic_steps_after_steps_by_hand_have_numbers_of_their_own(tmp_path:
     assert len(noise) >= 8
     assert len(set(noise)) == len(noise)
 
-    released = PrivateStep.released
+    release = OpenStep.release
 
-    def by_charges(self: PrivateStep, step: int, *rest: Any, **options: Any) -> Any:
-        return released(self, self.planned.ledger.steps if self._manual is None else step, *rest, **options)
+    def by_charges(self: OpenStep, *rest: Any, **options: Any) -> Any:
+        planned = self.run.planned
+        if planned.module.automatic_optimization:
+            self = replace(self, sample=replace(self.sample, step=planned.ledger.steps))
+        return release(self, *rest, **options)
 
-    with patched((PrivateStep, "released", by_charges)):
+    with patched((OpenStep, "release", by_charges)):
         noise = by_hand_and_then_automatically(tmp_path / "wrong")
     assert len(set(noise)) < len(noise)

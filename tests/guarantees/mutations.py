@@ -17,14 +17,15 @@ from torch import Tensor
 import lightning_dp.engines.vmap as vmap_module
 import lightning_dp.mechanism.noise as noise_module
 import lightning_dp.mechanism.release as release_module
-import lightning_dp.private_step as private_step_module
+import lightning_dp.run as run_module
+import lightning_dp.step.open_step as open_step_module
 import lightning_dp.step.sample_release as sample_release_module
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.clipping import as_clipping
 from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-from lightning_dp.private_step import PrivateStep
+from lightning_dp.step.private_step import PrivateStep
 
 Mutation = Callable[[], AbstractContextManager[None]]
 
@@ -54,11 +55,11 @@ def private_gradient_made_but_not_used() -> Iterator[None]:
     original = PrivateStep.backward
 
     def backward(self: PrivateStep, closure_loss: Tensor) -> Tensor:
-        assert self._pending is not None
-        total = self._pending
+        unreleased: Any = self.objective
+        total, planned = unreleased._unreleased[0][1], self.run.planned
         loss = original(self, closure_loss)
-        for name, parameter in trainable(self.module).items():
-            parameter.grad = total.gradient[name] / self.planned.ledger.plan.expected_batch_size
+        for name, parameter in trainable(planned.module).items():
+            parameter.grad = total.gradient[name] / planned.ledger.plan.expected_batch_size
         return loss
 
     with patched((PrivateStep, "backward", backward)):
@@ -68,10 +69,10 @@ def private_gradient_made_but_not_used() -> Iterator[None]:
 @contextmanager
 def divided_by(size: Callable[[int, PrivacyPlan, Any], float]) -> Iterator[None]:
     """The divisor is some other ``size(examples in the step, plan, loader)``."""
-    accumulate, release = private_step_module.accumulate, sample_release_module.release
+    accumulate, release = open_step_module.accumulate, sample_release_module.release
     seen: list[int] = []
     datasets: list[Any] = []
-    original_loader = private_step_module.PoissonLoader
+    original_loader = run_module.PoissonLoader
 
     def watched(*args: Any, **options: Any) -> Any:
         total = accumulate(*args, **options)
@@ -88,9 +89,9 @@ def divided_by(size: Callable[[int, PrivacyPlan, Any], float]) -> Iterator[None]
         return {name: tensor * wrong for name, tensor in right.items()}
 
     with patched(
-        (private_step_module, "accumulate", watched),
+        (open_step_module, "accumulate", watched),
         (sample_release_module, "release", released),
-        (private_step_module, "PoissonLoader", loader),
+        (run_module, "PoissonLoader", loader),
     ):
         yield
 
@@ -111,14 +112,14 @@ def empty_steps_are_skipped(*, charged: bool) -> Iterator[None]:
     original = PrivateStep.backward
 
     def backward(self: PrivateStep, closure_loss: Tensor) -> Tensor:
-        assert self._pending is not None
-        if self._pending.examples:
+        unreleased: Any = self.objective
+        if unreleased._unreleased[0][1].examples:
             return original(self, closure_loss)
-        for parameter in trainable(self.module).values():
+        for parameter in trainable(self.run.planned.module).values():
             parameter.grad = torch.zeros_like(parameter)
-        self._pending = None
+        unreleased._unreleased.clear()
         if charged:
-            self.planned.ledger.charge()
+            self.run.planned.ledger.charge()
         return closure_loss
 
     with patched((PrivateStep, "backward", backward)):

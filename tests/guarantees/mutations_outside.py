@@ -15,13 +15,14 @@ import lightning_dp.callbacks.differential_privacy as callback_module
 import lightning_dp.layers.batch_norm as batch_norm_module
 import lightning_dp.loading.draws as draws_module
 import lightning_dp.loading.loader as loader_module
+import lightning_dp.look.agreed as agreed_module
 import lightning_dp.look.module as module_module
-import lightning_dp.private_step as private_step_module
 import lightning_dp.record.report as report_module
+import lightning_dp.run as run_module
 from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-from lightning_dp.private_step import PrivateStep
 from lightning_dp.step.logs import StepCapture
+from lightning_dp.step.planned import Run
 from tests.guarantees.mutations import patched
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def empty_local_batches_are_dropped() -> Iterator[None]:
 @contextmanager
 def any_loader_is_accepted() -> Iterator[None]:
     """Samplers are not looked at."""
-    with patched((private_step_module, "check_loader", lambda loader: loader)):
+    with patched((run_module, "check_loader", lambda loader: loader)):
         yield
 
 
@@ -130,12 +131,11 @@ def train_metrics_are_not_mentioned() -> Iterator[None]:
 @contextmanager
 def the_switch_for_train_metrics_does_nothing() -> Iterator[None]:
     """``log_train_metrics=False`` is accepted and forgotten."""
-    original = PrivateStep.__init__
 
-    def init(self: PrivateStep, *args: Any, **options: Any) -> None:
-        original(self, *args, **{**options, "log_train_metrics": True})
+    def run(*args: Any, **options: Any) -> Run:
+        return Run(*args, **{**options, "log_train_metrics": True})
 
-    with patched((PrivateStep, "__init__", init)):
+    with patched((run_module, "Run", run)):
         yield
 
 
@@ -178,13 +178,13 @@ def noise_found_too_small(factor: float) -> Iterator[None]:
 @contextmanager
 def epochs_rounded_down() -> Iterator[None]:
     """O#308: σ is found for fewer steps than the run will take."""
-    original = callback_module.agreed_plan
+    original = agreed_module.agreed_plan
 
     def agreed_plan(*others: Any) -> PrivacyPlan:
         *others, remaining_steps = others
         return original(*others, (remaining_steps or 4) - 3)
 
-    with patched((callback_module, "agreed_plan", agreed_plan)):
+    with patched((agreed_module, "agreed_plan", agreed_plan)):
         yield
 
 

@@ -221,7 +221,7 @@ def test_looking_for_a_size_touches_nothing(engine: Any, monkeypatch: pytest.Mon
             assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
         return sizes[-1]
 
-    monkeypatch.setattr("lightning_dp.private_step.settle_physical_batch_size", watched)
+    monkeypatch.setattr("lightning_dp.run.settle_physical_batch_size", watched)
     fit = trainer(private, max_steps=2)
     fit.fit(module, loader())
     (size,) = sizes
@@ -269,7 +269,7 @@ def test_views_are_measured_with_their_examples(monkeypatch: pytest.MonkeyPatch)
     shapes: list[torch.Size] = []
     module = regressor()
     module.net.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
-    monkeypatch.setattr("lightning_dp.private_step.check_examples_stay_apart", lambda *_: None)  # no part of measuring
+    monkeypatch.setattr("lightning_dp.run.check_examples_stay_apart", lambda *_: None)  # no part of measuring
     private = DifferentialPrivacy(noise_multiplier=0.5, physical_batch_size="auto", engine="vmap")
     fit = trainer(private, AugmentationMultiplicity(k=3, transform=Shift(), images=0), max_steps=1)
     fit.fit(module, loader())

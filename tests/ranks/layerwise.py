@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_dp import DifferentialPrivacy, PrivateModelParallelStrategy, private_step
+from lightning_dp import DifferentialPrivacy, PrivateModelParallelStrategy
+from lightning_dp import run as run_module
 from lightning_dp.look.engine_check_in_shards import select_in_shards
 from lightning_dp.ranks import lost_ranks
 from tests.conftest import Regressor
@@ -134,7 +135,7 @@ def noted() -> Iterator[list[bool]]:
         tried.append(found is not None)
         return found
 
-    with patched((private_step, "select_in_shards", select)):
+    with patched((run_module, "select_in_shards", select)):
         yield tried
 
 

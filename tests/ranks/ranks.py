@@ -183,7 +183,7 @@ def run(folder: Path, case: str, ranks: int) -> None:
         optimizer = module.trainer.optimizers[0]
         state["optimizer"] = sum(len(s) for s in getattr(optimizer, "optim", optimizer).state.values())
         state.update(steps=private.ledger.steps, epsilon=private.statement().epsilon)
-        state.update(physical_batch_size=module.trainer.strategy.private_step.physical_batch_size)
+        state.update(physical_batch_size=module.trainer.strategy.private_fit.planned.loader.physical_batch_size)
         state.update(metrics={name: float(value) for name, value in module.trainer.callback_metrics.items()})
         torch.save(state, folder / f"{case}-{ranks}-{rank}.pt")
 

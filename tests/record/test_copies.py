@@ -142,11 +142,11 @@ def test_a_copy_of_the_callback_leaves_the_journal_to_the_original(tmp_path: Pat
         assert not any(key in content or key.hex().encode() in content for key in keys)
         for one in (copy.deepcopy(callback), pickle.loads(content)):
             assert one.ledger is not None
-            assert (one.ledger.witness, one._journal, one._to_parent) == (None, None, None)
+            assert (one.ledger.witness, one._account._journal, one._account._to_parent) == (None, None, None)
             one.ledger.charge()  # a step of the copy's own, which nobody writes down
             one.on_exception(trainer, module, RuntimeError())  # closes what it has, which is nothing
             copies.append(one)
-        journals = copy.deepcopy(callback._journal)
+        journals = copy.deepcopy(callback._account._journal)
         assert journals is not None
         journals.record(40)
         journals.close()

@@ -112,7 +112,7 @@ def test_one_fit_after_another_in_children(tmp_path: Path) -> None:
     one.save_checkpoint(tmp_path / "five.ckpt")
     assert ledger_of(tmp_path / "five.ckpt") == 5
     assert json.loads(Path("privacy.json").read_text())["steps"] == 5
-    address = Path(callback._address)
+    address = Path(callback._account.address)
     assert address.exists()
     assert address.stat().st_mode & 0o077 == 0
     trainer(callback, max_steps=1).fit(regressor(), loader())
@@ -123,7 +123,7 @@ def test_one_fit_after_another_in_children(tmp_path: Path) -> None:
 def test_what_was_told_goes_with_the_callback() -> None:
     callback = private()
     in_children(callback, max_steps=1)
-    address = Path(callback._address)
+    address = Path(callback._account.address)
     assert address.exists()
     del callback
     gc.collect()

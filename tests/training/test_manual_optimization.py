@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy, PreflightError
-from lightning_dp import manual_optimization as manual
+from lightning_dp.look import dry_run
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import poisson_sample
 from tests.conftest import loader, regression_data, regressor, sample_of, trainer, weights
@@ -135,7 +135,7 @@ def public_steps_see_no_data_by_content() -> None:
         step = module.training_step
 
         def peeking(batch: Any, batch_idx: int, step: Any = step, module: Any = module) -> None:
-            if batch_idx > 8:  # later than the dry run looks
+            if batch_idx > 8:  # later than any rehearsal looks
                 extra = batch[0].mean()
                 scale = 1 + extra.detach()
                 module.adversarial_loss = lambda images, real: module.usual_loss(images, real) * scale
@@ -159,9 +159,11 @@ def public_steps_see_no_data_by_content() -> None:
     assert_nearly(generators[0], generators[1], rtol=1e-5, atol=1e-6)  # float32, in another order of sums at most
 
 
-def test_a_public_step_that_would_peek_after_the_dry_run_sees_zeros() -> None:
+def test_a_public_step_that_would_peek_after_rehearsal_sees_zeros() -> None:
     public_steps_see_no_data_by_content()
-    with caught(patched((manual, "without_content", lambda batch: batch))):  # the placeholder keeps what it should lose
+    with caught(
+        patched((dry_run, "without_content", lambda batch: batch))
+    ):  # the placeholder keeps what it should lose
         public_steps_see_no_data_by_content()
 
 
@@ -217,20 +219,20 @@ def two_releases_of_one_sample_cost_one() -> None:
 
 def test_two_private_optimizers_share_one_charge_by_more_noise_each() -> None:
     two_releases_of_one_sample_cost_one()
-    from lightning_dp.private_step import PrivateStep
+    from lightning_dp.step.open_step import OpenStep
 
-    original = PrivateStep.released
+    original = OpenStep.release
 
-    def one_noise_for_all(self: Any, step: int, gradient: Any, *, part: int = 0, parts: int = 1) -> Any:
-        noisy = original(self, step, gradient, part=0, parts=parts)
-        self.ledger_was = part and setattr(self.planned.ledger, "_charged", self.planned.ledger._charged - 1)
+    def one_noise_for_all(self: Any, gradient: Any, *, part: int = 0, parts: int = 1) -> Any:
+        noisy, ledger = original(self, gradient, part=0, parts=parts), self.run.planned.ledger
+        ledger._charged -= part > 0
         return noisy
 
-    def no_more_noise(self: Any, step: int, gradient: Any, *, part: int = 0, parts: int = 1) -> Any:
-        return original(self, step, gradient, part=part, parts=1)
+    def no_more_noise(self: Any, gradient: Any, *, part: int = 0, parts: int = 1) -> Any:
+        return original(self, gradient, part=part, parts=1)
 
     for bug in (one_noise_for_all, no_more_noise):
-        with caught(patched((PrivateStep, "released", bug))):
+        with caught(patched((OpenStep, "release", bug))):
             two_releases_of_one_sample_cost_one()
 
 
@@ -310,7 +312,7 @@ def test_closures_schedulers_clamps_and_hooks_run_once_a_step() -> None:
     private = DifferentialPrivacy(noise_multiplier=1.0, seed=0)
     fit = trainer(private, Watch(), max_steps=3)
     fit.fit(module, loader())
-    assert len(hooks) == len(set(hooks)) == 3  # each saw the gradient of its own step, none that of the placeholder
+    assert len(hooks) == len(set(hooks)) == 3  # each saw the gradient of its own step, none that of the stand-in
     assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5**4)
     assert float(weights(module).abs().max()) <= 0.2001
     assert all(math.isfinite(one) and one > 0 for one in outputs)

@@ -100,13 +100,13 @@ def test_nothing_is_written_or_released_before_the_engine_is_chosen(tmp_path: Pa
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_measured_size_holds_from_the_first_step_on(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first sample is being read already when the size of micro-batches is found: it is read again, in other pieces."""
-    from lightning_dp import private_step
+    from lightning_dp import run
 
     sizes: list[int] = []
 
     class Noting(Regressor):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            if self.trainer.training and self.trainer.strategy.private_step._selection is not None:
+            if self.trainer.training and self.trainer.strategy.private_fit._step is not None:
                 sizes.append(len(batch[0]))
             return batch
 
@@ -118,7 +118,7 @@ def test_a_measured_size_holds_from_the_first_step_on(workers: int, monkeypatch:
     for changed in (False, True):
         sizes.clear()
         if changed:
-            monkeypatch.setattr(private_step, "settle_physical_batch_size", settled)
+            monkeypatch.setattr(run, "settle_physical_batch_size", settled)
         torch.manual_seed(0)
         module = Noting()
         private = DifferentialPrivacy(noise_multiplier=1.0, seed=0, physical_batch_size=64)

@@ -15,7 +15,7 @@ from lightning_dp.batches.microbatch import padded
 from lightning_dp.batches.transforms import ViewTransform
 from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
 from lightning_dp.mechanism.clip import clip_and_sum
-from lightning_dp.private_step import PrivateStep
+from lightning_dp.step.open_step import OpenStep
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
 
 ENGINES = ["ghost", "vmap", "loop"]
@@ -63,11 +63,11 @@ def run(engine: str, static: bool, views: int, **options: Any) -> dict[str, Any]
     )
     callbacks = [AugmentationMultiplicity(k=views, transform=Shift(), images=0)] if views else []
     fit = trainer(private, *callbacks, max_steps=6)
-    original = PrivateStep._loss_function
+    original = OpenStep.clipped_sum
 
-    def watched(self: Any, *rest: Any) -> Any:  # what the engine is given, batch by batch
-        selected = self._selection.engine if self._selection else None
-        if selected is not None and not hasattr(selected, "watched"):
+    def watched(self: Any, selection: Any, *rest: Any) -> Any:  # what the engine is given, batch by batch
+        selected = selection.engine
+        if not hasattr(selected, "watched"):
             inner, selected.watched = selected.clipped_sum, True
 
             def clipped_sum(loss: Any, parameters: Any, batch: Any, *more: Any, **named: Any) -> Any:
@@ -75,10 +75,10 @@ def run(engine: str, static: bool, views: int, **options: Any) -> dict[str, Any]
                 return inner(loss, parameters, batch, *more, **named)
 
             selected.clipped_sum = clipped_sum
-        return original(self, *rest)
+        return original(self, selection, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrivateStep, "_loss_function", watched)
+        patch.setattr(OpenStep, "clipped_sum", watched)
         fit.fit(module, loader(batch_size=8))
     metrics = {
         name: float(value) for name, value in fit.callback_metrics.items() if name != "dp/data_wait"

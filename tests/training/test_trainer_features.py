@@ -146,7 +146,7 @@ def test_copies_of_the_callback_spend_for_themselves() -> None:
     callback = private(seed=None)
     trainer(callback, max_steps=2).fit(regressor(), loader())
     copies = [copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))]
-    assert len({one._address for one in (callback, *copies)}) == 3
+    assert len({one._account.address for one in (callback, *copies)}) == 3
     for one in copies:
         trainer(one, max_steps=2).fit(regressor(), loader())
         assert one.ledger.steps == 4

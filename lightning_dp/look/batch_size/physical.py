@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,25 +22,10 @@ from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.gathering import gathered
 from lightning_dp.ranks.world import World
+from lightning_dp.settings import PhysicalBatchSize
 from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.planned import Planned
 from lightning_dp.step.undone import undone
-from lightning_dp.validate import shown, whole
-
-PhysicalBatchSize = int | Literal["auto"] | None
-"""As the user gives it: a number, ``"auto"`` to have it found by measuring, ``None`` for a size by rule of thumb."""
-
-
-def check_physical_batch_size(size: object) -> None:
-    """Raise ``ValueError`` unless ``size`` is a :data:`PhysicalBatchSize`."""
-    if size is None or (isinstance(size, str) and size == "auto"):
-        return
-    try:
-        whole("physical_batch_size", size, low=1)
-    except ValueError:
-        raise ValueError(
-            f"physical_batch_size={shown(size)}: expected at least 1, 'auto', or None for the default."
-        ) from None
 
 
 def default_physical_batch_size(module: nn.Module, plan: PrivacyPlan, world: World, views: int, most: int = 1) -> int:

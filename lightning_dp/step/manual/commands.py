@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -29,6 +29,33 @@ class Commands:
 
     losses: list[Tensor] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+
+
+def check_private_step(place: int, losses: Sequence[Tensor], before: Sequence[int]) -> None:
+    """Refuse a step of a private optimizer that is no release of its own.
+
+    Args:
+        place: the optimizer's place in ``configure_optimizers``.
+        losses: given to ``manual_backward`` since the last step of any optimizer.
+        before: the optimizers that have stepped in this training_step.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    if not losses:
+        raise PreflightError(
+            f"optimizer {place} steps without a manual_backward since the last step: expected one of its own for each "
+            "step. Two optimizers cannot share the gradient of one private loss; give their parameters to one optimizer, "
+            "as parameter groups."
+        )
+    if place in before:
+        raise PreflightError(
+            f"optimizer {place} steps twice in one training_step: expected at most one step of each private optimizer for "
+            "a batch. Every step is a release, and releases of one drawn sample are not amplified by sampling as if each had "
+            "drawn its own: charged so, ε would be understated. For n steps of it to each step of another optimizer, take "
+            "one in every training_step and step the other at every n-th batch (if batch_idx % n == 0): then every step "
+            "draws a sample of its own and is charged for it."
+        )
 
 
 @contextmanager

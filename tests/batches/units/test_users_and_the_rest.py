@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.private_step import PrivateStep
+from lightning_dp.step.open_step import OpenStep
 from tests.batches.units.data import USERS, WithUser, dict_regressor, dp_sgd_over_users_by_hand
 from tests.batches.units.test_users import clipped_per_example
 from tests.conftest import trainer, weights
@@ -31,12 +31,12 @@ def check_secure() -> None:
     """All users are drawn, so the sum of integers in the first step is that of the loop over users."""
     sums: list[Tensor] = []
 
-    def recorded(step: PrivateStep, number: int, gradient: Any, **options: Any) -> Any:
+    def recorded(step: OpenStep, gradient: Any, **options: Any) -> Any:
         sums.append(torch.cat([g.flatten() for g in gradient.values()]))
-        return released(step, number, gradient, **options)
+        return released(step, gradient, **options)
 
-    released = PrivateStep.released
-    with patched((PrivateStep, "released", recorded)):
+    released = OpenStep.release
+    with patched((OpenStep, "release", recorded)):
         _, private = fit(noise_multiplier=1.0, secure=True)
     assert sums[0].dtype == torch.int64
     start = weights(dict_regressor())

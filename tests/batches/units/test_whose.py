@@ -14,11 +14,11 @@ import torch
 from jsonargparse import ArgumentParser
 from torch.utils.data import DataLoader, Subset
 
-import lightning_dp.look.privacy_unit as unit_module
+import lightning_dp.loading.privacy_unit as unit_module
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.audit import audit
 from lightning_dp.loading.held_records import HeldRecords
-from lightning_dp.look.privacy_unit import PrivacyUnit
+from lightning_dp.loading.privacy_unit import PrivacyUnit
 from tests.batches.units.data import OWNERS, WithUser, dict_regressor
 from tests.conftest import sample_of, trainer
 

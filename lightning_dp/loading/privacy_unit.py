@@ -20,8 +20,6 @@ from lightning_dp.batches.units import Units
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.loading.reading import item
-from lightning_dp.ranks.gathering import on_every_rank
-from lightning_dp.ranks.world import World
 from lightning_dp.validate import shown, whole
 
 DEFAULT_MOST = 32
@@ -141,11 +139,6 @@ class PrivacyUnit:
                 "nobody out of the dataset, or give each a user of its own."
             )
         return user
-
-
-def read_units(world: World, unit: PrivacyUnit | None, dataset: Any) -> Units | None:
-    """:meth:`PrivacyUnit.read` on every rank, which all stop if one refuses; ``None`` without a unit."""
-    return None if unit is None else on_every_rank(world, lambda: unit.read(dataset), PreflightError)
 
 
 def unit_from(given: Any, most: int | None, static_shapes: bool) -> PrivacyUnit | None:

@@ -1,0 +1,125 @@
+"""One step while it is open: its sample on this rank, the sum of clipped gradients, and the release."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dp.engines.accumulate import Accumulated, accumulate
+from lightning_dp.engines.fall_back import FallBack
+from lightning_dp.engines.protocol import LossFunction
+from lightning_dp.engines.select import Selection
+from lightning_dp.errors import PreflightError
+from lightning_dp.layers.batch_norm import check_batch_norms_rest
+from lightning_dp.loading.loader import LogicalBatch
+from lightning_dp.mechanism.complex import as_real_pairs
+from lightning_dp.mechanism.randomness import Stream
+from lightning_dp.step.contents import Contents, check_nothing_written, tensors_of
+from lightning_dp.step.forked_rng import forked_rng
+from lightning_dp.step.planned import Run
+from lightning_dp.step.sample_release import release_sample
+from lightning_dp.step.tally import Tally
+from lightning_dp.step.undone import undone
+
+MicroBatches = Iterable[tuple[Any, int]]
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """What may be done with the sample of one step.
+
+    Attributes:
+        run: what was decided before the first step.
+        sample: this rank's part of the draw. **Private**.
+        rest: what Lightning passes to training_step after the batch.
+        tally: counts over the steps.
+    """
+
+    run: Run
+    sample: LogicalBatch
+    rest: tuple[Any, ...]
+    tally: Tally
+
+    @property
+    def share(self) -> Callable[[Any], Any] | None:
+        """Takes from rank 0 what a rank without any example does not know; ``None`` if every rank has one, or none has."""
+        world = self.run.planned.world
+        return world.broadcast if 0 < self.sample.global_size < world.size else None
+
+    def micro_batches(self) -> Iterator[tuple[Any, int]]:
+        """The micro-batches on the device, with their views, and how many examples (or users) each holds. Once."""
+        return self.run.planned.micro_batches(self.sample)
+
+    def seeded(self, *counters: int) -> AbstractContextManager[None]:
+        """Torch's global generators seeded for this step, on this rank; otherwise with other ``counters``."""
+        planned = self.run.planned
+        seed = planned.key.torch_seed(Stream.DROPOUT, self.sample.step, planned.world.rank, *counters)
+        return forked_rng(planned.world.device, seed)
+
+    def clipped_sum(
+        self,
+        selection: Selection,
+        loss_function: LossFunction,
+        parameters: Mapping[str, Tensor],
+        micro_batches: MicroBatches,
+    ) -> Accumulated:
+        """The sum of the clipped gradients of this rank's part of the sample. Nothing of it may be released.
+
+        Args:
+            selection: the engine.
+            loss_function: of one example.
+            parameters: of which gradients are taken, by name.
+            micro_batches: of :meth:`micro_batches`.
+
+        Raises:
+            PreflightError: training_step wrote into a tensor of the module.
+        """
+        run, module, plan = self.run, self.run.planned.module, self.run.planned.ledger.plan
+        check_batch_norms_rest(module)
+        before = Contents.of(tensors_of(module))
+        with self.seeded():
+            total = accumulate(
+                FallBack(selection, module, (PreflightError,), partial(undone, module)),
+                loss_function,
+                as_real_pairs(parameters),
+                micro_batches,
+                plan.clipping_rule,
+                pad_to=run.pad_to,
+                apart=() if run.layers is None else run.layers.names,
+            )
+            if run.layers is not None:
+                run.layers.finish()
+        check_nothing_written(module, before)
+        self.tally.not_finite += total.not_finite
+        self.tally.never_moved.look(total.gradient, total.examples)
+        return total
+
+    def release(self, gradient: Mapping[str, Tensor], *, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
+        """Charge for the sample at its first release, and give the noisy gradient that may be used and published.
+
+        Args:
+            gradient: this rank's sum of clipped gradients.
+            part: the release's number among those of the sample, from 0.
+            parts: how many the sample makes at most. The noise is √parts as large, so that together they cost one.
+
+        Raises:
+            BudgetExceededError: the step would overspend the target ε. Nothing is released.
+            RankLostError: another rank is gone. The step is charged, and nothing of it is used.
+        """
+        planned = self.run.planned
+        return release_sample(
+            planned.world,
+            planned.module,
+            gradient,
+            planned.ledger,
+            planned.key,
+            self.sample.step,
+            layers=self.run.layers,
+            part=part,
+            parts=parts,
+        )

@@ -1,0 +1,50 @@
+"""A private step as Lightning asks for it: training_step, backward, optimizer_step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_dp.loading.loader import check_sample
+from lightning_dp.step.objective import Objective
+from lightning_dp.step.open_step import OpenStep
+from lightning_dp.step.planned import Run
+from lightning_dp.step.tally import Tally
+
+
+class PrivateStep:
+    """From a logical batch to a noisy gradient in ``p.grad``.
+
+    Args:
+        run: what was decided before the first step.
+        objective: automatic or manual optimization.
+        tally: counts over the steps.
+    """
+
+    def __init__(self, run: Run, objective: Objective, tally: Tally) -> None:
+        self.run, self.objective, self.tally = run, objective, tally
+
+    def training_step(self, batch: Any, *rest: Any) -> STEP_OUTPUT:
+        """Run the user's training_step on each example of the sample behind ``batch``.
+
+        Raises:
+            LogicalBatchConsumedError: the sample is not the one whose turn it is.
+        """
+        planned = self.run.planned
+        sample = planned.hooks.sample_behind(batch)
+        check_sample(sample, planned.ledger.steps, self.tally.unused_samples)
+        output = self.objective.training_step(OpenStep(self.run, sample, rest, self.tally))
+        planned.logs.say_once_that_logs_are_private(self.run.log_train_metrics)
+        return output
+
+    def backward(self, loss: Tensor, **options: Any) -> Tensor:
+        """See :meth:`lightning_dp.step.objective.Objective.backward`."""
+        return self.objective.backward(self.run.planned, loss, **options)
+
+    def step_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure of an optimizer's step; under manual optimization it also brings that step's gradient."""
+        return self.objective.step_closure(optimizer, closure)

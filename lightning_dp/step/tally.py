@@ -1,0 +1,27 @@
+"""What is counted over the steps of a fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_dp.accounting import Ledger
+from lightning_dp.step.never_moved import NeverMoved
+
+
+@dataclass
+class Tally:
+    """Counts that go on when a run is replaced by another, as when parameters are thawed.
+
+    Attributes:
+        unused_samples: how many samples were drawn and not stepped on. Public: the code alone decides on it.
+        not_finite: how many gradients were not finite and contributed zero. **Private**.
+        never_moved: parameters that no example has moved. **Private**.
+    """
+
+    unused_samples: int = 0
+    not_finite: int = 0
+    never_moved: NeverMoved = field(default_factory=NeverMoved)
+
+    def next_step(self, ledger: Ledger) -> int:
+        """The number of the next sample in the run's life: one for each charged, and one for each drawn in vain."""
+        return ledger.steps + self.unused_samples
