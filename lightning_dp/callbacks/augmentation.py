@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_dp.batches.transforms import Compose, Crop, Flip, ViewTransform
 from lightning_dp.batches.views import Views
 from lightning_dp.mechanism.instead import Instead
+from lightning_dp.strategy import TWINS
 from lightning_dp.validate import whole
 
 
@@ -76,7 +77,7 @@ class AugmentationMultiplicity(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         views = self.views
-        if views is None or getattr(trainer.strategy, "private_step", None) is not None:
+        if views is None or isinstance(trainer.strategy, tuple(TWINS.values())):
             return  # the private step makes the views itself, for each micro-batch
         step = pl_module.training_step
         generator = torch.Generator().manual_seed((torch.initial_seed() + trainer.global_rank) % 2**63)

@@ -82,13 +82,13 @@ def _first_examples(planned: Planned, count: int) -> tuple[Any, int]:
     try:
         batch, examples = loader.first_examples(count)
     except Exception:
-        check_not_left_out(loader, form, several)
+        check_not_left_out(planned, several)
         raise
     if isinstance(batch, Apart):
         return batch, examples
     rows = rows_in(form.opened(batch, strict=False))
     if rows is not None and rows < examples:
-        check_not_left_out(loader, form, several)
+        check_not_left_out(planned, several)
     return batch, examples
 
 

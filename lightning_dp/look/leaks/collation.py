@@ -16,10 +16,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate, default_convert
 
 from lightning_dp.errors import PreflightError
-from lightning_dp.loading.form import ExampleForm
-from lightning_dp.loading.loader import PoissonLoader
 from lightning_dp.loading.rows import dropped, rows_in
 from lightning_dp.look.leaks.padding import ToBatch, row_contents
+from lightning_dp.step.planned import Planned
 
 LOOK = 1.0
 """After so many seconds no further examples are collated to see whether one is left out."""
@@ -31,44 +30,44 @@ AT_ONCE = 32
 """So many are collated together for it at most."""
 
 
-def check_every_example_has_a_row(loader: PoissonLoader, form: ExampleForm) -> None:
+def check_every_example_has_a_row(planned: Planned) -> None:
     """Refuse a ``collate_fn`` that leaves examples out, before one of them is drawn.
 
     Examples all over the dataset are collated until all have been, or a second is over. What is never looked at is found
     when it is drawn (:func:`lightning_dp.loading.rows.check_all_came`). torch's own functions leave nothing out.
 
     Args:
-        loader: the private one.
-        form: how a batch comes to the engines.
+        planned: the run.
 
     Raises:
         PreflightError: an example has no row.
     """
+    loader = planned.loader
     if loader.collate_fn in (default_collate, default_convert):
         return
     begun = time.monotonic()
     with isolate_rng():
         for indices in loader.scattered(min(AT_ONCE, loader.physical_batch_size)):
-            rows = _rows(loader, form, indices)
+            rows = _rows(planned, indices)
             if rows is None or rows < len(indices):
-                check_not_left_out(loader, form, indices)
+                check_not_left_out(planned, indices)
                 if rows is not None:
                     raise PreflightError(dropped(f"{rows} rows for {len(indices)} examples"))
             if time.monotonic() - begun > LOOK:
                 return
 
 
-def check_not_left_out(loader: PoissonLoader, form: ExampleForm, indices: list[int]) -> None:
+def check_not_left_out(planned: Planned, indices: list[int]) -> None:
     """Refuse if ``collate_fn`` makes a row of some of these examples, and none of others.
 
     Raises:
         PreflightError: see the message.
     """
     with isolate_rng():
-        alone = [_rows(loader, form, [index]) for index in indices]
+        alone = [_rows(planned, [index]) for index in indices]
         without = [index for index, rows in zip(indices, alone, strict=True) if rows in (None, 0)]
         kept = [index for index, rows in zip(indices, alone, strict=True) if rows == 1]
-        if without and kept and _rows(loader, form, [kept[0], without[0]]) == 1:
+        if without and kept and _rows(planned, [kept[0], without[0]]) == 1:
             raise PreflightError(dropped(f"no row for dataset[{without[0]}]"))
 
 
@@ -125,10 +124,11 @@ def check_collate_forgets_places(collate: ToBatch, records: list[Any], at_once: 
         )
 
 
-def _rows(loader: PoissonLoader, form: ExampleForm, indices: list[int]) -> int | None:
+def _rows(planned: Planned, indices: list[int]) -> int | None:
     """How many rows ``collate_fn`` makes of these examples; ``None`` if it fails."""
+    loader = planned.loader
     try:
-        return rows_in(form.opened(loader.collated(loader.records(indices)), strict=False))
+        return rows_in(planned.form.opened(loader.collated(loader.records(indices)), strict=False))
     except Exception:  # of a collate_fn that is left with nothing, as of one that cannot do with these
         return None
 

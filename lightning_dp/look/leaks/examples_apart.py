@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,8 +73,8 @@ def check_examples_stay_apart(planned: Planned, losses: Losses) -> None:
     Raises:
         PreflightError: one example enters another's row or gradient.
     """
-    form = planned.form.with_one_view()
-    reductions = on_every_rank(planned.world, lambda: _reductions(planned, form, losses(form)), PreflightError)
+    planned = replace(planned, form=planned.form.with_one_view())
+    reductions = on_every_rank(planned.world, lambda: _reductions(planned, losses(planned.form)), PreflightError)
     if Reduction.SUM in reductions:
         rank_zero_info(
             "lightning_dp: training_step adds up the losses of its examples. The private gradient is the sum divided by the "
@@ -88,25 +89,21 @@ def check_examples_stay_apart(planned: Planned, losses: Losses) -> None:
         )
 
 
-def _reductions(
-    planned: Planned, form: ExampleForm, losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]]
-) -> list[Reduction]:
+def _reductions(planned: Planned, losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]]) -> list[Reduction]:
     module, loader = planned.module, planned.loader
     if loader.collate.each:
         return []
-    check_every_example_has_a_row(loader, form)
+    check_every_example_has_a_row(planned)
     if loader.physical_batch_size == 1:
         return []
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph
-        found = [_look(planned, form, loss, as_real_pairs(parameters)) for loss, parameters in losses]
+        found = [_look(planned, loss, as_real_pairs(parameters)) for loss, parameters in losses]
         check_nothing_written(module, before)
     return found
 
 
-def _look(
-    planned: Planned, form: ExampleForm, loss_function: LossFunction, parameters: Mapping[str, Tensor]
-) -> Reduction:
-    module, loader = planned.module, planned.loader
+def _look(planned: Planned, loss_function: LossFunction, parameters: Mapping[str, Tensor]) -> Reduction:
+    module, loader, form = planned.module, planned.loader, planned.form
     at_once = loader.physical_batch_size
     records = loader.evenly_spaced(PROBES if at_once >= PROBES else PROBES // 2)
 
