@@ -32,13 +32,15 @@ def leaves(batch: Any) -> list[Any]:
     return [one.tolist() if isinstance(one, Tensor) else one for one in pytree.tree_leaves(open_containers(batch))]
 
 
-BATCHES = {
-    "tuple": (0, (torch.arange(6.0).reshape(3, 2), torch.arange(3))),
-    "second axis": (1, {"text": torch.arange(6).reshape(2, 3), "kind": torch.arange(3)}),
-    "by field": ({"inputs": 1, "table": None}, {"inputs": torch.ones(2, 3), "table": torch.arange(4.0), "of": torch.arange(3)}),
+THREE = torch.arange(3)
+OF_ANY_SIZE = ([torch.ones(2), torch.ones(5), torch.ones(1)], [torch.ones(1), torch.ones(2), torch.ones(1)])
+BATCHES: dict[str, tuple[Any, Any]] = {
+    "tuple": (0, (torch.arange(6.0).reshape(3, 2), THREE)),
+    "second axis": (1, {"text": torch.arange(6).reshape(2, 3), "kind": THREE}),
+    "by field": ({"x": 1, "table": None}, {"x": torch.ones(2, 3), "table": torch.arange(4.0), "of": THREE}),
     "own container": (0, UserDict(x=torch.arange(6.0).reshape(3, 2), name=["a", "b", "c"])),
-    "lists": ({"0": "list", "1": "list"}, ([torch.ones(2), torch.ones(5), torch.ones(1)], [torch.tensor(0), torch.tensor(1), torch.tensor(2)])),
-}  # fmt: skip
+    "lists": ({"0": "list", "1": "list"}, OF_ANY_SIZE),
+}
 
 
 @pytest.mark.parametrize("name", BATCHES)
