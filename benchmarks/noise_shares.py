@@ -13,7 +13,8 @@ import time
 
 import torch
 
-from lightning_dp.mechanism.noise import add_gaussian_noise
+from lightning_dp.mechanism.gaussian import add_gaussian_noise
+from lightning_dp.mechanism.noise import BLOCK, own_share
 from lightning_dp.mechanism.randomness import RandomKey
 
 
@@ -25,7 +26,8 @@ def seconds(coordinates: int, ranks: int, rounds: int) -> float:
         of_ranks = []
         for rank in range(ranks):
             start = time.process_time()
-            add_gaussian_noise(total, noise_std=1.0, key=key, step=step, rank=rank, world_size=ranks)
+            own = own_share([(0, total)], coordinates, rank, ranks, BLOCK)
+            add_gaussian_noise(own, coordinates, noise_std=1.0, key=key, step=step)
             of_ranks.append(time.process_time() - start)
         slowest.append(max(of_ranks))
     return statistics.median(slowest)

@@ -64,7 +64,9 @@ def private_update(gradient: Gradient, epsilon: float, steps: int, examples: int
     )  # fmt: skip
     norm = torch.sqrt(sum((part.square().sum() for part in gradient.values()), torch.zeros(())))
     clipped = {name: part * min(1.0, 1.0 / float(norm)) for name, part in gradient.items()}
-    return {name: part * BATCH for name, part in release(clipped, plan, RandomKey.from_seed(seed), 0).items()}
+    return {
+        name: part * BATCH for name, part in release(clipped, plan.mechanism, RandomKey.from_seed(seed), 0)[0].items()
+    }
 
 
 def analytic(gradient: Gradient) -> Tensor:

@@ -22,12 +22,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning_dp.functional import step as functional_step
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp import DifferentialPrivacy
+from lightning_dp.mechanism import gaussian
 from lightning_dp.models import WideResNet
 
 PARTS = ("gradients", "data", "noise", "sum over ranks", "other")
@@ -100,8 +100,8 @@ def fit(ranks: int, batch: int, steps: int, depth: int, width: int, workers: int
             strategy = module.trainer.strategy
             step.training_step = clocked(module, "gradients", step.training_step)
             strategy.reduce = clocked(module, "sum over ranks", strategy.reduce)  # type: ignore[method-assign]  # clocked
-            add = clocked(module, "noise", functional_step.add_gaussian_noise)
-            functional_step.add_gaussian_noise = add
+            add = clocked(module, "noise", gaussian.add_gaussian_noise)
+            gaussian.add_gaussian_noise = add
 
         def save() -> None:
             if module.trainer.is_global_zero:
@@ -114,9 +114,9 @@ def fit(ranks: int, batch: int, steps: int, depth: int, width: int, workers: int
             enable_model_summary=False, default_root_dir=folder,
             callbacks=[DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=batch)],
         )  # fmt: skip
-        add = functional_step.add_gaussian_noise
+        add = gaussian.add_gaussian_noise
         trainer.fit(module, loader)
-        functional_step.add_gaussian_noise = add
+        gaussian.add_gaussian_noise = add
         found = json.loads(to.read_text())
     return {part: 1000 * statistics.median(step[part] for step in found) for part in PARTS}
 

@@ -15,8 +15,9 @@ import torch
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.data.digits import DigitsDataModule
-from lightning_dp.mechanism.grid import RESOLUTION, add_discrete_gaussian
-from lightning_dp.mechanism.noise import add_gaussian_noise
+from lightning_dp.mechanism.discrete import add_discrete_noise
+from lightning_dp.mechanism.gaussian import add_gaussian_noise
+from lightning_dp.mechanism.grid import RESOLUTION
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.models.digits_cnn import DigitsCNN
 
@@ -34,9 +35,13 @@ def noise() -> None:
     """Print the time of a coordinate's noise, of both kinds."""
     key, variance = RandomKey.fresh(), Fraction(3, 2) ** 2 * RESOLUTION**2
     floats, integers = torch.zeros(COORDINATES), torch.zeros(COORDINATES, dtype=torch.int64)
-    plain = min(cpu_seconds(lambda: add_gaussian_noise(floats, noise_std=1.5, key=key, step=0)) for _ in range(3))
+    plain = min(
+        cpu_seconds(lambda: add_gaussian_noise([(0, floats)], COORDINATES, noise_std=1.5, key=key, step=0))
+        for _ in range(3)
+    )
     exact = min(
-        cpu_seconds(lambda: add_discrete_gaussian(integers, variance=variance, key=key, step=0)) for _ in range(3)
+        cpu_seconds(lambda: add_discrete_noise([(0, integers)], COORDINATES, variance=variance, key=key, step=0))
+        for _ in range(3)
     )
     for name, seconds in (("floating point", plain), ("discrete, exact", exact)):
         print(f"{name:16s} {seconds / COORDINATES * 1e9:6.1f} ns of one core for each coordinate")

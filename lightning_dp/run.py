@@ -134,6 +134,7 @@ class Fit:
             self._agreed = agree(settings, self._account, trainer, world, loader, units, remaining)
             self._account.plan(self._agreed.ledger, self._agreed.report, world.size)
             self.tally.unused_samples = self._account.unused_samples  # a resumed run goes on behind them
+            self.tally.carried = self._account.carried
         else:  # reload_dataloaders_every_n_epochs
             check_still_agreed(settings, self._agreed, self._account, module, world, loader, units, remaining)
         ledger = self._agreed.ledger
@@ -190,6 +191,7 @@ class Fit:
             return {}
         waited = self._planned.loader.waited if self.step.run.log_train_metrics else None
         self._account.samples_unused(self.tally.unused_samples)
+        self._account.carried = self.tally.carried
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where type checkers do not see it
         metrics = agreed.report.metrics(every, waited)
         agreed.report.tell_if_more_is_allowed(trainer)

@@ -98,4 +98,4 @@ def private_gradient(
 ) -> dict[str, Tensor]:
     """One DP-SGD step's gradient on a single rank, from micro-batches to what the optimizer gets."""
     total = accumulate(engine, loss_function, parameters, micro_batches, plan.clipping_rule)
-    return release(total.gradient, plan, key, step)
+    return release(total.gradient, plan.mechanism, key, step)[0]

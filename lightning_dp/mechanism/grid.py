@@ -1,4 +1,4 @@
-"""Clipped gradients and noise as integers: exact sums, a sensitivity that is checked, and discrete noise.
+"""Clipped gradients as integers: exact sums, and a sensitivity that is checked.
 
 per-example gradient → to_grid → integers, summed exactly → + share of discrete Gaussian → sum over ranks → back to floats
 """
@@ -6,17 +6,11 @@ per-example gradient → to_grid → integers, summed exactly → + share of dis
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from lightning_dp.mechanism.discrete_gaussian import discrete_gaussian
-from lightning_dp.mechanism.keystream import Keystream
-from lightning_dp.mechanism.noise import BLOCK, share_of
-from lightning_dp.mechanism.randomness import RandomKey, Stream
-from lightning_dp.mechanism.reduce import AllReduceSum, Unflatten, flatten, no_reduce, unflatten
-from lightning_dp.plan.privacy_plan import PrivacyPlan
+from lightning_dp.mechanism.reduce import flatten, unflatten
 
 RESOLUTION = 2**30
 """Δ, how many units of the grid the clip norm has."""
@@ -63,104 +57,9 @@ def to_grid(gradient: Mapping[str, Tensor], clip_norm: float, resolution: int = 
     units = torch.where(usable, scaled * factor, 0.0).trunc().to(torch.int64)
     # The norm in floating point is right to 10⁻⁶ at 10⁹ coordinates: the squares add up to less than 2⁶¹, without overflow.
     units *= units.square().sum() <= resolution**2
-    return unflatten(units, _shaped_like(gradient, torch.int64))
+    return unflatten(units, shaped_like(gradient, torch.int64))
 
 
-def release_on_grid(
-    gradient: Mapping[str, Tensor],
-    plan: PrivacyPlan,
-    key: RandomKey,
-    step: int,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    all_reduce_sum: AllReduceSum = no_reduce,
-    unflatten: Unflatten = unflatten,
-) -> dict[str, Tensor]:
-    """The ranks' integer sums, with discrete noise once, as the noisy gradient that may be used and published.
-
-    Each rank adds discrete Gaussian noise of scale σΔ to its own share of the coordinates of its own sum, before the ranks'
-    sums are added up, so that the total holds it once. What leaves the integers afterwards (the factor C/ΔB, and floating
-    point) is post-processing. So would be a sum that wraps around at 2⁶³, although a plan that could come near it is refused.
-
-    Args:
-        gradient: parameter name → int64 sum of this rank's examples on the grid. **Private.**
-        plan: with a ``resolution``.
-        key: secret; the NOISE stream of ``step`` is used for nothing else.
-        step: number of the step in the run's life.
-        rank: of this process.
-        world_size: how many processes' sums are added up.
-        all_reduce_sum: adds int64 tensors up over the ranks; of sharded parameters, gives each rank its part.
-        unflatten: from that to a gradient by name.
-
-    Returns:
-        Parameter name → float64.
-
-    Raises:
-        TypeError: a sum is not int64: noise on a grid protects nothing but integers.
-        RuntimeError: there are more coordinates than the plan accounts for.
-
-    Guarantee:
-        The Gaussian mechanism with noise multiplier σ on a sum of sensitivity C, but for the divergence of discrete from
-        rounded Gaussian noise, which the ledger counts (:func:`lightning_dp.accounting.slack.discretisation_divergence`).
-    """
-    assert plan.resolution is not None
-    assert plan.coordinates is not None
-    flat = _integers(flatten(gradient))
-    if flat.numel() > plan.coordinates:
-        raise RuntimeError(
-            f"{flat.numel()} trainable coordinates: expected at most {plan.coordinates}, those of the module when training "
-            "began. Add parameters before fit."
-        )
-    add_discrete_gaussian(flat, variance=noise_variance(plan), key=key, step=step, rank=rank, world_size=world_size)
-    flat = _integers(all_reduce_sum(flat))
-    released = flat.double().mul_(plan.clip_norm / plan.resolution / plan.expected_batch_size)
-    return unflatten(released, _shaped_like(gradient, torch.float64))
-
-
-def noise_variance(plan: PrivacyPlan) -> Fraction:
-    """(σΔ)², exactly."""
-    return Fraction(plan.noise_multiplier) ** 2 * (plan.resolution or 1) ** 2
-
-
-def add_discrete_gaussian(
-    total: Tensor, *, variance: Fraction, key: RandomKey, step: int, rank: int = 0, world_size: int = 1
-) -> Tensor:
-    """Add an independent discrete Gaussian to every coordinate of this rank's share of ``total``, in place.
-
-    Blocks of coordinates, each with a key stream of its own, fall to the ranks as in
-    :func:`lightning_dp.mechanism.noise.add_gaussian_noise`.
-
-    Args:
-        total: int64, ``(P,)``, on any device; the noise is drawn on the CPU.
-        variance: s².
-        key: secret; its NOISE stream at ``step`` is used for nothing else.
-        step: number of the step in the run's life. A step's noise must be added exactly once.
-        rank: which share is this rank's.
-        world_size: how many ranks add their shares.
-
-    Returns:
-        ``total``.
-
-    Raises:
-        TypeError: ``total`` is not int64.
-        ValueError: ``rank`` is not one of ``world_size``.
-    """
-    for block in share_of(rank, world_size, -(-_integers(total).numel() // BLOCK)):
-        part = total[block * BLOCK : (block + 1) * BLOCK]
-        noise = discrete_gaussian(variance, part.numel(), Keystream.of(key, Stream.NOISE, step, block))
-        part.add_(torch.from_numpy(noise).to(total.device))
-    return total
-
-
-def _integers(total: Tensor) -> Tensor:
-    if total.dtype != torch.int64:
-        raise TypeError(
-            f"sum of dtype={total.dtype}: expected torch.int64. Discrete noise protects sums of integers; make them with "
-            "to_grid, one example at a time."
-        )
-    return total
-
-
-def _shaped_like(gradient: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def shaped_like(gradient: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of the gradient's shapes and another type, without values."""
     return {name: torch.empty(part.shape, dtype=dtype, device="meta") for name, part in gradient.items()}

@@ -10,9 +10,6 @@ from torch import Tensor
 AllReduceSum = Callable[[Tensor], Tensor]
 """Adds a tensor up over all ranks and gives every rank the total, or its part of the total. Never a mean."""
 
-Unflatten = Callable[[Tensor, Mapping[str, Tensor]], dict[str, Tensor]]
-"""From what :data:`AllReduceSum` gave back to tensors by name, shaped like those that were flattened or their shards."""
-
 
 def no_reduce(tensor: Tensor) -> Tensor:
     """The sum over one rank."""

@@ -2,62 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import Tensor
 
-from lightning_dp.mechanism.grid import release_on_grid
-from lightning_dp.mechanism.noise import add_gaussian_noise
+from lightning_dp.mechanism.discrete import DiscreteNoise
+from lightning_dp.mechanism.gaussian import GaussianNoise
+from lightning_dp.mechanism.noise import Noise, Parts, own_share
 from lightning_dp.mechanism.randomness import RandomKey
-from lightning_dp.mechanism.reduce import AllReduceSum, Unflatten, flatten, no_reduce, unflatten
-from lightning_dp.plan.privacy_plan import PrivacyPlan
+from lightning_dp.mechanism.reduce import AllReduceSum, flatten, no_reduce, unflatten
+from lightning_dp.mechanism.state import NOTHING, MechanismState
+from lightning_dp.plan.mechanism import Mechanism
+
+Held = Callable[[Mapping[str, Tensor]], tuple[Parts, int]]
+"""From a rank's sums to the parts of the flat sum that it holds, which are its own to write on, and P."""
+
+Named = Callable[[Sequence[Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
+"""From the totals of what was held to tensors by name, of the types of those given or of their shards."""
+
+
+def as_one_vector(sums: Mapping[str, Tensor]) -> tuple[Parts, int]:
+    """A rank's own sums whole: one part, a copy."""
+    flat = flatten(sums)
+    return [(0, flat)], flat.numel()
+
+
+def from_one_vector(totals: Sequence[Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`as_one_vector`."""
+    return unflatten(totals[0], like)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """How the sums of several ranks become one gradient; by default there is one rank.
+
+    =================  ===========================  ============================  ==========================
+    ranks              ``held``                     the noise is added            ``total``
+    =================  ===========================  ============================  ==========================
+    one                its sums                     to all of it                  nothing to add
+    all-reduce         each its own sums            each to its share of its own  the sum, on every rank
+    reduce-scatter     each its own sums            each to its share of its own  each its shards of the sum
+    layer by layer     its shards of the sum        each to all that it holds     nothing to add any more
+    =================  ===========================  ============================  ==========================
+
+    Args:
+        rank: this process's number among those that hold the same coordinates.
+        size: how many these are: they divide the coordinates among themselves.
+        held: what this rank holds of the flat sum. It may be a collective call.
+        total: adds what is held up over the ranks, and gives every rank the sum or its part of it. Never a mean.
+        named: from that to a gradient by name.
+    """
+
+    rank: int = 0
+    size: int = 1
+    held: Held = as_one_vector
+    total: AllReduceSum = no_reduce
+    named: Named = from_one_vector
 
 
 def release(
-    gradient: Mapping[str, Tensor],
-    plan: PrivacyPlan,
+    sums: Mapping[str, Tensor],
+    mechanism: Mechanism,
     key: RandomKey,
     step: int,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    all_reduce_sum: AllReduceSum = no_reduce,
-    unflatten: Unflatten = unflatten,
-) -> dict[str, Tensor]:
+    collective: Collective = Collective(),  # frozen
+    state: MechanismState = NOTHING,
+) -> tuple[dict[str, Tensor], MechanismState]:
     """Turn the ranks' sums of clipped gradients into the one noisy gradient that may be used and published.
 
-    Each rank adds N(0, (σC)²) to its own share of the coordinates of its own sum before the ranks' sums are added up,
-    so the total holds the noise exactly once at any number of ranks, no rank waits for another's noise, and every rank
-    ends up with the very same numbers. The only division is by the public expected batch size.
+    The only place where noise is added, and where anything is divided. Each rank adds the noise of its own share of the
+    coordinates, so the total holds the noise exactly once at any number of ranks, no rank waits for another's noise, and
+    every rank ends up with the very same numbers. The only division is by the public expected batch size.
 
     Args:
-        gradient: this rank's sums of clipped gradients, in the accumulation type. Left as they are.
-        plan: σ, C and the divisor.
+        sums: this rank's sums of clipped gradients by name, in the accumulation type, or int64 for discrete noise. Left as
+            they are. **Private.**
+        mechanism: σ, C and the divisor.
         key: the run's key, the same on every rank.
         step: the number of the step in the run's life.
-        rank: this process's number.
-        world_size: how many processes' sums ``all_reduce_sum`` adds up.
-        all_reduce_sum: the sum over the ranks, given on every one of them; of sharded parameters, each rank's part of it.
-        unflatten: from that to a gradient by name.
+        collective: how the ranks' sums are added up.
+        state: what the mechanism has carried here from the step before.
+
+    Returns:
+        The gradient by name, and what is carried to the next step. Both may be published.
+
+    Raises:
+        TypeError: a sum is of a type that the noise does not protect.
+        RuntimeError: there are more coordinates than the mechanism accounts for.
 
     Guarantee:
         The Gaussian mechanism with noise multiplier σ on a sum of L2 sensitivity C, whatever the clipping style; (ε, δ) over
-        steps by the ledger.
-        A plan with a ``resolution`` takes sums of integers and discrete noise, see
-        :func:`lightning_dp.mechanism.grid.release_on_grid`.
+        steps by the ledger. With a ``resolution`` the noise is discrete, see
+        :class:`lightning_dp.mechanism.discrete.DiscreteNoise`.
     """
-    if plan.resolution is not None:
-        return release_on_grid(
-            gradient,
-            plan,
-            key,
-            step,
-            rank=rank,
-            world_size=world_size,
-            all_reduce_sum=all_reduce_sum,
-            unflatten=unflatten,
-        )
-    flat = flatten(gradient)
-    add_gaussian_noise(flat, noise_std=plan.noise_std, key=key, step=step, rank=rank, world_size=world_size)
-    flat = all_reduce_sum(flat)
-    return unflatten(flat.div_(plan.expected_batch_size), gradient)
+    noise = noise_of(mechanism)
+    held, coordinates = collective.held(sums)
+    block = noise.block(held[0][1].device)
+    own = own_share(held, coordinates, collective.rank, collective.size, block)
+    state = noise.add(own, coordinates, key=key, step=step, state=state)
+    totals = [noise.to_float(collective.total(part), mechanism.divisor) for _, part in held]
+    return collective.named(totals, noise.released(sums)), state
+
+
+def noise_of(mechanism: Mechanism) -> Noise:
+    """The noise of a mechanism: in floating point, or on the integers of its grid."""
+    sigma, units = mechanism.noise.noise_multiplier, mechanism.noise.resolution
+    if units is None:
+        return GaussianNoise(mechanism.noise_std)
+    variance = Fraction(sigma) ** 2 * units**2
+    return DiscreteNoise(variance, mechanism.sensitivity / units, mechanism.noise.coordinates or 0)

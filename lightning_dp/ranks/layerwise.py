@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dp.mechanism.clip import accumulation_dtype
-from lightning_dp.mechanism.noise import add_gaussian_noise_to_shards
-from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.mechanism.noise import Parts
 from lightning_dp.mechanism.reduce import flatten
+from lightning_dp.mechanism.release import Collective
 from lightning_dp.mechanism.shards import by_rank, of_rank
-from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.gathering import gathered
 from lightning_dp.ranks.lost_ranks import naming_lost_ranks
 from lightning_dp.ranks.world import World
@@ -144,36 +143,38 @@ class Layerwise:
                     "Use gather='step'."
                 )
 
-    def released(self, rest: Mapping[str, Tensor], plan: PrivacyPlan, key: RandomKey, step: int) -> dict[str, Tensor]:
-        """The one noisy gradient, of which every rank gets its shards. A collective call.
+    def collective(self) -> Collective:
+        """How a step's sums become its gradient: this rank holds its rows of what is added up, and gives them their noise.
 
-        Each rank adds the noise of the coordinates that it keeps, which are the same numbers as in one process.
-
-        Args:
-            rest: this rank's sums for the trainable parameters that are not brought layer by layer.
-            plan: σ, C and the divisor.
-            key: the run's key, the same on every rank.
-            step: the number of the step in the run's life.
-
-        Guarantee:
-            As :func:`lightning_dp.mechanism.release.release`.
+        Those are the same numbers as in one process. ``held`` takes this rank's sums for the trainable parameters that are not
+        brought layer by layer; it is a collective call, and takes the others' rows.
         """
-        mine = {name: rows.contiguous() for name, rows in self.taken().items()}
-        order = [name for name in self._parameters if name in rest or name in mine]
-        if rest:
-            own = {name: rest[name] for name in order if name in rest}
-            given = by_rank(flatten(own), own, self._ranks)
-            part = given.new_empty(given.numel() // self._ranks)
-            with self._call():
-                dist.reduce_scatter_tensor(part, given, op=dist.ReduceOp.SUM, group=self._group)
-            mine |= {name: t.contiguous() for name, t in of_rank(part, own, self._rank, self._ranks).items()}
-        place, parts = 0, []
-        for name in order:
-            p = self._parameters[name]
-            parts.append((place + self._rank * self._chunk(name) * p.shape[1:].numel(), mine[name]))
-            place += p.numel()
-        add_gaussian_noise_to_shards(parts, place, noise_std=plan.noise_std, key=key, step=step)
-        return {name: self._as_parameter(name, mine[name].div_(plan.expected_batch_size)) for name in order}
+        order: list[str] = []
+
+        def held(rest: Mapping[str, Tensor]) -> tuple[Parts, int]:
+            mine = {name: rows.contiguous() for name, rows in self.taken().items()}
+            order.extend(name for name in self._parameters if name in rest or name in mine)
+            if rest:
+                mine |= self._scattered({name: rest[name] for name in order if name in rest})
+            place, parts = 0, []
+            for name in order:
+                p = self._parameters[name]
+                parts.append((place + self._rank * self._chunk(name) * p.shape[1:].numel(), mine[name]))
+                place += p.numel()
+            return parts, place
+
+        def named(totals: Sequence[Tensor], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: self._as_parameter(name, rows) for name, rows in zip(order, totals, strict=True)}
+
+        return Collective(held=held, named=named)
+
+    def _scattered(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows of the sums over all ranks, which are made by one call."""
+        given = by_rank(flatten(own), own, self._ranks)
+        part = given.new_empty(given.numel() // self._ranks)
+        with self._call():
+            dist.reduce_scatter_tensor(part, given, op=dist.ReduceOp.SUM, group=self._group)
+        return {name: rows.contiguous() for name, rows in of_rank(part, own, self._rank, self._ranks).items()}
 
     def _as_parameter(self, name: str, local: Tensor) -> Tensor:
         p = self._parameters[name]

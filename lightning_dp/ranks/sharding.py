@@ -8,7 +8,7 @@ its shards again, and gets the sum over the ranks of its shards of the gradient 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dp.errors import PreflightError
-from lightning_dp.mechanism.reduce import AllReduceSum, Unflatten, unflatten
+from lightning_dp.mechanism.release import Collective
 from lightning_dp.mechanism.shards import by_rank, of_rank
 from lightning_dp.ranks.lost_ranks import naming_lost_ranks
 from lightning_dp.ranks.world import Gather, World
@@ -147,7 +147,7 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def sum_over_ranks(world: World, module: nn.Module, names: Iterable[str]) -> tuple[AllReduceSum, Unflatten]:
+def collective_of(world: World, module: nn.Module, names: Iterable[str]) -> Collective:
     """How the ranks' sums become the one gradient: by one all-reduce, or to each rank its shards by one reduce-scatter.
 
     Args:
@@ -156,7 +156,7 @@ def sum_over_ranks(world: World, module: nn.Module, names: Iterable[str]) -> tup
         names: of the parameters whose gradients are added up, in their order in the flat sum.
 
     Returns:
-        Two arguments of :func:`lightning_dp.mechanism.release.release`. The gradients that come of it have the shape, and
+        An argument of :func:`lightning_dp.mechanism.release.release`. The gradients that come of it have the shape, and
         if they are sharded the placement, of the parameters.
 
     Raises:
@@ -166,7 +166,7 @@ def sum_over_ranks(world: World, module: nn.Module, names: Iterable[str]) -> tup
     wanted = list(names)
     parameters = {name: parameter for name in wanted if isinstance(parameter := named[name], DTensor)}
     if not parameters:
-        return world.sum, unflatten
+        return Collective(world.rank, world.size, total=world.sum)
     if len(parameters) != len(wanted):
         raise RuntimeError(
             f"{len(parameters)} of {len(wanted)} parameters are sharded: expected all of them or none. Do not change the "
@@ -181,7 +181,7 @@ def sum_over_ranks(world: World, module: nn.Module, names: Iterable[str]) -> tup
         dist.reduce_scatter_tensor(mine, given, op=dist.ReduceOp.SUM, group=group)
         return mine
 
-    def shards(mine: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def shards(totals: Sequence[Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
             name: DTensor.from_local(
                 local,
@@ -191,10 +191,10 @@ def sum_over_ranks(world: World, module: nn.Module, names: Iterable[str]) -> tup
                 shape=parameters[name].shape,
                 stride=parameters[name].stride(),
             )
-            for name, local in of_rank(mine, like, mesh.get_local_rank(), ranks).items()
+            for name, local in of_rank(totals[0], like, mesh.get_local_rank(), ranks).items()
         }
 
-    return reduce_scatter, shards
+    return Collective(world.rank, world.size, total=reduce_scatter, named=shards)
 
 
 Hooks = list[tuple[MutableMapping[int, Any], int, dict[int, Any]]]

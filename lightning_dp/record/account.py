@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.mechanism.state import NOTHING
 from lightning_dp.record.checkpoint import Spent, of_a_copy
 from lightning_dp.record.journal import Journal
 from lightning_dp.record.lineage import Lineage
@@ -24,11 +25,13 @@ class Account:
     Attributes:
         before: what was spent before the plan in force, with the steps found in journals; ``None`` if nothing was.
         unused_samples: how many samples were drawn and not stepped on, over all fits.
+        carried: what the mechanism carries to the next step.
     """
 
     def __init__(self) -> None:
         self.before: Spent | None = None
         self.unused_samples = 0
+        self.carried = NOTHING
         self._ledger: Ledger | None = None
         self._report: Report | None = None
         self._world_size: int | None = None
@@ -76,7 +79,7 @@ class Account:
             return
         self._heard, self.before, self._journal, self._report = news.raw, news.spent, None, news.report
         self._ledger, self._world_size = news.report.ledger, news.spent.world_size
-        self.unused_samples = news.spent.unused_samples
+        self.unused_samples, self.carried = news.spent.unused_samples, news.spent.carried
         if trainer is not None and news.spent.lineage is not None:
             news.report.write_for_child(trainer, news.spent.lineage.counted)
 
@@ -86,12 +89,13 @@ class Account:
         if ledger is None:
             return self.before
         lineage = self.lineage if self._journal is None else self._journal.lineage
-        return Spent(ledger.state_dict(), lineage, self._world_size, self.unused_samples)
+        return Spent(ledger.state_dict(), lineage, self._world_size, self.unused_samples, carried=self.carried)
 
     def resume(self, spent: Spent | None) -> None:
         """Go on from what a checkpoint says."""
         self.before = spent
         self.unused_samples = 0 if spent is None else spent.unused_samples
+        self.carried = NOTHING if spent is None else spent.carried
 
     def start_fit(self, trainer: pl.Trainer) -> None:
         """A fit begins: all that was spent so far was spent before it."""

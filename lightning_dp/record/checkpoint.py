@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.errors import PreflightError
+from lightning_dp.mechanism.state import NOTHING, MechanismState
 from lightning_dp.record.course import course_of
 from lightning_dp.record.lineage import Lineage
 from lightning_dp.record.lost_steps import Places, count_lost
@@ -37,6 +38,7 @@ class Spent:
         world_size: how many ranks took the last steps; ``None`` if nobody knows.
         unused_samples: how many samples were drawn and not stepped on.
         resumed: whether all this was read from a checkpoint.
+        carried: what the mechanism carries to the next step.
     """
 
     ledger: dict[str, Any]
@@ -44,6 +46,7 @@ class Spent:
     world_size: int | None = None
     unused_samples: int = 0
     resumed: bool = field(default=False, compare=False)
+    carried: MechanismState = NOTHING
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -71,6 +74,7 @@ def with_digest(spent: Spent) -> dict[str, Any]:
     journal = None if spent.lineage is None else asdict(spent.lineage)
     content = {"ledger": spent.ledger, "journal": journal, "world_size": spent.world_size}
     content["unused_samples"] = spent.unused_samples
+    content["mechanism"] = spent.carried.state_dict()
     return {**content, "digest": _digest(content)}
 
 
@@ -86,14 +90,16 @@ def read_with_digest(state: object) -> Spent:
             "protection, which no later step can undo. To start from public weights, load them into the module "
             "(for instance with load_from_checkpoint) and call fit without ckpt_path."
         )
-    content = {name: state.get(name) for name in ("ledger", "journal", "world_size", "unused_samples")}
+    names = ("ledger", "journal", "world_size", "unused_samples", "mechanism")
+    content = {name: state.get(name) for name in names if name != "mechanism" or name in state}  # older ones have none
     if set(state) != {*content, "digest"} or state["digest"] != _digest(content) or not state["digest"]:
         raise PreflightError(f"the privacy ledger in the checkpoint was changed after it was written: {_REMEDY}")
     try:
         lineage = None if content["journal"] is None else Lineage.read(content["journal"])
+        carried = MechanismState.read(content.get("mechanism"))
     except ValueError as error:
         raise PreflightError(str(error)) from error
-    return Spent(state["ledger"], lineage, state["world_size"], state["unused_samples"], resumed=True)
+    return Spent(state["ledger"], lineage, state["world_size"], state["unused_samples"], resumed=True, carried=carried)
 
 
 def spent_of(checkpoint: Mapping[str, Any], key: str) -> Spent:

@@ -168,7 +168,7 @@ def from_child(address: str, known: bytes) -> News | None:
     lineage = before.lineage
     if lineage is not None and facts["fit"] is not None:
         lineage = replace(lineage, counted={**lineage.counted, facts["fit"]: steps})
-    spent = Spent(ledger.state_dict(), lineage, before.world_size, unused)
+    spent = Spent(ledger.state_dict(), lineage, before.world_size, unused, carried=before.carried)
     return News(raw, Report(ledger, facts["randomness"], tuple(facts["notes"])), spent)
 
 

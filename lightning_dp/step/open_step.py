@@ -112,14 +112,16 @@ class OpenStep:
             RankLostError: another rank is gone. The step is charged, and nothing of it is used.
         """
         planned = self.run.planned
-        return release_sample(
+        released, self.tally.carried = release_sample(
             planned.world,
             planned.module,
             gradient,
             planned.ledger,
             planned.key,
             self.sample.step,
+            self.tally.carried,
             layers=self.run.layers,
             part=part,
             parts=parts,
         )
+        return released

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from lightning_dp.accounting import Ledger
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.release import release
+from lightning_dp.mechanism.state import MechanismState
 from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.lost_ranks import naming_lost_ranks
-from lightning_dp.ranks.sharding import sum_over_ranks
+from lightning_dp.ranks.sharding import collective_of
 from lightning_dp.ranks.world import World
 
 
@@ -23,11 +24,12 @@ def release_sample(
     ledger: Ledger,
     key: RandomKey,
     step: int,
+    state: MechanismState,
     *,
     layers: Layerwise | None = None,
     part: int = 0,
     parts: int = 1,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], MechanismState]:
     """Charge for a sample at its first release, and give the noisy gradient that may be used and published.
 
     Args:
@@ -37,9 +39,13 @@ def release_sample(
         ledger: is charged, and holds the plan.
         key: of the run.
         step: the sample's number.
+        state: what the mechanism has carried here.
         layers: what reduces layer by layer, if parameters are sharded and gathered so.
         part: the release's number among those of the sample, from 0.
         parts: how many the sample makes at most. The noise is √parts as large, so that together they cost one.
+
+    Returns:
+        The gradient by name, and what the mechanism carries on.
 
     Raises:
         BudgetExceededError: the step would overspend the target ε. Nothing is released.
@@ -49,20 +55,9 @@ def release_sample(
         ledger.charge()
     else:  # noise of its own
         key = RandomKey(key.derive(Stream.NOISE, step, part), key.mode)
-    if layers is not None:
-        return layers.released(gradient, ledger.plan, key, step)
-    plan = ledger.plan
+    mechanism = ledger.plan.mechanism
     if parts > 1:
-        plan = plan.but(noise_multiplier=plan.noise_multiplier * math.sqrt(parts))
-    add_up, unflatten = sum_over_ranks(world, module, gradient)
+        mechanism = mechanism.but(noise_multiplier=mechanism.noise.noise_multiplier * math.sqrt(parts))
+    collective = collective_of(world, module, gradient) if layers is None else layers.collective()
     with naming_lost_ranks(world, step):
-        return release(
-            gradient,
-            plan,
-            key,
-            step,
-            rank=world.rank,
-            world_size=world.size,
-            all_reduce_sum=add_up,
-            unflatten=unflatten,
-        )
+        return release(gradient, mechanism, key, step, collective, state)

@@ -1,10 +1,11 @@
-"""What is counted over the steps of a fit."""
+"""What is counted, and carried on, over the steps of a fit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.mechanism.state import NOTHING, MechanismState
 from lightning_dp.step.never_moved import NeverMoved
 
 
@@ -16,11 +17,13 @@ class Tally:
         unused_samples: how many samples were drawn and not stepped on. Public: the code alone decides on it.
         not_finite: how many gradients were not finite and contributed zero. **Private**.
         never_moved: parameters that no example has moved. **Private**.
+        carried: what the mechanism carries to the next step. Public.
     """
 
     unused_samples: int = 0
     not_finite: int = 0
     never_moved: NeverMoved = field(default_factory=NeverMoved)
+    carried: MechanismState = NOTHING
 
     def next_step(self, ledger: Ledger) -> int:
         """The number of the next sample in the run's life: one for each charged, and one for each drawn in vain."""

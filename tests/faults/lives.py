@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import lightning_dp.mechanism.release as release_module
+import lightning_dp.mechanism.gaussian as gaussian_module
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.mechanism.randomness import Stream
 from tests.conftest import PATIENCE, loader, regression_data, regressor, trainer
@@ -74,21 +73,21 @@ def wait(child: int, *, kill_after: float | None = None, send: int = signal.SIGK
 
 def record_releases(folder: Path) -> None:
     """From now on, append to a file what every release of this process was: its step, noise, and gradient before it."""
-    original = release_module.add_gaussian_noise
+    original = gaussian_module.add_gaussian_noise
     descriptor = os.open(folder / RELEASES, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def add(total: torch.Tensor, *, noise_std: float, key: Any, step: int, **share: int) -> torch.Tensor:
+    def add(parts: Any, coordinates: int, *, noise_std: float, key: Any, step: int) -> None:
+        ((_, total),) = parts  # of one process
         line = {
             "step": step,
             "noise": key.derive(Stream.NOISE, step).hex(),
             "sum": hashlib.sha256(total.numpy().tobytes()).hexdigest(),
             "noise_std": noise_std,
         }
-        noised = original(total, noise_std=noise_std, key=key, step=step, **share)
+        original(parts, coordinates, noise_std=noise_std, key=key, step=step)
         os.write(descriptor, (json.dumps(line) + "\n").encode())
-        return noised
 
-    release_module.add_gaussian_noise = add
+    gaussian_module.add_gaussian_noise = add
 
 
 def releases(folder: Path) -> list[dict[str, Any]]:

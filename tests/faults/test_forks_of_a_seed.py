@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-import lightning_dp.mechanism.release as release_module
+import lightning_dp.mechanism.gaussian as gaussian_module
 import lightning_dp.record.checkpoint as checkpoint_module
 from lightning_dp.record.course import facts_of
 from lightning_dp.step.open_step import OpenStep
@@ -67,7 +67,7 @@ def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
     folder.mkdir()
-    with patched((release_module, "add_gaussian_noise", release_module.add_gaussian_noise)):
+    with patched((gaussian_module, "add_gaussian_noise", gaussian_module.add_gaussian_noise)):
         record_releases(folder)
         yield
 

@@ -120,9 +120,9 @@ def test_kill_at_a_random_moment_of_training_checkpointing_and_resuming(
 @contextmanager
 def recorded(folder: Path) -> Iterator[None]:
     """Like :func:`record_releases`, for this process and with an end."""
-    import lightning_dp.mechanism.release as release_module
+    import lightning_dp.mechanism.gaussian as gaussian_module
 
-    with patched((release_module, "add_gaussian_noise", release_module.add_gaussian_noise)):
+    with patched((gaussian_module, "add_gaussian_noise", gaussian_module.add_gaussian_noise)):
         record_releases(folder)
         yield
 
@@ -282,16 +282,16 @@ def test_a_seeded_branch_with_the_same_numbers_is_the_same_release(tmp_path: Pat
 
 
 def test_a_charge_reaches_the_journal_before_the_noise_is_drawn(tmp_path: Path) -> None:
-    import lightning_dp.step.sample_release as sample_release_module
+    import lightning_dp.step.sample_release as sample_gaussian_module
 
     counts: list[int] = []
-    original = sample_release_module.release
+    original = sample_gaussian_module.release
 
     def release(*args: Any, **options: Any) -> Any:
         counts.append(json.loads((tmp_path / FILE_NAME).read_text())["steps"])
         return original(*args, **options)
 
-    with patched((sample_release_module, "release", release)):
+    with patched((sample_gaussian_module, "release", release)):
         life(tmp_path, steps=5)
     assert counts == [1, 2, 3, 4, 5]
 

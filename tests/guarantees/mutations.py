@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor
 
 import lightning_dp.engines.vmap as vmap_module
+import lightning_dp.mechanism.gaussian as gaussian_module
 import lightning_dp.mechanism.noise as noise_module
-import lightning_dp.mechanism.release as release_module
 import lightning_dp.run as run_module
 import lightning_dp.step.open_step as open_step_module
 import lightning_dp.step.sample_release as sample_release_module
 from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.mechanism.state import MechanismState
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.clipping import as_clipping
 from lightning_dp.plan.mechanism import Mechanism
-from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.step.private_step import PrivateStep
 
 Mutation = Callable[[], AbstractContextManager[None]]
@@ -67,8 +68,8 @@ def private_gradient_made_but_not_used() -> Iterator[None]:
 
 
 @contextmanager
-def divided_by(size: Callable[[int, PrivacyPlan, Any], float]) -> Iterator[None]:
-    """The divisor is some other ``size(examples in the step, plan, loader)``."""
+def divided_by(size: Callable[[int, Mechanism, Any], float]) -> Iterator[None]:
+    """The divisor is some other ``size(examples in the step, mechanism, loader)``."""
     accumulate, release = open_step_module.accumulate, sample_release_module.release
     seen: list[int] = []
     datasets: list[Any] = []
@@ -83,10 +84,10 @@ def divided_by(size: Callable[[int, PrivacyPlan, Any], float]) -> Iterator[None]
         datasets.append(given.dataset)
         return original_loader(given, *args, **options)
 
-    def released(gradient: Any, plan: PrivacyPlan, *args: Any, **options: Any) -> dict[str, Tensor]:
-        right = release(gradient, plan, *args, **options)
-        wrong = plan.expected_batch_size / max(1.0, size(seen[-1], plan, datasets[-1]))
-        return {name: tensor * wrong for name, tensor in right.items()}
+    def released(gradient: Any, mechanism: Mechanism, *args: Any) -> tuple[dict[str, Tensor], MechanismState]:
+        right, state = release(gradient, mechanism, *args)
+        wrong = mechanism.divisor / max(1.0, size(seen[-1], mechanism, datasets[-1]))
+        return {name: tensor * wrong for name, tensor in right.items()}, state
 
     with patched(
         (open_step_module, "accumulate", watched),
@@ -98,12 +99,12 @@ def divided_by(size: Callable[[int, PrivacyPlan, Any], float]) -> Iterator[None]
 
 def divisor_is_the_realised_batch() -> AbstractContextManager[None]:
     """The mean over the examples drawn: another example in the draw rescales everybody's gradient."""
-    return divided_by(lambda examples, plan, dataset: examples)
+    return divided_by(lambda examples, mechanism, dataset: examples)
 
 
 def divisor_from_the_private_dataset_size() -> AbstractContextManager[None]:
     """O#571, O#819: int(N·q) with the actual N."""
-    return divided_by(lambda examples, plan, dataset: int(len(dataset) * plan.sampling_probability))
+    return divided_by(lambda examples, mechanism, dataset: int(len(dataset) * mechanism.sampling.probability))
 
 
 @contextmanager
@@ -132,12 +133,12 @@ def empty_steps_are_skipped(*, charged: bool) -> Iterator[None]:
 @contextmanager
 def noise_scaled(factor: float) -> Iterator[None]:
     """The noise has ``factor`` times the standard deviation of the plan."""
-    original = release_module.add_gaussian_noise
+    original = gaussian_module.add_gaussian_noise
 
-    def add(total: Tensor, *, noise_std: float, **options: Any) -> Tensor:
-        return original(total, noise_std=factor * noise_std, **options)
+    def add(parts: Any, coordinates: int, *, noise_std: float, **options: Any) -> None:
+        original(parts, coordinates, noise_std=factor * noise_std, **options)
 
-    with patched((release_module, "add_gaussian_noise", add)):
+    with patched((gaussian_module, "add_gaussian_noise", add)):
         yield
 
 
@@ -156,14 +157,14 @@ def noise_of_sigma_alone() -> Iterator[None]:
 @contextmanager
 def _ranks_told(**wrong: int) -> Iterator[None]:
     """Each rank believes something wrong about which one it is."""
-    original = sample_release_module.release
-    with patched((sample_release_module, "release", lambda *args, **options: original(*args, **{**options, **wrong}))):
+    original = sample_release_module.collective_of
+    with patched((sample_release_module, "collective_of", lambda *args: replace(original(*args), **wrong))):
         yield
 
 
 def every_rank_adds_noise() -> AbstractContextManager[None]:
     """Each rank adds the whole noise: more privacy than stated, and worse models."""
-    return _ranks_told(rank=0, world_size=1)
+    return _ranks_told(rank=0, size=1)
 
 
 def two_ranks_add_one_share() -> AbstractContextManager[None]:
@@ -194,22 +195,21 @@ def one_share_without_noise() -> AbstractContextManager[None]:
 @contextmanager
 def one_stream_for_every_share() -> Iterator[None]:
     """The stream's counter leaves the block out, so the shares hold the same noise: their difference holds none."""
-    original = noise_module._standard_normal
-    with patched((noise_module, "_standard_normal", lambda like, key, step, block: original(like, key, step, 0))):
+    original = gaussian_module._standard_normal
+    with patched((gaussian_module, "_standard_normal", lambda like, key, step, block: original(like, key, step, 0))):
         yield
 
 
 @contextmanager
 def ranks_are_averaged() -> Iterator[None]:
     """Lightning's default reduction, a mean, where the sum is meant."""
-    original = sample_release_module.release
+    original = sample_release_module.collective_of
 
-    def release(*args: Any, **options: Any) -> dict[str, Tensor]:
-        total = options["all_reduce_sum"]
-        ranks = float(total(torch.ones(1)))
-        return original(*args, **{**options, "all_reduce_sum": lambda flat: total(flat) / ranks})
+    def averaging(*args: Any) -> Any:
+        right = original(*args)
+        return replace(right, total=lambda flat: right.total(flat) / right.size)
 
-    with patched((sample_release_module, "release", release)):
+    with patched((sample_release_module, "collective_of", averaging)):
         yield
 
 
@@ -219,9 +219,9 @@ def noise_stream_restarts() -> Iterator[None]:
     original = sample_release_module.release
     first: dict[int, tuple[int, Any]] = {}
 
-    def release(gradient: Any, plan: Any, key: Any, step: int, **options: Any) -> dict[str, Tensor]:
+    def release(sums: Any, mechanism: Any, key: Any, step: int, *rest: Any) -> Any:
         start, _ = first.setdefault(id(key), (step, key))  # each run has a key object of its own
-        return original(gradient, plan, key, step - start, **options)
+        return original(sums, mechanism, key, step - start, *rest)
 
     with patched((sample_release_module, "release", release)):
         yield
@@ -312,9 +312,9 @@ def frozen_by_a_hook(part: str) -> Iterator[None]:
     """O#820: the library's hooks miss an adapter's parameters; they get zero gradients and ε grows."""
     original = sample_release_module.release
 
-    def release(*args: Any, **options: Any) -> dict[str, Tensor]:
-        released = original(*args, **options)
-        return {name: torch.zeros_like(g) if part in name else g for name, g in released.items()}
+    def release(*args: Any) -> Any:
+        released, state = original(*args)
+        return {name: torch.zeros_like(g) if part in name else g for name, g in released.items()}, state
 
     with patched((sample_release_module, "release", release)):
         yield

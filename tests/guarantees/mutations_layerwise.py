@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning_dp.ranks.layerwise as layerwise_module
+import lightning_dp.mechanism.gaussian as gaussian_module
 from lightning_dp.ranks.layerwise import Layerwise
 from tests.guarantees.mutations import patched
 
-_add_noise = layerwise_module.add_gaussian_noise_to_shards
+_add_noise = gaussian_module.add_gaussian_noise
 
 
 @contextmanager
 def no_shard_gets_noise() -> Iterator[None]:
     """The sums are reduced, and nobody adds the noise of the coordinates that it keeps."""
-    with patched((layerwise_module, "add_gaussian_noise_to_shards", lambda *_, **__: None)):
+    with patched((gaussian_module, "add_gaussian_noise", lambda *_, **__: None)):
         yield
 
 
@@ -28,7 +28,7 @@ def noise_is_added_twice() -> Iterator[None]:
         for _ in range(2):
             _add_noise(shards, *rest, **named)
 
-    with patched((layerwise_module, "add_gaussian_noise_to_shards", twice)):
+    with patched((gaussian_module, "add_gaussian_noise", twice)):
         yield
 
 
@@ -40,7 +40,7 @@ def every_shard_gets_the_same_noise() -> Iterator[None]:
         for _, shard in shards:
             _add_noise([(0, shard)], coordinates, **named)
 
-    with patched((layerwise_module, "add_gaussian_noise_to_shards", from_the_beginning)):
+    with patched((gaussian_module, "add_gaussian_noise", from_the_beginning)):
         yield
 
 

@@ -14,6 +14,7 @@ import torch
 import lightning_dp.accounting.entry as entry_module
 import lightning_dp.engines.rounded as rounded_module
 import lightning_dp.loading.draws as draws_module
+import lightning_dp.mechanism.discrete as discrete_module
 import lightning_dp.mechanism.grid as grid_module
 import lightning_dp.mechanism.release as release_module
 from lightning_dp.accounting import Slack
@@ -88,45 +89,42 @@ def noise_is_drawn_in_floating_point() -> Iterator[None]:
         drawn = np.random.default_rng().standard_normal(count, np.float32) * np.float32(float(variance) ** 0.5)
         return np.rint(drawn).astype(np.int64)
 
-    with patched((grid_module, "discrete_gaussian", rounded)):
+    with patched((discrete_module, "discrete_gaussian", rounded)):
         yield
 
 
 @contextmanager
 def discrete_noise_scaled(factor: Fraction) -> Iterator[None]:
     """The discrete noise has ``factor`` times the variance of the plan."""
-    original = grid_module.discrete_gaussian
+    original = discrete_module.discrete_gaussian
 
     def scaled(variance: Fraction, count: int, stream: Any) -> Any:
         return original(variance * factor, count, stream)
 
-    with patched((grid_module, "discrete_gaussian", scaled)):
+    with patched((discrete_module, "discrete_gaussian", scaled)):
         yield
 
 
 @contextmanager
 def every_rank_adds_discrete_noise() -> Iterator[None]:
     """Each rank adds the whole noise to its own sum."""
-    original = grid_module.release_on_grid
+    original = release_module.own_share
     with patched(
-        (
-            release_module,
-            "release_on_grid",
-            lambda *args, **options: original(*args, **{**options, "rank": 0, "world_size": 1}),
-        ),
+        (release_module, "own_share", lambda held, number, rank, size, block: original(held, number, 0, 1, block)),
     ):
         yield
 
 
 @contextmanager
 def one_ranks_noise_is_doubled() -> Iterator[None]:
-    """The rank that adds noise adds it twice."""
-    original = grid_module.add_discrete_gaussian
+    """The rank that adds the noise of the first coordinates adds it twice."""
+    original = discrete_module.add_discrete_noise
 
-    def twice(total: Any, **options: Any) -> Any:
-        return original(original(total, **options), **options) if options["rank"] == 0 else original(total, **options)
+    def twice(parts: Any, coordinates: int, **options: Any) -> None:
+        for _ in range(2 if parts and parts[0][0] == 0 else 1):
+            original(parts, coordinates, **options)
 
-    with patched((grid_module, "add_discrete_gaussian", twice)):
+    with patched((discrete_module, "add_discrete_noise", twice)):
         yield
 
 

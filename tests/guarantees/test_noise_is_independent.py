@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_dp.step.sample_release as sample_release_module
 from lightning_dp import DifferentialPrivacy
+from lightning_dp.mechanism.state import NOTHING
 from tests.conftest import loader, trainer
 from tests.guarantees.mutations import Mutation, patched
 from tests.mechanism.laws import CAUGHT, FALSE_ALARM, independence_p_values, standard_normal_p_values
@@ -54,15 +55,19 @@ def noise_of_a_run(steps: int = 5) -> list[npt.NDArray[np.float64]]:
 @contextmanager
 def released_by(wrong: Callable[..., dict[str, Tensor]]) -> Iterator[None]:
     original = sample_release_module.release
-    with patched((sample_release_module, "release", lambda *args, **options: wrong(original, *args, **options))):
+
+    def released(*args: Any) -> Any:
+        return wrong(lambda *again: original(*again)[0], *args), NOTHING
+
+    with patched((sample_release_module, "release", released)):
         yield
 
 
 def every_parameter_has_the_same_stream() -> Any:
     """The stream starts anew for each parameter, which is released by itself."""
 
-    def wrong(right: Any, gradient: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
-        return {name: right({name: part}, *args, **options)[name] for name, part in gradient.items()}
+    def wrong(right: Any, gradient: Any, *args: Any) -> dict[str, Tensor]:
+        return {name: right({name: part}, *args)[name] for name, part in gradient.items()}
 
     return released_by(wrong)
 
@@ -70,9 +75,9 @@ def every_parameter_has_the_same_stream() -> Any:
 def a_tenth_of_the_last_steps_noise_stays() -> Any:
     """The law of each step's noise is right, and it is correlated with the step before."""
 
-    def wrong(right: Any, gradient: Any, plan: Any, key: Any, step: int, **options: Any) -> dict[str, Tensor]:
-        new = right(gradient, plan, key, step, **options)
-        last = right(gradient, plan, key, max(0, step - 1), **options)
+    def wrong(right: Any, gradient: Any, mechanism: Any, key: Any, step: int, *rest: Any) -> dict[str, Tensor]:
+        new = right(gradient, mechanism, key, step, *rest)
+        last = right(gradient, mechanism, key, max(0, step - 1), *rest)
         return {name: np.sqrt(0.99) * new[name] + 0.1 * last[name] for name in new} if step else new
 
     return released_by(wrong)
@@ -81,8 +86,8 @@ def a_tenth_of_the_last_steps_noise_stays() -> Any:
 def one_parameters_noise_is_anothers_turned_round() -> Any:
     """Of the right law, and in step with another parameter's."""
 
-    def wrong(right: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
-        released = right(*args, **options)
+    def wrong(right: Any, *args: Any) -> dict[str, Tensor]:
+        released = right(*args)
         names = list(released)
         return {**released, names[3]: -released[names[1]]}
 

@@ -7,8 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from torch import Tensor
 
-from lightning_dp.mechanism.noise import BLOCK
+from lightning_dp.mechanism import release as release_module
+from lightning_dp.mechanism.gaussian import add_gaussian_noise, block_on
+from lightning_dp.mechanism.noise import BLOCK, own_share
+from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.mechanism.release import Collective
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 FALSE_ALARM = 1e-6  # a right law is rejected by a check this rarely ...
@@ -25,6 +30,21 @@ def plan(**fields: Any) -> PrivacyPlan:
         "expected_batch_size": 7,
     }
     return PrivacyPlan(**{**given, **fields})
+
+
+def noised(total: Tensor, *, noise_std: float, key: RandomKey, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
+    """``total`` with the noise of a rank's share of its coordinates, in place."""
+    coordinates = total.numel()
+    own = own_share([(0, total)], coordinates, rank, world_size, block_on(total.device))
+    add_gaussian_noise(own, coordinates, noise_std=noise_std, key=key, step=step)
+    return total
+
+
+def release(sums: Any, plan: PrivacyPlan, key: RandomKey, step: int, **collective: Any) -> dict[str, Tensor]:
+    """The gradient of a release by the mechanism of a plan, to which the noise carries nothing."""
+    gradient, state = release_module.release(sums, plan.mechanism, key, step, Collective(**collective))
+    assert state == release_module.NOTHING
+    return gradient
 
 
 def two_sided(z: float) -> float:

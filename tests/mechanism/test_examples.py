@@ -10,6 +10,7 @@ STAGES = [
     "mechanism.average",
     "mechanism.clip",
     "mechanism.discrete_gaussian",
+    "mechanism.gaussian",
     "mechanism.grid",
     "mechanism.keystream",
     "mechanism.noise",

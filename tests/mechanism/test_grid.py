@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,19 @@ from lightning_dp.engines.accumulate import accumulate, private_gradient
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.mechanism import grid
+from lightning_dp.mechanism.discrete import add_discrete_noise
 from lightning_dp.mechanism.discrete_gaussian import discrete_gaussian
 from lightning_dp.mechanism.grid import (
     RESOLUTION,
     SHORTER,
-    add_discrete_gaussian,
-    noise_variance,
-    release_on_grid,
     to_grid,
 )
 from lightning_dp.mechanism.keystream import Keystream
 from lightning_dp.mechanism.randomness import RandomKey, Stream
-from lightning_dp.mechanism.release import release
+from lightning_dp.mechanism.release import noise_of
 from tests.engines import oracle
 from tests.engines.family import case
-from tests.mechanism.laws import FALSE_ALARM, plan
+from tests.mechanism.laws import FALSE_ALARM, plan, release
 from tests.mechanism.test_discrete_gaussian import large_noise_p_values
 
 KEY = RandomKey.from_seed(72)
@@ -153,8 +152,8 @@ def on_ranks(ranks: int, coordinates: int = 200_000) -> Tensor:
             KEY,
             3,
             rank=rank,
-            world_size=ranks,
-            all_reduce_sum=collect,
+            size=ranks,
+            total=collect,
         )
     return torch.stack(sums).sum(0)
 
@@ -162,7 +161,11 @@ def on_ranks(ranks: int, coordinates: int = 200_000) -> Tensor:
 def noise_is_added_once_and_has_the_law(ranks: int) -> None:
     noise = on_ranks(ranks).numpy()
     assert (
-        min(large_noise_p_values(noise, noise_variance(plan(resolution=RESOLUTION, coordinates=1))).values())
+        min(
+            large_noise_p_values(
+                noise, noise_of(plan(resolution=RESOLUTION, coordinates=1).mechanism).variance
+            ).values()
+        )
         > FALSE_ALARM
     )
 
@@ -175,8 +178,8 @@ def test_noise_is_added_once_whatever_the_number_of_ranks(ranks: int) -> None:
 def test_what_is_released_is_sum_plus_noise_in_the_units_of_a_gradient() -> None:
     five = plan(resolution=RESOLUTION, coordinates=5)
     gradient = {"w": torch.tensor([[RESOLUTION, 0], [-7, 3]]), "b": torch.tensor(5)}
-    released = release_on_grid(gradient, five, KEY, 2)
-    noise = discrete_gaussian(noise_variance(five), 5, Keystream.of(KEY, Stream.NOISE, 2, 0))
+    released = release(gradient, five, KEY, 2)
+    noise = discrete_gaussian(noise_of(five.mechanism).variance, 5, Keystream.of(KEY, Stream.NOISE, 2, 0))
     unit = five.clip_norm / RESOLUTION / five.expected_batch_size
     assert released["w"].shape == (2, 2)
     assert released["b"].shape == ()
@@ -197,13 +200,11 @@ def test_sums_that_are_not_integers_and_coordinates_nobody_accounts_for_are_refu
     with pytest.raises(TypeError, match=r"dtype=torch.float32: expected torch.int64"):
         release({"w": torch.zeros(3)}, three, KEY, 0)
     with pytest.raises(TypeError, match=r"expected torch.int64"):
-        release_on_grid(
-            {"w": torch.zeros(3, dtype=torch.int64)}, three, KEY, 0, all_reduce_sum=lambda flat: flat.double()
-        )
+        release({"w": torch.zeros(3, dtype=torch.int64)}, three, KEY, 0, total=lambda flat: flat.double())
     with pytest.raises(RuntimeError, match=r"4 trainable coordinates: expected at most 3"):
         release({"w": torch.zeros(4, dtype=torch.int64)}, three, KEY, 0)
     with pytest.raises(TypeError, match=r"expected torch.int64"):
-        add_discrete_gaussian(torch.zeros(3), variance=noise_variance(three), key=KEY, step=0)
+        add_discrete_noise([(0, torch.zeros(3))], 3, variance=Fraction(1), key=KEY, step=0)
 
 
 @pytest.mark.parametrize(
@@ -220,3 +221,12 @@ def test_sums_that_are_not_integers_and_coordinates_nobody_accounts_for_are_refu
 def test_plans_that_do_not_fit_the_grid_are_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         plan(**{"resolution": RESOLUTION, "coordinates": 10, **changes})
+
+
+def test_parts_of_a_sum_get_the_noise_of_the_whole() -> None:
+    whole, cut, variance = torch.zeros(100_000, dtype=torch.int64), torch.zeros(100_000, dtype=torch.int64), Fraction(9)
+    add_discrete_noise([(0, whole)], 100_000, variance=variance, key=KEY, step=1)
+    for start, end in ((0, 7), (7, 70_000), (70_000, 100_000)):
+        add_discrete_noise([(start, cut[start:end])], 100_000, variance=variance, key=KEY, step=1)
+    assert torch.equal(whole, cut)
+    assert whole.unique().numel() > 10

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_dp.mechanism.noise import BLOCK, add_gaussian_noise, add_gaussian_noise_to_shards
+from lightning_dp.mechanism.gaussian import add_gaussian_noise
+from lightning_dp.mechanism.noise import BLOCK
 from lightning_dp.mechanism.randomness import RandomKey, Stream
-from tests.mechanism.laws import CAUGHT, FALSE_ALARM, independence_p_values, standard_normal_p_values
+from tests.mechanism.laws import CAUGHT, FALSE_ALARM, independence_p_values, noised, standard_normal_p_values
 
 COORDINATES = 200_000
 STD = 2.5
@@ -23,7 +24,7 @@ Noise = npt.NDArray[np.float64]
 
 def noise(coordinates: int = COORDINATES, step: int = 0, dtype: torch.dtype = torch.float32, std: float = STD) -> Noise:
     total = torch.zeros(coordinates, dtype=dtype)
-    return add_gaussian_noise(total, noise_std=std, key=KEY, step=step).double().numpy()
+    return noised(total, noise_std=std, key=KEY, step=step).double().numpy()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -64,8 +65,7 @@ def test_the_noise_of_different_steps_is_independent() -> None:
 
 def test_the_noise_of_different_keys_and_of_other_streams_is_independent() -> None:
     rows = [
-        add_gaussian_noise(torch.zeros(20_000), noise_std=1.0, key=RandomKey.from_seed(seed), step=0).numpy()
-        for seed in range(10)
+        noised(torch.zeros(20_000), noise_std=1.0, key=RandomKey.from_seed(seed), step=0).numpy() for seed in range(10)
     ]
     rows += [RandomKey.from_seed(seed).generator(stream, 0).standard_normal(20_000, "float32")
              for seed in range(3) for stream in Stream if stream is not Stream.NOISE]  # fmt: skip
@@ -92,7 +92,7 @@ def test_the_noise_is_a_function_of_key_and_step_alone() -> None:
     assert np.array_equal(first, noise(1000, step=4))
     assert not np.array_equal(first, noise(1000, step=5))
     signal = torch.linspace(-3, 3, 1000, dtype=torch.float64)
-    noisy = add_gaussian_noise(signal.clone(), noise_std=STD, key=KEY, step=4) - signal
+    noisy = noised(signal.clone(), noise_std=STD, key=KEY, step=4) - signal
     np.testing.assert_allclose(noisy, noise(1000, step=4, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
@@ -104,7 +104,7 @@ def test_double_precision_noise_is_drawn_in_double_precision() -> None:
 def test_noise_is_added_in_place_and_keeps_the_type() -> None:
     for dtype in (torch.float32, torch.float64):
         total = torch.ones(10, dtype=dtype)
-        answer = add_gaussian_noise(total, noise_std=1.0, key=KEY, step=0)
+        answer = noised(total, noise_std=1.0, key=KEY, step=0)
         assert answer is total
         assert answer.dtype == dtype
         assert not torch.any(total == 1)
@@ -114,7 +114,7 @@ def test_noise_is_added_in_place_and_keeps_the_type() -> None:
 def test_no_noise_and_nothing_to_add_it_to_leave_the_sum_as_it_is(total: Tensor) -> None:
     std = 0.0 if len(total) else 1.0
     before = total.clone()
-    assert add_gaussian_noise(total, noise_std=std, key=KEY, step=0) is total
+    assert noised(total, noise_std=std, key=KEY, step=0) is total
     assert torch.equal(total, before)
 
 
@@ -122,7 +122,7 @@ def test_no_noise_and_nothing_to_add_it_to_leave_the_sum_as_it_is(total: Tensor)
 def test_a_sum_that_would_get_wrong_noise_is_refused(dtype: torch.dtype) -> None:
     """Complex sums would stay without noise in the imaginary part; short floats round it away."""
     with pytest.raises(TypeError, match=rf"dtype={dtype}: expected torch.float32 or torch.float64"):
-        add_gaussian_noise(torch.zeros(3, dtype=dtype), noise_std=1.0, key=KEY, step=0)
+        noised(torch.zeros(3, dtype=dtype), noise_std=1.0, key=KEY, step=0)
 
 
 @settings(max_examples=40)
@@ -140,7 +140,7 @@ def test_parts_that_ranks_keep_get_the_noise_of_the_whole(
     parts = [(start, total[start:end]) for start, end in pairwise(places)]
     for rank in range(3):
         kept = [part for part, owner in zip(parts, owners, strict=False) if owner == rank]
-        add_gaussian_noise_to_shards(kept, coordinates, noise_std=STD, key=KEY, step=5)
+        add_gaussian_noise(kept, coordinates, noise_std=STD, key=KEY, step=5)
     assert np.array_equal(total.double().numpy(), noise(coordinates, 5, dtype))
 
 
@@ -154,9 +154,9 @@ def test_parts_that_ranks_keep_get_the_noise_of_the_whole(
 )
 def test_parts_that_overlap_or_reach_too_far_are_refused(places: list[int], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        add_gaussian_noise_to_shards([(p, torch.zeros(10)) for p in places], 20, noise_std=STD, key=KEY, step=0)
+        add_gaussian_noise([(p, torch.zeros(10)) for p in places], 20, noise_std=STD, key=KEY, step=0)
 
 
 def test_a_part_in_integers_is_refused() -> None:
     with pytest.raises(TypeError, match=r"a part of dtype=torch\.int64"):
-        add_gaussian_noise_to_shards([(0, torch.zeros(3, dtype=torch.int64))], 3, noise_std=STD, key=KEY, step=0)
+        add_gaussian_noise([(0, torch.zeros(3, dtype=torch.int64))], 3, noise_std=STD, key=KEY, step=0)

@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_dp.mechanism.noise import BLOCK, share_of
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.reduce import flatten, no_reduce, unflatten
-from lightning_dp.mechanism.release import release
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from tests.guarantees import mutations
 from tests.mechanism.laws import (
@@ -23,6 +22,7 @@ from tests.mechanism.laws import (
     independence_p_values,
     noise_p_values,
     plan,
+    release,
     standard_normal_p_values,
 )
 
@@ -49,10 +49,10 @@ def release_on_ranks(
             KEY,
             step,
             rank=rank,
-            world_size=len(of_rank),
-            all_reduce_sum=lambda flat: sent.append(flat.clone()) or flat,
+            size=len(of_rank),
+            total=lambda flat: sent.append(flat.clone()) or flat,
         )
-    return [release(own, mechanism, KEY, step, all_reduce_sum=lambda flat: torch.stack(sent).sum(0)) for own in of_rank]
+    return [release(own, mechanism, KEY, step, total=lambda flat: torch.stack(sent).sum(0)) for own in of_rank]
 
 
 @given(
@@ -144,7 +144,7 @@ def test_the_ranks_shares_are_disjoint_cover_everything_and_are_nearly_equal(ran
 @pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_rank_that_is_not_one_of_the_ranks_is_refused(rank: int, world_size: int) -> None:
     with pytest.raises(ValueError, match=rf"rank={rank} with world_size={world_size}: expected a rank from 0 to"):
-        release(sums(), plan(), KEY, 0, rank=rank, world_size=world_size)
+        release(sums(), plan(), KEY, 0, rank=rank, size=world_size)
 
 
 WRONG_SHARES: dict[str, mutations.Mutation] = {

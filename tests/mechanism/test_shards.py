@@ -8,9 +8,8 @@ from torch import Tensor
 
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.mechanism.reduce import flatten
-from lightning_dp.mechanism.release import release
 from lightning_dp.mechanism.shards import by_rank, of_rank
-from tests.mechanism.laws import plan
+from tests.mechanism.laws import plan, release
 
 KEY = RandomKey.from_seed(17)
 SHAPES = st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple), min_size=1, max_size=5)
@@ -56,15 +55,15 @@ def test_sharded_ranks_release_their_shards_of_what_one_process_releases(
     sent: list[Tensor] = []
     for rank, own in enumerate(sums):
         release(
-            own, mechanism, KEY, 3, rank=rank, world_size=world_size,
-            all_reduce_sum=lambda flat: sent.append(by_rank(flat, sums[0], world_size)) or flat,
+            own, mechanism, KEY, 3, rank=rank, size=world_size,
+            total=lambda flat: sent.append(by_rank(flat, sums[0], world_size)) or flat,
         )  # fmt: skip
     scattered = torch.stack(sent).sum(0).view(world_size, -1)
     for rank, own in enumerate(sums):
         shards = release(
-            own, mechanism, KEY, 3, rank=rank, world_size=world_size,
-            all_reduce_sum=lambda _, rank=rank: scattered[rank].clone(),
-            unflatten=lambda flat, like, rank=rank: of_rank(flat, like, rank, world_size),
+            own, mechanism, KEY, 3, rank=rank, size=world_size,
+            total=lambda _, rank=rank: scattered[rank].clone(),
+            named=lambda totals, like, rank=rank: of_rank(totals[0], like, rank, world_size),
         )  # fmt: skip
         for name, tensor in alone.items():
             torch.testing.assert_close(shards[name], chunks(tensor, world_size)[rank], rtol=1e-12, atol=1e-12)
@@ -78,3 +77,23 @@ def test_shards_have_the_type_of_the_sums(world_size: int) -> None:
         "a": torch.float32,
         "b": torch.float64,
     }
+
+
+def test_ranks_that_hold_rows_of_the_sum_already_release_what_one_process_releases() -> None:
+    """As layer by layer: the noise is added to the rows after the sum, by the rank that keeps them."""
+    whole = named([(5, 3), (2,), (7, 1, 2)], 3)
+    alone, rows = release(whole, plan(), KEY, 4), [{}, {}, {}]  # type: ignore[var-annotated]
+    for rank, mine in enumerate(rows):
+
+        def held(_: object, rank: int = rank) -> tuple[list[tuple[int, Tensor]], int]:
+            parts, place = [], 0
+            for tensor in whole.values():
+                chunk = -(-len(tensor) // 3)
+                part = tensor[rank * chunk : (rank + 1) * chunk].clone()
+                parts.append((place + rank * chunk * tensor[0].numel(), part))
+                place += tensor.numel()
+            return parts, place
+
+        mine |= release({}, plan(), KEY, 4, held=held, named=lambda totals, _: dict(zip(whole, totals, strict=True)))
+    for name, tensor in alone.items():
+        assert torch.equal(torch.cat([mine[name] for mine in rows]), tensor)

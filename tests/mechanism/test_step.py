@@ -16,11 +16,10 @@ from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import Engine
 from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.mechanism.randomness import RandomKey, Stream
-from lightning_dp.mechanism.release import release
 from lightning_dp.mechanism.sampling import poisson_sample, rank_slice
 from tests.engines import oracle
 from tests.engines.family import Case, case
-from tests.mechanism.laws import plan
+from tests.mechanism.laws import plan, release
 
 KEY = RandomKey.from_seed(41)
 ENGINES: list[Engine] = [VmapEngine(), LoopEngine()]
@@ -75,11 +74,11 @@ def test_ranks_that_walk_different_micro_batches_release_what_one_rank_releases(
         pieces = micro_batches(of, rank_slice(drawn, rank, world_size), rank + 1)
         own = accumulate(engine, of.loss_function(), of.parameters(), pieces, mechanism.clip_norm)
         release(
-            own.gradient, mechanism, KEY, 0, rank=rank, world_size=world_size,
-            all_reduce_sum=lambda flat: sent.append(flat.clone()) or flat,
+            own.gradient, mechanism, KEY, 0, rank=rank, size=world_size,
+            total=lambda flat: sent.append(flat.clone()) or flat,
         )  # fmt: skip
     nothing = {name: torch.zeros_like(p) for name, p in of.parameters().items()}
-    together = release(nothing, mechanism, KEY, 0, all_reduce_sum=lambda _: torch.stack(sent).sum(0))
+    together = release(nothing, mechanism, KEY, 0, total=lambda _: torch.stack(sent).sum(0))
     same(together, alone, tolerance=1e-12)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_dp.mechanism.noise import add_gaussian_noise
+from lightning_dp.mechanism.gaussian import add_gaussian_noise
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import poisson_sample
 from tests.conftest import Regressor, weights
@@ -50,7 +50,7 @@ def sgd(
             loss = nn.functional.mse_loss(module.net(inputs).squeeze(-1), target)
             gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
             total += gradient * min(1.0, clip_norm / float(gradient.norm()))
-        add_gaussian_noise(total, noise_std=noise_multiplier * clip_norm, key=key, step=step)
+        add_gaussian_noise([(0, total)], total.numel(), noise_std=noise_multiplier * clip_norm, key=key, step=step)
         with torch.no_grad():
             for p, share in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
                 p -= module.lr * share.view_as(p) / expected_batch_size

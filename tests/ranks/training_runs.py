@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, HeldRecords
-from lightning_dp.mechanism import release as release_module
+from lightning_dp.mechanism import gaussian as gaussian_module
 from lightning_dp.ranks import lost_ranks
 from lightning_dp.record.journal import FILE_NAME
 from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, weights
@@ -270,18 +270,18 @@ def stretch(make_trainer: Any, folder: Path, until: int, seed: int | None = 7, *
     """A part of a run: from the checkpoint of the last stretch, if there is one, to step ``until``."""
     module, callback = regressor(), private(seed=seed, **arguments)
     noised: list[int] = []
-    add = release_module.add_gaussian_noise
+    add = gaussian_module.add_gaussian_noise
 
-    def noted(total: Tensor, **named: Any) -> Tensor:
+    def noted(*parts: Any, **named: Any) -> None:
         noised.append(named["step"])
-        return add(total, **named)
+        add(*parts, **named)
 
-    release_module.add_gaussian_noise = noted  # type: ignore[assignment]  # the same, and a note of it
+    gaussian_module.add_gaussian_noise = noted  # type: ignore[assignment]  # the same, and a note of it
     fit = make_trainer(callback, max_steps=until)
     fit.callbacks.append(sampled := Sampled())
     last = folder / f"stretch-{seed}.ckpt"
     fit.fit(module, loader(), ckpt_path=last if last.exists() else None)
-    release_module.add_gaussian_noise = add
+    gaussian_module.add_gaussian_noise = add
     fit.save_checkpoint(last)
     return {**outcome(module, callback), "noised": noised, "sampled": sampled.indices}
 

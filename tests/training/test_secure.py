@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lightning_dp.loading.draws as draws_module
-import lightning_dp.mechanism.grid as grid_module
+import lightning_dp.mechanism.discrete as discrete_module
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.accounting.slack import discretisation_divergence
 from lightning_dp.mechanism import keystream
@@ -84,7 +84,7 @@ def test_what_the_noise_is_added_to_is_the_clipped_sum() -> None:
     """With the noise taken away, the released integers are the sum of the loop engine's clipped gradients."""
     with pytest.MonkeyPatch.context() as patch:
         zeros = lambda variance, count, stream: np.zeros(count, dtype=np.int64)  # noqa: E731 (a stand-in for the sampler)
-        patch.setattr("lightning_dp.mechanism.grid.discrete_gaussian", zeros)
+        patch.setattr("lightning_dp.mechanism.discrete.discrete_gaussian", zeros)
         drawn: list[Any] = []
         original = draws_module.exact_poisson_sample
         patch.setattr(draws_module, "exact_poisson_sample", lambda *args: drawn.append(original(*args)) or drawn[-1])
@@ -203,13 +203,13 @@ def test_every_clipping_style_and_padding_go_with_it(clipping: str) -> None:
 
 def test_manual_optimization_gets_discrete_noise_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    original = grid_module.discrete_gaussian
+    original = discrete_module.discrete_gaussian
 
     def counted(variance: Fraction, count: int, stream: Keystream) -> Any:
         drawn.append(count)
         return original(variance, count, stream)
 
-    monkeypatch.setattr(grid_module, "discrete_gaussian", counted)
+    monkeypatch.setattr(discrete_module, "discrete_gaussian", counted)
     module = manual_regressor()
     private = DifferentialPrivacy(noise_multiplier=SIGMA, clip_norm=CLIP, delta=1e-3, secure=True)
     trainer(private, max_steps=3).fit(module, loader())
