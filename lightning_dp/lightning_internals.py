@@ -1,4 +1,9 @@
-"""Every private name of Lightning that this package uses, each behind a function or constant of its own.
+"""Which of Lightning's two roots an object comes from, and every private name of Lightning that this package uses.
+
+Lightning is installed twice, as ``lightning.pytorch`` and as ``pytorch_lightning``, with the same classes under the same names
+that know nothing of each other. This package is written upon the first; :func:`own` finds the namesake in the root of a given
+Trainer, and :func:`either` asks for both. The root is never chosen when this package is imported, which may be before the
+user's own import of Lightning.
 
 Lightning may move a private name in any release. Whatever has moved raises :class:`LightningMovedError`, which says what the
 name was for; nothing goes on as if the name had been empty. ``tests/test_lightning_internals.py`` holds a contract for each
@@ -7,13 +12,16 @@ name, and that no other module of this package knows any of them.
 
 from __future__ import annotations
 
+import sys
+from functools import cache
 from importlib import import_module
-from typing import Any
+from types import CellType, FunctionType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -47,6 +55,14 @@ PURPOSES = {
     "_tensor_parallel_size": "parameters are shared by all ranks",
 }
 """What is done by each private name."""
+
+
+LIGHTNING, PYTORCH_LIGHTNING = "lightning.pytorch", "pytorch_lightning"
+"""The two roots."""
+
+_NAMESAKES = {LIGHTNING: PYTORCH_LIGHTNING, "lightning.fabric": "lightning_fabric"}
+
+T = TypeVar("T")
 
 
 class LightningMovedError(ImportError):
@@ -90,6 +106,115 @@ def _replace(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
+# ---- the two roots
+
+
+def root_of(one: object) -> str:
+    """The root that a class, or the class of a Trainer, a module or a strategy, comes from.
+
+    Example:
+        >>> root_of(DDPStrategy()), root_of(pl.LightningModule())
+        ('lightning.pytorch', 'lightning.pytorch')
+    """
+    names = [kind.__module__ for kind in (one if isinstance(one, type) else type(one)).__mro__]
+    return PYTORCH_LIGHTNING if any(name.split(".")[0] == PYTORCH_LIGHTNING for name in names) else LIGHTNING
+
+
+def loaded_roots() -> tuple[str, ...]:
+    """The roots that this process has imported by now, ``lightning.pytorch`` always."""
+    return (LIGHTNING, PYTORCH_LIGHTNING) if PYTORCH_LIGHTNING in sys.modules else (LIGHTNING,)
+
+
+def own(root: str, kind: T) -> T:
+    """What a root has in the place of a class or function of ``lightning``.
+
+    Args:
+        root: as :func:`root_of` gives it.
+        kind: public, from ``lightning.pytorch`` or ``lightning.fabric``.
+
+    Raises:
+        ImportError, AttributeError: the root, of another version, has no such thing.
+    """
+    if root_of(kind) == root:
+        return kind
+    named = cast(Any, kind)
+    for before, after in _NAMESAKES.items():
+        if f"{named.__module__}.".startswith(f"{before}."):
+            return cast(T, getattr(import_module(after + named.__module__.removeprefix(before)), named.__name__))
+    raise ImportError(f"{named.__module__}.{named.__name__} is not Lightning's: expected a class of lightning.pytorch.")
+
+
+def either(kind: type[T]) -> tuple[type[T], ...]:
+    """A class of ``lightning`` and its namesake in the other root, if that is loaded: for ``isinstance``.
+
+    Callbacks, loggers and modules inside modules may come from another root than the Trainer.
+    """
+    return tuple(found for root in loaded_roots() if (found := namesake(root, cast(Any, kind))) is not None)
+
+
+@cache
+def namesake(root: str, kind: Any) -> Any:
+    """As :func:`own`, and ``None`` if there is no such thing."""
+    try:
+        return own(root, kind)
+    except (ImportError, AttributeError):
+        return None
+
+
+def version_of(root: str) -> str:
+    """The version that is installed of a root."""
+    return str(import_module(root).__version__)
+
+
+def overridden(name: str, one: object) -> bool:
+    """Whether the user's module or data module has a hook of its own."""
+    return own(root_of(one), is_overridden)(name, one)
+
+
+def strategy_registry(root: str) -> Any:
+    """The names for ``Trainer(strategy=...)`` of a root."""
+    return import_module(f"{root}.strategies").StrategyRegistry
+
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback as Callback
+    from lightning.pytorch.callbacks import WeightAveraging as WeightAveraging
+else:
+    # Of every root that is loaded by now: so that pytorch_lightning's LightningCLI takes this package's callbacks for such.
+    # One that is loaded later takes them in a list all the same: a Trainer calls the hooks of whatever is in it.
+    Callback, WeightAveraging = (
+        kinds[0] if len(kinds := either(kind)) == 1 else type(kind.__name__, kinds, {})
+        for kind in (pl.Callback, pl.callbacks.WeightAveraging)
+    )
+
+
+def fill(owner: type, pattern: type) -> None:
+    """Give a class every member of another's body that it does not have itself; their ``super()`` leads to its own base."""
+    for name, member in vars(pattern).items():
+        if name not in vars(owner) and (name == "__init__" or not name.startswith("__")):
+            setattr(owner, name, _rebound(member, owner))
+
+
+def _rebound(member: Any, owner: type) -> Any:
+    """A member of a class body for the body of ``owner``, whose base ``super()`` then leads to."""
+    if isinstance(member, property):
+        return property(_rebound(member.fget, owner), _rebound(member.fset, owner), doc=member.__doc__)
+    if isinstance(member, classmethod):
+        return classmethod(_rebound(member.__func__, owner))
+    if not isinstance(member, FunctionType) or member.__closure__ is None:
+        return member
+    cells = tuple(
+        CellType(owner) if name == "__class__" else cell
+        for name, cell in zip(member.__code__.co_freevars, member.__closure__, strict=True)
+    )
+    copy = FunctionType(member.__code__, member.__globals__, member.__name__, member.__defaults__, cells)
+    copy.__dict__.update(member.__dict__)
+    copy.__kwdefaults__, copy.__annotations__ = member.__kwdefaults__, member.__annotations__
+    copy.__doc__ = member.__doc__
+    copy.__qualname__ = f"{owner.__qualname__}.{member.__name__}"
+    return copy
+
+
 # ---- a batch on its way to training_step
 
 BEFORE_TRANSFER = "_on_before_batch_transfer"
@@ -112,17 +237,16 @@ def transfer(module: Any, batch: Any, device: torch.device | None, dataloader_id
 # ---- loaders
 
 
-def index_batch_sampler() -> type:
-    """The batch sampler that Lightning puts around the user's, to note indices."""
-    found: type = imported("lightning.pytorch.overrides.distributed", "_IndexBatchSamplerWrapper")
-    return found
+def index_batch_samplers() -> tuple[type, ...]:
+    """The batch sampler that Lightning puts around the user's, to note indices; of either root."""
+    return either(imported("lightning.pytorch.overrides.distributed", "_IndexBatchSamplerWrapper"))
 
 
 def sampler_within(sampler: Any) -> Any:
     """The user's sampler inside the one that Lightning puts around it under DDP; any other as it is."""
     within = getattr(sampler, "dataset", None)
     wrapper = imported("lightning.fabric.utilities.distributed", "_DatasetSamplerWrapper")
-    return attribute(within, "_sampler") if isinstance(within, wrapper) else sampler
+    return attribute(within, "_sampler") if isinstance(within, either(wrapper)) else sampler
 
 
 def has_no_loader_yet(trainer: pl.Trainer) -> bool:
@@ -214,7 +338,7 @@ def sync_module_states(module: nn.Module) -> None:
 def starts_processes(launcher: object) -> bool:
     """Whether this launcher starts the processes that train, by spawn or fork."""
     where = "lightning.pytorch.strategies.launchers.multiprocessing"
-    return isinstance(launcher, imported(where, "_MultiProcessingLauncher"))
+    return isinstance(launcher, either(imported(where, "_MultiProcessingLauncher")))
 
 
 # ---- folders

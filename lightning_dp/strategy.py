@@ -1,16 +1,17 @@
 """The private twins of Lightning's single-device, DDP and model-parallel (FSDP2) strategies.
 
 Each has its stock class as its only base (so that a stock strategy can be turned into its twin by assigning
-``__class__``) and delegates to one :class:`PrivateFit`. What all of them do is written once, in
-``_EveryTwin``; :func:`private_twin` gives it to a class that says no more than what is different about its strategy.
+``__class__``) and delegates to one :class:`PrivateFit`. What all of them do is written once, in ``_EveryTwin``;
+:func:`private_twin` gives it to a class that says no more than what is different about its strategy. The classes here are upon
+``lightning``; :func:`twins` makes them again upon ``pytorch_lightning`` for a Trainer from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from types import CellType, FunctionType
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -21,7 +22,6 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
-    StrategyRegistry,
 )
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -30,7 +30,18 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp.errors import PreflightError
-from lightning_dp.lightning_internals import set_device, share_over, sync_module_states
+from lightning_dp.lightning_internals import (
+    PYTORCH_LIGHTNING,
+    fill,
+    loaded_roots,
+    namesake,
+    own,
+    root_of,
+    set_device,
+    share_over,
+    strategy_registry,
+    sync_module_states,
+)
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.look.trainer import check_strategy
 from lightning_dp.ranks.gathering import on_every_rank
@@ -147,34 +158,39 @@ def private_twin(stock: type[Strategy]) -> Callable[[TwinT], TwinT]:
     ``strategy_name``, what its ranks have to do beside that, and a test.
     """
 
-    def fill(twin: TwinT) -> TwinT:
-        for name, member in vars(_EveryTwin).items():
-            if name not in vars(twin) and not name.startswith("__"):
-                setattr(twin, name, _rebound(member, twin))
+    def filled(twin: TwinT) -> TwinT:
+        fill(twin, _EveryTwin)
         TWINS[stock] = cast(type[PrivateStrategy], twin)
         return twin
 
-    return fill
+    return filled
 
 
-def _rebound(member: Any, owner: type) -> Any:
-    """A member of a class body for the body of ``owner``, whose base ``super()`` then leads to."""
-    if isinstance(member, property):
-        return property(_rebound(member.fget, owner), _rebound(member.fset, owner), doc=member.__doc__)
-    if isinstance(member, classmethod):
-        return classmethod(_rebound(member.__func__, owner))
-    if not isinstance(member, FunctionType) or member.__closure__ is None:
-        return member
-    cells = tuple(
-        CellType(owner) if name == "__class__" else cell
-        for name, cell in zip(member.__code__.co_freevars, member.__closure__, strict=True)
-    )
-    copy = FunctionType(member.__code__, member.__globals__, member.__name__, member.__defaults__, cells)
-    copy.__dict__.update(member.__dict__)
-    copy.__kwdefaults__, copy.__annotations__ = member.__kwdefaults__, member.__annotations__
-    copy.__doc__ = member.__doc__
-    copy.__qualname__ = f"{owner.__qualname__}.{member.__name__}"
-    return copy
+def twins(root: str) -> dict[type[Strategy], type[PrivateStrategy]]:
+    """Stock strategy → private twin, both of one of Lightning's roots."""
+    found = ((namesake(root, stock), twin) for stock, twin in TWINS.items())
+    return {stock: _upon(root, twin) for stock, twin in found if stock is not None}
+
+
+@cache
+def _upon(root: str, twin: type[PrivateStrategy]) -> type[PrivateStrategy]:
+    """The same twin upon the stock class of this root, under a name by which a spawned process finds it."""
+    if root_of(twin) == root:
+        return twin
+    named = {"__module__": twin.__module__, "__doc__": twin.__doc__, "__qualname__": f"{twin.__name__}{_UPON}{root}"}
+    made = cast(Any, type(twin))(twin.__name__, (own(root, twin.__bases__[0]),), named)
+    fill(made, twin)
+    return cast(type[PrivateStrategy], made)
+
+
+_UPON = "_upon_"
+
+
+def __getattr__(name: str) -> Any:
+    twin, _, root = name.partition(_UPON)
+    if root == PYTORCH_LIGHTNING and twin in {one.__name__ for one in TWINS.values()}:
+        return _upon(root, globals()[twin])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @private_twin(SingleDeviceStrategy)
@@ -314,7 +330,8 @@ class PrivateModelParallelStrategy(ModelParallelStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
-        strategy_registry.register(cls.strategy_name, cls, description="Private FSDP2, by fully_shard")
+        for name, gather in ((cls.strategy_name, "step"), (f"{cls.strategy_name}_by_layer", "layer")):
+            strategy_registry.register(name, cls, description=f"Private FSDP2, whole for a {gather}", gather=gather)
 
 
 def make_private(strategy: Strategy) -> PrivateStrategy:
@@ -323,17 +340,29 @@ def make_private(strategy: Strategy) -> PrivateStrategy:
     Raises:
         PreflightError: the strategy has no private twin.
     """
-    check_strategy(strategy, (*TWINS, *TWINS.values()))
-    if type(strategy) in TWINS:
-        strategy.__class__ = TWINS[type(strategy)]
+    known = twins(root_of(strategy))
+    check_strategy(strategy, (*known, *known.values()))
+    if type(strategy) in known:
+        strategy.__class__ = known[type(strategy)]
     return cast(PrivateStrategy, strategy)
 
 
+def is_private(strategy: Strategy) -> bool:
+    """Whether the strategy is a private twin."""
+    return isinstance(strategy, tuple(twins(root_of(strategy)).values()))
+
+
 def register_strategies() -> None:
-    """Make ``private``, ``private_ddp`` and its start methods, and ``private_fsdp`` known to ``Trainer(strategy=...)``."""
-    for twin in TWINS.values():
-        if twin.strategy_name not in StrategyRegistry:
-            twin.register_strategies(StrategyRegistry)
+    """Make ``private``, ``private_ddp`` and its start methods, and ``private_fsdp`` known to ``Trainer(strategy=...)``.
+
+    Of every root that is loaded by now. It is done again when a DifferentialPrivacy is made, which is before the Trainer that
+    gets it.
+    """
+    for root in loaded_roots():
+        registry = strategy_registry(root)
+        for twin in twins(root).values():
+            if twin.strategy_name not in registry:
+                twin.register_strategies(registry)
 
 
 def fit_of(strategy: Strategy) -> PrivateFit:

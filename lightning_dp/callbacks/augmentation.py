@@ -14,12 +14,13 @@ from typing_extensions import override
 
 from lightning_dp.batches.transforms import Compose, Crop, Flip, ViewTransform
 from lightning_dp.batches.views import Views
+from lightning_dp.lightning_internals import Callback
 from lightning_dp.mechanism.instead import Instead
-from lightning_dp.strategy import TWINS
+from lightning_dp.strategy import is_private
 from lightning_dp.validate import whole
 
 
-class AugmentationMultiplicity(pl.Callback):
+class AugmentationMultiplicity(Callback):
     """Train on K random views of every example, made on the device from the batch; validation sees the batch itself.
 
     Together with :class:`~lightning_dp.DifferentialPrivacy` an example's gradient is that of the loss over its K views,
@@ -77,7 +78,7 @@ class AugmentationMultiplicity(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         views = self.views
-        if views is None or isinstance(trainer.strategy, tuple(TWINS.values())):
+        if views is None or is_private(trainer.strategy):
             return  # the private step makes the views itself, for each micro-batch
         step = pl_module.training_step
         generator = torch.Generator().manual_seed((torch.initial_seed() + trainer.global_rank) % 2**63)

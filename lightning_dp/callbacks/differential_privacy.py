@@ -14,6 +14,7 @@ from lightning_dp.batches.axis import Axis
 from lightning_dp.callbacks.augmentation import views_of
 from lightning_dp.engines.select import EngineName
 from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import Callback
 from lightning_dp.loading.privacy_unit import unit_from
 from lightning_dp.look.advice import check_decisions
 from lightning_dp.look.module import check_module, check_optimizers
@@ -28,10 +29,10 @@ from lightning_dp.record.account import Account
 from lightning_dp.record.checkpoint import read_with_digest, spent_of, with_digest
 from lightning_dp.run import Fit
 from lightning_dp.settings import PhysicalBatchSize, Settings, check_places
-from lightning_dp.strategy import make_private
+from lightning_dp.strategy import make_private, register_strategies
 
 
-class DifferentialPrivacy(pl.Callback):
+class DifferentialPrivacy(Callback):
     """Train with DP-SGD: Poisson sampling, per-example clipping, Gaussian noise, and a ledger of what was spent.
 
     Add it to ``Trainer(callbacks=[...])``; the module, the data and the optimizer stay as they are. One Lightning batch
@@ -134,6 +135,7 @@ class DifferentialPrivacy(pl.Callback):
         self.log_train_metrics = log_train_metrics
         self.batch_axis = batch_axis
         self.static_shapes = static_shapes
+        register_strategies()  # of a root of Lightning that was imported after this package
         self.public_optimizers = check_places(public_optimizers)
         self.privacy_unit = unit_from(privacy_unit, max_examples_per_unit, static_shapes)
         Settings.of(self)  # refuses what is out of range, where it is given

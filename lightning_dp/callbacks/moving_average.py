@@ -6,12 +6,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_dp.callbacks.raw_validation import RawValidation
-from lightning_dp.lightning_internals import average_of
+from lightning_dp.lightning_internals import WeightAveraging, average_of, own, root_of
 from lightning_dp.look.trainer import check_averaging
 from lightning_dp.mechanism.average import average, warmed_up_decay
 from lightning_dp.validate import number, truth
@@ -61,7 +60,7 @@ class ExponentialMovingAverage(WeightAveraging):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             check_averaging(trainer)
-        super().setup(trainer, pl_module, stage)
+        own(root_of(trainer), pl.callbacks.WeightAveraging).setup(self, trainer, pl_module, stage)
         if stage == "fit":
             # AveragedModel would overwrite the initial parameters at its first update; the paper averages them in.
             average_of(self).n_averaged.fill_(1)

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.errors import PreflightError
 from lightning_dp.layers.batch_norm import batch_norms
+from lightning_dp.lightning_internals import either
 
 
 def check_decisions(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -24,9 +25,9 @@ def check_decisions(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set where type checkers do not see it
     for one in callbacks:
-        if isinstance(one, EarlyStopping):
+        if isinstance(one, either(EarlyStopping)):
             _warn(f"EarlyStopping(monitor={one.monitor!r})", "when training ends", one.monitor)
-        if isinstance(one, StochasticWeightAveraging) and batch_norms(module):
+        if isinstance(one, either(StochasticWeightAveraging)) and batch_norms(module):
             raise PreflightError(
                 "StochasticWeightAveraging with BatchNorm layers: expected a module without any. At the end Lightning would "
                 "run all training examples through the module once more, to collect batch statistics without noise. Use "

@@ -10,12 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import overridden
 from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.placeholder import emptied_or_refused, without_content
 from lightning_dp.loading.reading import record, together
@@ -113,7 +113,7 @@ def early_dry_run(*of: Any) -> Script | None:
 
 def late_dry_run(early: Script | None, module: pl.LightningModule, *of: Any) -> Script:
     """:func:`dry_run` after the hooks that may prepare the module, where it has any; else what is known already."""
-    if early is not None and not any(is_overridden(hook, module) for hook in PREPARING_HOOKS):
+    if early is not None and not any(overridden(hook, module) for hook in PREPARING_HOOKS):
         return early
     planned = 1 if early is None else early.fewest_steps
     script = dry_run(module, *of)

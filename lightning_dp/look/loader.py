@@ -14,7 +14,7 @@ from torch.utils.data import (
 )
 
 from lightning_dp.errors import PreflightError
-from lightning_dp.lightning_internals import index_batch_sampler, sampler_within
+from lightning_dp.lightning_internals import index_batch_samplers, sampler_within
 
 
 def check_loader(loader: object) -> DataLoader[Any]:
@@ -53,7 +53,7 @@ def check_loader(loader: object) -> DataLoader[Any]:
             "drop_last=False)). Here an index is a whole batch, which would be drawn, clipped and protected as one example. "
             "Batches that are tuples of tensors become examples with TensorDataset(*map(torch.cat, zip(*dataset)))."
         )
-    if loader.batch_size is None or type(loader.batch_sampler) not in (BatchSampler, index_batch_sampler()):
+    if loader.batch_size is None or type(loader.batch_sampler) not in (BatchSampler, *index_batch_samplers()):
         given: Any = loader.batch_sampler
         within = sampler_within(getattr(given, "sampler", None))
         kind = f"{type(given).__name__}({'' if within is None else type(within).__name__})"

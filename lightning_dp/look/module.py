@@ -6,11 +6,11 @@ import inspect
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.errors import PreflightError
 from lightning_dp.layers.batch_norm import mixes_examples
+from lightning_dp.lightning_internals import overridden
 
 CANARIES = "dp_audit_canaries"
 """The name under which an audit adds the coordinates of its gradient-space canaries to the module."""
@@ -37,7 +37,7 @@ def check_module(module: pl.LightningModule, *, complete: bool = True) -> None:
             "batches cannot be sampled by Poisson. Take the batch as the argument."
         )
     for hook in ("backward",):
-        if is_overridden(hook, module, parent=pl.LightningModule):
+        if overridden(hook, module):
             raise PreflightError(
                 f"{type(module).__name__}.{hook} is overridden: expected Lightning's own. Per-example gradients are "
                 "not taken by a backward pass over the batch, so the override would never run. Remove it."
@@ -50,7 +50,7 @@ def check_module(module: pl.LightningModule, *, complete: bool = True) -> None:
             "lightning_dp.make_trainable_privately(module) before fit; or, for a frozen pre-trained part, call .eval() and "
             ".requires_grad_(False) on it."
         )
-    late = not complete and is_overridden("configure_model", module, parent=pl.LightningModule)
+    late = not complete and overridden("configure_model", module)
     if not late and not any(parameter.requires_grad for parameter in module.parameters()):
         raise PreflightError(
             "no trainable parameter: expected at least one with requires_grad=True. Unfreeze what should be trained."

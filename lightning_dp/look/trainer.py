@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 from lightning_dp.engines.user_code import library_that_calls
 from lightning_dp.errors import PreflightError
-from lightning_dp.lightning_internals import refused_of_ddp
+from lightning_dp.lightning_internals import LIGHTNING, either, refused_of_ddp, root_of, version_of
 from lightning_dp.look.module import check_module
 from lightning_dp.validate import whole
 
@@ -34,6 +34,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
     Raises:
         PreflightError: see the message.
     """
+    check_root(trainer)
     for name in ("max_steps", "max_epochs"):
         try:
             whole(name, -1 if (limit := getattr(trainer, name)) is None else limit, low=-1)
@@ -81,13 +82,28 @@ def check_trainer(trainer: pl.Trainer) -> None:
         )
 
 
+def check_root(trainer: pl.Trainer) -> None:
+    """Refuse a ``pytorch_lightning`` of another version than ``lightning``, whose hooks and strategies are used from within.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    root = root_of(trainer)
+    found, wanted = version_of(root), version_of(LIGHTNING)
+    if found.split(".")[:2] != wanted.split(".")[:2]:
+        raise PreflightError(
+            f"a Trainer of {root}=={found}: expected the version of lightning, which is {wanted}. Install "
+            f"pytorch-lightning=={wanted}, or import the Trainer and the module from lightning.pytorch."
+        )
+
+
 def check_averaging(trainer: pl.Trainer) -> None:
     """Refuse an average of sharded weights, which Lightning makes by copying the whole module.
 
     Raises:
         PreflightError: see the message.
     """
-    if isinstance(trainer.strategy, ModelParallelStrategy) and _has(trainer, WeightAveraging):
+    if isinstance(trainer.strategy, either(ModelParallelStrategy)) and _has(trainer, WeightAveraging):
         raise PreflightError(
             "ExponentialMovingAverage or another WeightAveraging with sharded parameters: expected neither together. "
             "Lightning copies the module for it, and FSDP2 forbids that. Use strategy='ddp', or train without an average."
@@ -103,11 +119,11 @@ def check_strategy(strategy: Strategy, convertible: tuple[type[Strategy], ...]) 
     if type(strategy) not in convertible:
         raise PreflightError(
             f"strategy={type(strategy).__module__}.{type(strategy).__name__}: expected Lightning's single-device, DDP "
-            "or ModelParallelStrategy, imported from 'lightning' (not 'pytorch_lightning'). Use strategy='auto', 'ddp', "
-            "'private' or 'private_ddp', and for sharded parameters 'private_fsdp' with fully_shard in configure_model; "
-            "DeepSpeed, FSDPStrategy (FSDP1) and XLA shard gradients before they could be clipped per example."
+            "or ModelParallelStrategy itself. Use strategy='auto', 'ddp', 'private' or 'private_ddp', and for sharded "
+            "parameters 'private_fsdp' with fully_shard in configure_model; DeepSpeed, FSDPStrategy (FSDP1) and XLA shard "
+            "gradients before they could be clipped per example."
         )
-    hooks = refused_of_ddp(strategy) if isinstance(strategy, DDPStrategy) else []
+    hooks = refused_of_ddp(strategy) if isinstance(strategy, either(DDPStrategy)) else []
     if hooks:
         raise PreflightError(
             f"DDPStrategy({hooks[0]}=...): expected none. The ranks' clipped gradients are added up once "
@@ -116,4 +132,4 @@ def check_strategy(strategy: Strategy, convertible: tuple[type[Strategy], ...]) 
 
 
 def _has(trainer: pl.Trainer, callback: type[pl.Callback]) -> bool:
-    return any(isinstance(one, callback) for one in trainer.callbacks)  # type: ignore[attr-defined]  # set where type checkers do not see it
+    return any(isinstance(one, either(callback)) for one in trainer.callbacks)  # type: ignore[attr-defined]  # set where type checkers do not see it

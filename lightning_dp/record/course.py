@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_dp.lightning_internals import either
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.record.lineage import Lineage
 
@@ -70,7 +71,7 @@ def _facts(trainer: pl.Trainer, more: tuple[object, ...]) -> Iterator[str]:
     with suppress(Exception):  # hyperparameters that somebody else's code cannot show are left out
         yield _plain(sorted(module.hparams.items()))
     for kind in type(module).__mro__:
-        if kind is pl.LightningModule:
+        if kind in either(pl.LightningModule):
             break
         if issubclass(kind, FSDPModule):
             continue

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_dp.accounting import Statement
 from lightning_dp.engines.user_code import warn_user
+from lightning_dp.lightning_internals import either
 
 REVISABLE = (WandbLogger, CSVLogger, TensorBoardLogger)
 """Loggers that take another value for a hyperparameter that they have."""
@@ -33,9 +34,9 @@ def tell_plan(trainer: pl.Trainer, plan: Mapping[str, Any]) -> None:
         plan: name → value.
     """
     for logger in trainer.loggers:
-        if isinstance(logger, MLFlowLogger):
+        if isinstance(logger, either(MLFlowLogger)):
             _set_tags(logger, {f"dp/{name}": value for name, value in plan.items()})
-        elif isinstance(logger, REVISABLE):
+        elif any(isinstance(logger, either(kind)) for kind in REVISABLE):
             logger.log_hyperparams({"dp": dict(plan)})
         else:
             _tell_stranger(logger, plan, trainer.global_step)
@@ -64,7 +65,7 @@ def tell_statement(trainer: pl.Trainer, statement: Statement, state: str, text: 
 
 def _tell(logger: Logger, statement: Statement, sentence: str, state: str, text: str) -> None:
     over = state != "running"
-    if isinstance(logger, WandbLogger):
+    if isinstance(logger, either(WandbLogger)):
         run = logger.experiment
         run.summary["dp/statement"] = sentence
         run.summary["privacy"] = {**statement.to_dict(), "state": state}
@@ -73,7 +74,7 @@ def _tell(logger: Logger, statement: Statement, sentence: str, state: str, text:
             with artifact.new_file("privacy.json", encoding="utf-8") as file:
                 file.write(text)
             run.log_artifact(artifact)
-    elif isinstance(logger, MLFlowLogger):
+    elif isinstance(logger, either(MLFlowLogger)):
         spent = {
             "statement": sentence,
             "state": state,
@@ -83,7 +84,7 @@ def _tell(logger: Logger, statement: Statement, sentence: str, state: str, text:
         _set_tags(logger, {f"dp/{name}": value for name, value in spent.items()})
         if over:
             logger.experiment.log_text(logger.run_id, text, "privacy.json")
-    elif isinstance(logger, TensorBoardLogger) and over:
+    elif isinstance(logger, either(TensorBoardLogger)) and over:
         logger.experiment.add_text("dp/statement", sentence, statement.steps)
 
 

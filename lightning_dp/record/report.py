@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.user_code import warn_user
+from lightning_dp.lightning_internals import either
 from lightning_dp.mechanism import secure
 from lightning_dp.plan.mechanism import EXAMPLE
 from lightning_dp.record.journal import Journal
@@ -69,7 +70,11 @@ class Report:
                 "not allow. Keep it if you mean to resume: a resume that does not find it says so in its statement."
             )
         if trainer.is_global_zero:
-            logs = [logger.log_dir for logger in trainer.loggers if isinstance(logger, (CSVLogger, TensorBoardLogger))]
+            logs = [
+                logger.log_dir
+                for logger in trainer.loggers
+                if isinstance(logger, (*either(CSVLogger), *either(TensorBoardLogger)))
+            ]
             self._records = [RunRecord(RunFolder(place)) for place in dict.fromkeys([str(folder), *map(str, logs)])]
 
     def start(self, trainer: pl.Trainer, engine: str, physical_batch_size: int, journal: Journal | None) -> None:

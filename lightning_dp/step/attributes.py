@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.late import Late
 from lightning_dp.errors import PreflightError
-from lightning_dp.lightning_internals import KEPT_BY_LIGHTNING
+from lightning_dp.lightning_internals import KEPT_BY_LIGHTNING, either
 from lightning_dp.step.same import same, snapshot
 
 TORCH_KEEPS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
@@ -57,7 +57,7 @@ def attributes_put_back(module: nn.Module, *, report: bool = True) -> Iterator[d
         yield changes
     finally:
         for path, one, found in before:
-            if report and isinstance(one, pl.LightningModule):
+            if report and isinstance(one, either(pl.LightningModule)):
                 changes.update(_changes(path, one, found))
             _put_back(one, found)
         for one, kept in hidden:

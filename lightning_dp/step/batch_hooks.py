@@ -14,12 +14,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.microbatch import BatchAxisError, batch_of_one, is_list_of_values
 from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import either, overridden
 from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.hook_batch import HookBatch, changes, leaves
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader
@@ -151,7 +151,7 @@ def _hooks(module: pl.LightningModule) -> Iterator[_Hook]:
         ):
             run = lambda batch, number, function=function: function(trainer, module, batch, number)  # noqa: E731  # bound
             yield _Hook(callback, run, writes_into_argument(function, 2))
-    if is_overridden(HOOK, module, pl.LightningModule):
+    if overridden(HOOK, module):
         function = getattr(module, HOOK)
         yield _Hook(module, function, writes_into_argument(function, 0))
 
@@ -204,7 +204,7 @@ def _root(node: ast.expr) -> str | None:
 @contextmanager
 def _owner_put_back(hook: _Hook) -> Iterator[None]:
     """Undo what a callback has kept of an example, and refuse what cannot be undone."""
-    held = {} if isinstance(hook.owner, pl.LightningModule) else vars(hook.owner)
+    held = {} if isinstance(hook.owner, either(pl.LightningModule)) else vars(hook.owner)
     before = {name: (value, _copy(value)) for name, value in held.items()}
     tensors = [value for value in held.values() if isinstance(value, Tensor)]
     if isinstance(hook.owner, nn.Module):

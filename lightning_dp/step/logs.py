@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from lightning_dp.engines.late import Late, at_hand
-from lightning_dp.lightning_internals import CURRENT_HOOK, current_hook
+from lightning_dp.lightning_internals import CURRENT_HOOK, current_hook, either
 from lightning_dp.mechanism.instead import Instead
 from lightning_dp.step.attributes import (
     Place,
@@ -239,7 +239,7 @@ class StepCapture:
 
         try:
             for path, child in self.module.named_modules():
-                if isinstance(child, pl.LightningModule):
+                if isinstance(child, either(pl.LightningModule)):
                     if current_hook(child) is not None:  # a log method that was kept elsewhere must not get through
                         replace(child, CURRENT_HOOK, None)
                     replace(child, "log", _record_log(recording, path, self.module))

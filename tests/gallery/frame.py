@@ -93,14 +93,16 @@ class _Screen(logging.Handler):
 
 def run(text: str, name: str) -> list[str]:
     """Run a script, and return the lines on the screen."""
-    screen, lightning = _Screen(), logging.getLogger("lightning.pytorch")
-    lightning.addHandler(screen)
+    screen, lightning = _Screen(), [logging.getLogger(root) for root in ("lightning.pytorch", "pytorch_lightning")]
+    for root in lightning:  # the one imported last tells for both
+        root.addHandler(screen)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             exec(compile(text, str(FOLDER / f"{name}.py"), "exec"), {"__name__": "__main__"})
     finally:
-        lightning.removeHandler(screen)
+        for root in lightning:
+            root.removeHandler(screen)
     return screen.lines
 
 
