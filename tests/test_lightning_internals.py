@@ -183,7 +183,7 @@ def names_used(tree: ast.Module) -> Iterator[str]:
         match node:
             case ast.Attribute(attr=name) | ast.FunctionDef(name=name) | ast.Constant(value=str(name)) if private(name):
                 yield name
-            case ast.ImportFrom(module=module, names=imported) if (module or "").startswith("lightning."):
+            case ast.ImportFrom(module=module, names=imported) if (module or "").startswith(("lightning.", "torch")):
                 yield from (one.name for one in imported if private(one.name))
 
 
