@@ -60,7 +60,7 @@ class _Turns(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the micro-batches that the Trainer's engine is given."""
         strategy: Any = trainer.strategy
-        engine = strategy.private_step._selection.engine
+        engine = strategy.private_fit.step.run.selection.engine
         usual = engine.clipped_sum
 
         def noting(loss: Any, parameters: Any, batch: Any, examples: int, *args: Any, **options: Any) -> Any:

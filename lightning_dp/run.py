@@ -138,7 +138,7 @@ class Fit:
         else:  # reload_dataloaders_every_n_epochs
             check_still_agreed(settings, self._agreed, self._account, module, world, loader, units, remaining)
         ledger = self._agreed.ledger
-        key = shared_key(world, settings.privacy.seed, ledger.course) if before is None else before.key
+        key = shared_key(world, settings.privacy.seed, ledger.changed) if before is None else before.key
         most = 1 if units is None else units.most
         size = settings.speed.physical_batch_size
         if before is not None and self._step is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-import lightning_dp.callbacks.differential_privacy as callback_module
+import lightning_dp.look.agreed as agreed_module
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
 from lightning_dp.record.checkpoint import Spent
@@ -169,7 +169,7 @@ def charges_are_not_written_down() -> Iterator[None]:
 @contextmanager
 def lost_steps_are_forgotten() -> Iterator[None]:
     """The ledger of the checkpoint is all there is, as in every other library."""
-    with patched((callback_module, "with_lost_steps", lambda spent, lost: spent)):
+    with patched((agreed_module, "with_lost_steps", lambda spent, lost: spent)):
         yield
 
 
@@ -298,4 +298,4 @@ def test_a_charge_reaches_the_journal_before_the_noise_is_drawn(tmp_path: Path) 
 
 def test_what_was_spent_without_a_journal_is_taken_as_it_is() -> None:
     spent = Spent({"version": 1, "phases": []})
-    assert callback_module.with_lost_steps(spent, callback_module.lost_since(spent, None)) == spent
+    assert agreed_module.with_lost_steps(spent, agreed_module.lost_since(spent, None)) == spent

@@ -56,9 +56,8 @@ def whole_parameters_are_kept() -> Iterator[None]:
 @contextmanager
 def planned_before_the_checkpoint_is_read() -> Iterator[None]:
     """The run is planned in ``on_fit_start``, after which Lightning reads a sharded checkpoint: what was spent is forgotten."""
-    begin, stop = DifferentialPrivacy._set_up, DifferentialPrivacy._stop_if_spent
     with patched(
-        (DifferentialPrivacy, "on_fit_start", lambda self, trainer, module: begin(self, trainer)),
-        (DifferentialPrivacy, "on_train_start", lambda self, trainer, module: stop(self, trainer)),
+        (DifferentialPrivacy, "on_fit_start", lambda self, *_: self._under_way.set_up()),
+        (DifferentialPrivacy, "on_train_start", lambda self, *_: self._under_way.stop_if_spent()),
     ):
         yield
