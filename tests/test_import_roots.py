@@ -263,7 +263,7 @@ def main():
     data, module = DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=8), Module()
     private = DifferentialPrivacy(noise_multiplier=1.0, seed=1)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy="private_ddp_spawn", callbacks=[private, ExponentialMovingAverage(0.9)],
+        accelerator="cpu", callbacks=[private, ExponentialMovingAverage(0.9)],
         max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
     )
     trainer.fit(module, data)
@@ -275,8 +275,16 @@ if __name__ == "__main__":
 """
 
 
-def test_two_spawned_ranks_of_a_root_that_is_imported_after_this_package(tmp_path: Path) -> None:
-    assert python(IMPORTED_FIRST, tmp_path).splitlines()[-1] == "3"
+@pytest.mark.parametrize(
+    "options",
+    [
+        'strategy="private", devices=1, ',
+        pytest.param('strategy="private_ddp_spawn", devices=2, ', marks=pytest.mark.nightly),
+    ],
+)
+def test_a_root_that_is_imported_after_this_package(options: str, tmp_path: Path) -> None:
+    text = IMPORTED_FIRST.replace("pl.Trainer(", f"pl.Trainer({options}")
+    assert python(text, tmp_path).splitlines()[-1] == "3"
 
 
 COMMAND_LINE = """
