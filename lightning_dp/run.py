@@ -75,6 +75,7 @@ class Fit:
         self._planned: Planned | None = None
         self._script: Script | None = None
         self._step: PrivateStep | None = None
+        self._looked_at: dict[frozenset[str], PrivateStep] = {}
 
     @property
     def step(self) -> PrivateStep:
@@ -167,6 +168,7 @@ class Fit:
                 check_examples_stay_apart(planned, partial(self._step.objective.losses, planned))
             run = replace(self._step.run, planned=planned)
             self._step = PrivateStep(run, self._step.objective, self.tally)
+            self._looked_at = {run.trainable: self._step}
         return private
 
     def before_step(self) -> None:
@@ -179,10 +181,13 @@ class Fit:
         check_trainer(self._trainer)  # a callback may have changed it since the start
         if self._planned is None or self._agreed is None:
             raise RuntimeError("a private step without a plan: expected Trainer.fit to read the training loader first.")
+        names = frozenset(trainable(self._planned.module))
         if self._step is None:
-            self._step = self._begin(self._planned, self._agreed)
-        elif self._step.run.trainable != trainable(self._planned.module).keys():
-            self._step = self._look_again(self._planned)
+            self._step = self._looked_at[names] = self._begin(self._planned, self._agreed)
+        elif self._step.run.trainable != names:
+            if names not in self._looked_at:
+                self._looked_at[names] = self._look_again(self._planned)
+            self._step = self._looked_at[names]
 
     def end_step(self) -> dict[str, float]:
         """Take note of a step that is over, and give the ``dp/...`` metrics of it."""

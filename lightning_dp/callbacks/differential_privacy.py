@@ -217,6 +217,7 @@ class DifferentialPrivacy(Callback):
             self._account.hear(trainer)
             self._account.write(trainer, "interrupted")  # what was released is spent, however it ended
         self._account.close(ended=False)
+        self._fit = None
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

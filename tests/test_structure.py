@@ -1,0 +1,56 @@
+"""The house stays easy to change: what ``benchmarks/structure.py`` counts keeps within the bounds that were reached."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def structure() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("structure", ROOT / "benchmarks" / "structure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rooms_floors_and_arrows(structure: ModuleType) -> None:
+    imports = structure.arrows()
+    assert len(imports) <= 28
+    assert structure.floors(imports) <= 13
+    assert sum(map(len, imports.values())) <= 125
+    assert len(list(structure.PACKAGE.glob("*.py"))) <= 9
+    assert len(list(structure.PACKAGE.glob("*/__init__.py"))) <= 17
+
+
+def test_a_step_has_no_state_that_is_put_in_later(structure: ModuleType) -> None:
+    everything, later = structure.attributes("PrivateStep")
+    assert 0 < len(everything) <= 6
+    assert not later
+    callback, _ = structure.attributes("DifferentialPrivacy")
+    assert len(callback - structure.arguments("DifferentialPrivacy")) <= 8
+
+
+def test_few_are_handed_a_strategy(structure: ModuleType) -> None:
+    takers = structure.takers("strategy")
+    assert len(takers) <= 15
+    assert len({one.split(":")[0] for one in takers}) <= 4
+
+
+def test_nobody_looks_upstairs_for_the_fit_under_way() -> None:
+    """Only the strategy's twins, and the callback that gives it to them, know the fit; nobody asks a strategy for it."""
+    package = ROOT / "lightning_dp"
+    knowing = {str(path.relative_to(package)) for path in package.rglob("*.py") if "private_fit" in path.read_text()}
+    assert knowing == {"strategy.py", "callbacks/differential_privacy.py"}
+
+
+def test_every_file_can_be_read_in_one_sitting(structure: ModuleType) -> None:
+    lengths = {str(path): len((structure.PACKAGE / path).read_text().splitlines()) for path, _ in structure.files()}
+    assert {path: lines for path, lines in lengths.items() if lines > 400} == {}
