@@ -22,10 +22,10 @@ def check_slack_is_affordable(ledger: Ledger) -> None:
         ValueError: the message names a bound on draws that would do.
     """
     plan = ledger.plan
-    if plan.max_batch_size is None and plan.resolution is None:
-        return
     steps = ledger.steps + 1 if plan.steps is None else max(plan.steps, ledger.steps)
     slack = ledger.slack(steps)
+    if slack.total_variation == 0.0:
+        return
     ideal = plan.but(max_batch_size=None, resolution=None, coordinates=None)
     epsilon = plan.target_epsilon
     if epsilon is None:

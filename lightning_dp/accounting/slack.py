@@ -62,12 +62,10 @@ def slack_of(mechanism: Mechanism) -> Slack:
     ``dataset_size`` must be at least the actual number of examples.
     """
     sampling, noise = mechanism.sampling, mechanism.noise
-    truncation = divergence = 0.0
+    truncation = 0.0
     if sampling.max_batch_size is not None:
         truncation = truncation_probability(sampling.dataset_size, sampling.probability, sampling.max_batch_size)
-    if noise.resolution is not None:
-        divergence = discretisation_divergence(noise.noise_multiplier * noise.resolution, noise.coordinates or 0)
-    return Slack(truncation, divergence)
+    return Slack(truncation, discretisation_divergence(noise.grid_std, noise.coordinates or 0))
 
 
 def truncation_probability(dataset_size: int, sampling_probability: float, max_batch_size: int) -> float:
@@ -119,11 +117,12 @@ def discretisation_divergence(scale: float, coordinates: int) -> float:
       log cosh x ≥ x²/2 - x⁴/12 is at least k²/24s⁴ - k⁴/960s⁸ - 1/24s²;
     - the discrete Gaussian has E[k²] ≥ s² - 12π²s⁴exp(-2π²s²) (Poisson summation) and, being sub-Gaussian, E[k⁴] ≤ 16s⁴.
 
-    So KL(p‖r) ≤ 1/60s⁴ + 5·exp(-2π²s²) ≤ 1/50s⁴. Coordinates are independent, so their divergences add.
+    So KL(p‖r) ≤ 1/60s⁴ + 5·exp(-2π²s²) ≤ 1/50s⁴. Coordinates are independent, so their divergences add. At s = ∞, without a
+    grid, there is none.
 
     Raises:
         ValueError: the scale is below 1, where the bound does not hold.
     """
     if scale < 1.0:
         raise ValueError(f"scale={scale:g}: expected discrete noise of at least one unit of the grid.")
-    return coordinates / (50.0 * scale**4)
+    return 0.0 if math.isinf(scale) else coordinates / (50.0 * scale**4)

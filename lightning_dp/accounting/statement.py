@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, same_mechanism
 from lightning_dp.plan.clipping import ClippingStyle
+from lightning_dp.plan.mechanism import Mechanism, NoiseKind
 from lightning_dp.plan.privacy_plan import SAMPLING
 from lightning_dp.version import __version__
 
@@ -130,7 +131,7 @@ class Statement:
             dataset_size=plan.dataset_size,
             expected_batch_size=plan.expected_batch_size,
             noise_multiplier=plan.noise_multiplier,
-            noise=_noise(plan.resolution, plan.clip_norm),
+            noise=_IN_WORDS[plan.mechanism.noise.kind](plan.mechanism),
             clip_norm=plan.clip_norm,
             max_batch_size=plan.max_batch_size,
             clipping=plan.clipping,
@@ -181,10 +182,16 @@ def _simulation(ledger: Ledger) -> str:
     )
 
 
-def _noise(resolution: int | None, clip_norm: float) -> str:
-    if resolution is None:
-        return _FLOATING
-    return f"discrete Gaussian noise (grid {clip_norm / resolution:.3g}, sensitivity {_plain(clip_norm)} = {resolution} units)"
+def _floating(_: Mechanism) -> str:
+    return _FLOATING
+
+
+def _discrete(mechanism: Mechanism) -> str:
+    norm, units = mechanism.clipping.clip_norm, mechanism.noise.resolution or 1
+    return f"discrete Gaussian noise (grid {norm / units:.3g}, sensitivity {_plain(norm)} = {units} units)"
+
+
+_IN_WORDS: dict[NoiseKind, Callable[[Mechanism], str]] = {"floating": _floating, "discrete": _discrete}
 
 
 def _is_current(phase: Phase, ledger: Ledger) -> bool:

@@ -10,6 +10,7 @@ from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.mechanism.keystream import Keystream
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import cut, exact_poisson_sample, poisson_sample, rank_slice
+from lightning_dp.plan.mechanism import NoiseKind
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 
@@ -30,11 +31,7 @@ class Draws:
         """This rank's part of the step's draw, sorted, and how many all ranks together have. Both are **private**."""
         if step not in self._made:
             q = self._plan.sampling_probability
-            if self._plan.resolution is None:
-                drawn = poisson_sample(self._key.generator(Stream.SAMPLING, step), self.dataset_size, q)
-            else:
-                stream = Keystream.of(self._key, Stream.SAMPLING, step)
-                drawn = exact_poisson_sample(stream, self.dataset_size, q)
+            drawn = _DRAWN[self._plan.mechanism.noise.kind](self._key, step, self.dataset_size, q)
             if self._plan.max_batch_size is not None:
                 drawn = cut(self._key.generator(Stream.SAMPLING, step, 1), drawn, self._plan.max_batch_size)
             self._made[step] = (self._mine(drawn), len(drawn))
@@ -47,3 +44,18 @@ class Draws:
     def forget(self, before: int | None = None) -> None:
         """Drop what is kept of the draws: of the steps before one, or of all."""
         self._made = {} if before is None else {step: made for step, made in self._made.items() if step >= before}
+
+
+def _pseudorandom(key: RandomKey, step: int, size: int, q: float) -> Indices:
+    return poisson_sample(key.generator(Stream.SAMPLING, step), size, q)
+
+
+def _exact(key: RandomKey, step: int, size: int, q: float) -> Indices:
+    return exact_poisson_sample(Keystream.of(key, Stream.SAMPLING, step), size, q)
+
+
+_DRAWN: dict[NoiseKind, Callable[[RandomKey, int, int, float], Indices]] = {
+    "floating": _pseudorandom,
+    "discrete": _exact,
+}
+"""How a draw is made beside each kind of noise: both from one cryptographic generator, or both from a fast one."""

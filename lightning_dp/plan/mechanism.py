@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
 from lightning_dp.validate import number, whole
@@ -63,6 +63,10 @@ class Sampling:
         return self.expected_batch_size / self.dataset_size
 
 
+NoiseKind = Literal["floating", "discrete"]
+"""Noise in floating point, or discrete noise on a grid of integers."""
+
+
 @dataclass(frozen=True, slots=True)
 class NoiseScale:
     """How much noise a step adds, in units of the sensitivity, and whether in floating point or on a grid.
@@ -96,11 +100,21 @@ class NoiseScale:
                 f"coordinates={self.coordinates} with resolution={self.resolution}: expected the number of trainable "
                 "coordinates."
             )
-        if self.noise_multiplier * self.resolution < 1:
+        if self.grid_std < 1:
             raise ValueError(
                 f"noise_multiplier={self.noise_multiplier} with resolution={self.resolution}: expected noise of at least one "
                 "unit of the grid. Raise noise_multiplier."
             )
+
+    @property
+    def kind(self) -> NoiseKind:
+        """What draws, adds up or speaks of the noise has one way for each kind."""
+        return "floating" if self.resolution is None else "discrete"
+
+    @property
+    def grid_std(self) -> float:
+        """The noise's standard deviation in units of the grid; ∞ in floating point, where nothing is rounded to one."""
+        return math.inf if self.kind == "floating" else self.noise_multiplier * (self.resolution or 0)
 
 
 class Event(NamedTuple):

@@ -18,15 +18,18 @@ from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.lightning_internals import either
 from lightning_dp.mechanism import secure
-from lightning_dp.plan.mechanism import EXAMPLE
+from lightning_dp.plan.mechanism import EXAMPLE, NoiseKind
 from lightning_dp.record.journal import Journal
 from lightning_dp.record.loggers import tell_plan, tell_statement
 from lightning_dp.record.run_folder import RunFolder, journal_folder
 from lightning_dp.record.run_record import RunRecord
 
 SIMULATION = "SIMULATION at 1/{} of batch and noise, NOT PRIVATE as the run it stands for. Spent here"
+CAVEATS_OF_NOISE: dict[NoiseKind, tuple[str, ...]] = {
+    "floating": ("the noise is pseudorandom floating point, not a discrete Gaussian",),
+    "discrete": secure.CAVEATS,
+}
 CAVEATS = (
-    "the noise is pseudorandom floating point, not a discrete Gaussian",
     "choosing hyperparameters on the same data, and metrics computed from private examples, are not accounted for",
 )
 
@@ -193,8 +196,8 @@ class Report:
 
     def statement(self) -> Statement:
         """What has been spent so far."""
-        caveats = CAVEATS if self.ledger.plan.resolution is None else (*secure.CAVEATS, *CAVEATS[1:])
-        return Statement.of(self.ledger, randomness=self.randomness, caveats=(*caveats, *self.notes))
+        of_noise = CAVEATS_OF_NOISE[self.ledger.plan.mechanism.noise.kind]
+        return Statement.of(self.ledger, randomness=self.randomness, caveats=(*of_noise, *CAVEATS, *self.notes))
 
     def write(self, trainer: pl.Trainer, journal: Journal | None, state: str, broken: int = 0) -> None:
         """Write the record of a fit that is over, once, and give it to the loggers.
