@@ -57,9 +57,12 @@ class _Turns(L.Callback):
         self.whole: list[float] = []
         self.engine: list[float] = []
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the micro-batches that the Trainer's engine is given."""
-        strategy: Any = trainer.strategy
+    def on_train_start(self, *_: Any) -> None:
+        """The first step begins; it chooses the engine."""
+        self._started = now(self._device)
+
+    def _note_micro_batches(self, strategy: Any) -> None:
+        """From here on, note the micro-batches that the Trainer's engine is given."""
         engine = strategy.private_fit.step.run.selection.engine
         usual = engine.clipped_sum
 
@@ -68,10 +71,11 @@ class _Turns(L.Callback):
             return usual(loss, parameters, batch, examples, *args, **options)
 
         engine.clipped_sum = noting
-        self._started = now(self._device)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """The step is over: it is the other's turn."""
+        if not self.whole:
+            self._note_micro_batches(trainer.strategy)
         self.whole.append(now(self._device) - self._started)
         started = now(self._device)
         for batch, examples in self._micro_batches:
