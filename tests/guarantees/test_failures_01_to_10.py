@@ -21,6 +21,7 @@ from tests.guarantees import mutations
 from tests.guarantees import mutations_outside as outside
 from tests.guarantees.mutations import caught
 from tests.guarantees.on_ranks import WRONG, WRONG_AND_DISCRETE, noise_on_two_ranks
+from tests.harness import Setting, by_hand
 from tests.loading import test_loader as loaders
 from tests.mechanism.laws import (
     CAUGHT,
@@ -174,7 +175,7 @@ def test_08_the_parameters_of_an_adapter_never_move(engine: Any) -> None:
 @pytest.mark.parametrize("wrong", [mutations.no_clipping, mutations.clipped_per_batch])
 def test_09_an_engine_ignores_the_clip_norm(wrong: mutations.Mutation) -> None:
     def check() -> None:
-        expected = whole_step.dp_sgd_by_hand(3, sigma=0.7, clip=0.05, batch=16, seed=3, lr=0.5)
+        expected = by_hand(Setting(clip=0.05, batch=16, examples=64))
         for engine in EVERY_ENGINE:
             module: L.LightningModule = regressor()
             private = DifferentialPrivacy(noise_multiplier=0.7, clip_norm=0.05, seed=3, engine=engine)

@@ -16,9 +16,9 @@ from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import poisson_sample
 from tests.conftest import loader, regression_data, regressor, sample_of, trainer, weights
 from tests.guarantees.mutations import caught, patched
+from tests.harness import Setting, by_hand
 from tests.nearly import assert_nearly
 from tests.training.manual_modules import Gan, ManualRegressor, gan, manual_regressor
-from tests.training.test_step_equals_loop import dp_sgd_by_hand
 
 SIGMA, CLIP, BATCH, SEED, STEPS = 0.7, 0.05, 16, 3, 5
 
@@ -66,7 +66,7 @@ def test_one_optimizer_equals_the_batch_of_one_loop(engine: str) -> None:
     private = DifferentialPrivacy(noise_multiplier=0.7, clip_norm=0.3, seed=3, engine=engine, physical_batch_size=5)
     fit = trainer(private, max_steps=6)
     fit.fit(module, loader(batch_size=16))
-    expected = dp_sgd_by_hand(6, sigma=0.7, clip=0.3, batch=16, seed=3, lr=0.5)
+    expected = by_hand(Setting(batch=16, steps=6, examples=64))
     torch.testing.assert_close(weights(module), expected, rtol=1e-5, atol=1e-6)
     assert private.ledger.steps == fit.global_step == 6
     assert 0 < fit.callback_metrics["train/loss"] < 10  # logged after the step, and still the sample's mean

@@ -27,9 +27,10 @@ from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.plan.clipping import Clipping
 from lightning_dp.step.planned import Planned
-from tests.batches.units.data import OWNERS, USERS, WithUser, dict_regressor, dp_sgd_over_users_by_hand
+from tests.batches.units.data import USERS, WithUser, dict_regressor
 from tests.conftest import sample_of, trainer, weights
 from tests.guarantees.mutations import caught, patched
+from tests.harness import OWNERS, Setting, by_hand
 from tests.mechanism.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
 from tests.nearly import assert_nearly
 
@@ -94,9 +95,7 @@ def test_training_equals_the_loop_over_users(engine: str, physical_batch_size: i
         privacy_unit="user_id", max_examples_per_unit=most,
     )  # fmt: skip
     found = fit(dict_regressor(), private)
-    expected = dp_sgd_over_users_by_hand(
-        4, sigma=0.7, clip=0.3, batch=3, seed=3, lr=0.5, most=most, dtype=torch.float32
-    )
+    expected = by_hand(Setting(users=True, batch=3, steps=4, most=most))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -106,8 +105,8 @@ def test_in_float64_it_is_the_loop_to_the_last_digits(engine: str) -> None:
         noise_multiplier=0.0, clip_norm=0.05, seed=1, engine=engine, privacy_unit=OWNERS, max_examples_per_unit=2
     )
     found = fit(dict_regressor(), private, precision="64-true")
-    expected = dp_sgd_over_users_by_hand(4, sigma=0.0, clip=0.05, batch=3, seed=1, lr=0.5, most=2, dtype=torch.float64)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-9, atol=1e-11)
+    exact = Setting(users=True, sigma=0.0, clip=0.05, batch=3, seed=1, steps=4, most=2, dtype=torch.float64)
+    torch.testing.assert_close(found.double(), by_hand(exact), rtol=1e-9, atol=1e-11)
 
 
 def test_users_with_one_example_each_are_the_examples() -> None:
@@ -141,7 +140,7 @@ def test_manual_optimization_equals_the_loop_over_users() -> None:
     data = [{name: item[name] for name in ("inputs", "target")} for item in WithUser()]  # type: ignore[attr-defined]  # a map-style dataset
     private = DifferentialPrivacy(noise_multiplier=0.7, clip_norm=0.3, seed=3, privacy_unit=OWNERS)
     found = fit(Manual(), private, data)
-    expected = dp_sgd_over_users_by_hand(4, sigma=0.7, clip=0.3, batch=3, seed=3, lr=0.5, most=32, dtype=torch.float32)
+    expected = by_hand(Setting(users=True, batch=3, steps=4, most=32))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 

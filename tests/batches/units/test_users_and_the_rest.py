@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.step.open_step import OpenStep
-from tests.batches.units.data import USERS, WithUser, dict_regressor, dp_sgd_over_users_by_hand
+from tests.batches.units.data import USERS, WithUser, dict_regressor
 from tests.batches.units.test_users import clipped_per_example
 from tests.conftest import trainer, weights
 from tests.guarantees.mutations import caught, patched
+from tests.harness import Setting, by_hand
 from tests.nearly import assert_nearly
 
 CLIP, STEPS = 0.05, 4
@@ -40,7 +41,7 @@ def check_secure() -> None:
         _, private = fit(noise_multiplier=1.0, secure=True)
     assert sums[0].dtype == torch.int64
     start = weights(dict_regressor())
-    end = dp_sgd_over_users_by_hand(1, sigma=0.0, clip=CLIP, batch=USERS, seed=0, lr=1.0, most=32, dtype=torch.float32)
+    end = by_hand(Setting(users=True, sigma=0.0, clip=CLIP, batch=USERS, seed=0, lr=1.0, most=32, steps=1))
     found = sums[0] * CLIP / private.plan.resolution / USERS
     torch.testing.assert_close(found.float(), start - end, rtol=1e-3, atol=1e-6)
     assert "user_id" in str(private.statement())

@@ -1,0 +1,20 @@
+"""Run as a script: every setting of ``tests/harness.py`` on two gloo ranks. Used by test_combinations.py."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tests.conftest import trainer
+from tests.harness import EVERY, by_package
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    several = partial(trainer, devices=2, strategy="ddp_fork")
+    torch.save(
+        {str(setting): by_package(setting, "ghost", several) for setting in EVERY}, Path(sys.argv[1]) / "found.pt"
+    )
