@@ -195,16 +195,18 @@ class Random(Regressor):
         return loss
 
 
-def world(module: nn.Module, private: DifferentialPrivacy) -> list[Any]:
-    """Everything that looking for a size must leave alone."""
+def world(module: nn.Module, private: DifferentialPrivacy) -> dict[str, Any]:
+    """Everything that looking for a size must leave alone, by name."""
     assert private.ledger is not None
-    return [
-        *(tensor.detach().clone() for tensor in [*module.parameters(), *module.buffers()]),
-        torch.get_rng_state(), torch.tensor(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002 (the same)
-        random.getstate(),
-        [parameter.grad for parameter in module.parameters()], private.ledger.state_dict(),
-        [layer.training for layer in module.modules()],
-    ]  # fmt: skip
+    return {
+        **{name: tensor.detach().clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]},
+        "torch's generator": torch.get_rng_state(),
+        "NumPy's generator": torch.tensor(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002 (the same)
+        "Python's generator": random.getstate(),
+        "gradients": [parameter.grad for parameter in module.parameters()],
+        "ledger": private.ledger.state_dict(),
+        "modes": [layer.training for layer in module.modules()],
+    }
 
 
 @pytest.mark.parametrize("engine", ["ghost", "vmap", "loop"])
@@ -217,8 +219,9 @@ def test_looking_for_a_size_touches_nothing(engine: Any, monkeypatch: pytest.Mon
     def watched(planned: Any, *rest: Any) -> Any:
         before = world(module, private)
         sizes.append(original(planned, *rest))
-        for one, other in zip(before, world(module, private), strict=True):
-            assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+        after = world(module, private)
+        same = {n: torch.equal(v, after[n]) if isinstance(v, Tensor) else v == after[n] for n, v in before.items()}
+        assert [name for name in before if not same[name]] == []
         return sizes[-1]
 
     monkeypatch.setattr("lightning_dp.run.settle_physical_batch_size", watched)
