@@ -122,7 +122,7 @@ def test_views_of_images() -> None:
     for name in ROOTS:
         root = import_module(name)
 
-        class Images(root.LightningModule):  # type: ignore[misc,name-defined]
+        class Images(root.LightningModule):  # type: ignore[misc,name-defined]  # of the root at hand
             def __init__(self) -> None:
                 super().__init__()
                 self.layer = nn.Linear(4, 1)
@@ -223,7 +223,7 @@ def test_twins_upon_the_other_root(stock: type) -> None:
 
 def test_no_other_name_is_found_in_the_module_of_twins() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Strategy_upon_pytorch_lightning'"):
-        lightning_dp.strategy.Strategy_upon_pytorch_lightning  # noqa: B018
+        lightning_dp.strategy.Strategy_upon_pytorch_lightning  # noqa: B018 (reading it is the test)
 
 
 def python(text: str, tmp_path: Path) -> str:

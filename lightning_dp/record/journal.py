@@ -26,7 +26,7 @@ try:
 except (
     ImportError
 ):  # pragma: no cover (Windows: two fits that start in one folder at once may not see each other's line)
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module, or nothing
 
 __all__ = ["FILE_NAME", "Journal", "JournalError"]
 

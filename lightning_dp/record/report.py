@@ -63,8 +63,8 @@ class Report:
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to the other ranks
         self.folder, self._records, self._over = None, [], False
         settings = trainer  # Lightning sets what follows where type checkers do not see it
-        self._every = settings.log_every_n_steps or 50  # type: ignore[attr-defined]
-        if settings.fast_dev_run:  # type: ignore[attr-defined]
+        self._every = settings.log_every_n_steps or 50  # type: ignore[attr-defined]  # set where type checkers do not see it
+        if settings.fast_dev_run:  # type: ignore[attr-defined]  # set where type checkers do not see it
             return
         self.folder = journal_folder(folder)
         if RunFolder(folder).path is None:

@@ -242,7 +242,7 @@ def test_no_views_are_made_of_what_has_no_rows() -> None:
     with pytest.raises(BatchAxisError, match=r"AugmentationMultiplicity with examples that are collated one by one"):
         trainer(private, AugmentationMultiplicity(2), max_steps=1).fit(
             module,
-            DataLoader(records(graph), batch_size=3, collate_fn=Graphs.from_data_list),  # type: ignore[arg-type]
+            DataLoader(records(graph), batch_size=3, collate_fn=Graphs.from_data_list),  # type: ignore[arg-type]  # lists that fill up, and a list for a dataset
         )
 
 
@@ -250,7 +250,7 @@ class Tokenizer:
     """Something of a user's, that all examples share."""
 
     def __init__(self) -> None:
-        self.scale, self.seen = 2.0, []  # type: ignore[var-annotated]
+        self.scale, self.seen = 2.0, []  # type: ignore[var-annotated]  # lists that fill up, and a list for a dataset
 
 
 class WithShared(Base):

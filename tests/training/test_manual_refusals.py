@@ -166,3 +166,40 @@ def test_several_losses_of_one_step_are_no_pieces() -> None:
     private = DifferentialPrivacy(noise_multiplier=1.0)
     trainer(private, max_steps=2).fit(Two(), loader())
     assert private.ledger.steps == 2
+
+
+def test_a_step_that_failed_after_its_release_is_not_released_again() -> None:
+    """A user's hook fails once the noisy gradient is there; trying again would release the sample with the same noise."""
+    seen: list[Tensor] = []
+
+    class TriesAgain(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.weight, self.other = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
+            self.weight.register_hook(self.fails_on_noise)
+
+        def fails_on_noise(self, gradient: Tensor) -> None:
+            if float(gradient.abs().sum()) > 0:
+                seen.append(gradient.detach().clone())
+                raise ValueError("a hook's own trouble")
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            first, second = self.optimizers()  # type: ignore[misc,union-attr]  # there are two
+            self.manual_backward(0.0 * (self.weight * batch[0]).sum())
+            try:
+                first.step()
+            except ValueError:
+                first.step()
+            self.manual_backward(0.0 * (self.other * batch[0]).sum())
+            second.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD([one], lr=1.0) for one in (self.weight, self.other)]
+
+    private = DifferentialPrivacy(noise_multiplier=1.0, delta=1e-4)
+    with pytest.raises(PreflightError, match="steps twice in one training_step"):
+        trainer(private, max_steps=1).fit(TriesAgain(), loader())
+    assert len(seen) == 1
+    assert private.ledger is not None
+    assert private.ledger.steps == 1

@@ -190,12 +190,12 @@ class ManualObjective:
             else:
                 total = step.clipped_sum(selection, loss_function, parameters, step.micro_batches())
             gradient = step.release(total.gradient, part=len(live.released), parts=len(self._script.private))
+            live.released.append(place)  # at once: whatever happens from here on, the next release has noise of its own
         for group in planned.module.trainer.optimizers[place].param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
         for name, parameter in parameters.items():
             put_gradient(parameter, as_complex_like(gradient[name], parameter))
-        live.released.append(place)
         live.total, live.logged = total, len(live.recording.log_calls)
         for column, loss in enumerate(live.losses, start=-len(live.losses)):
             means = [output[column] for output in total.outputs]
