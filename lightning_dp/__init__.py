@@ -17,6 +17,7 @@ from lightning_dp.version import __version__
 
 if TYPE_CHECKING:
     from lightning_dp.accounting import BudgetExceededError, Statement
+    from lightning_dp.audit.verification import verify
     from lightning_dp.callbacks.augmentation import AugmentationMultiplicity
     from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
     from lightning_dp.callbacks.moving_average import ExponentialMovingAverage
@@ -41,6 +42,7 @@ _HOMES = {
     "PrivateSingleDeviceStrategy": "strategy",
     "Statement": "accounting",
     "make_trainable_privately": "layers.replacements",
+    "verify": "audit.verification",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "Statement",
     "__version__",
     "make_trainable_privately",
+    "verify",
 ]
 
 

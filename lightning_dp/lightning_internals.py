@@ -34,6 +34,7 @@ PURPOSES = {
     "_compiler_ctx": "a module under torch.compile is told from others",
     "_current_fx_name": "what training_step logs for one example is kept from the loggers",
     "_DatasetSamplerWrapper": "the user's sampler is found inside Lightning's wrapper",
+    "_default_root_dir": "the replay of a run writes into a folder of its own",
     "_data_parallel_size": "parameters are shared by all ranks",
     "_ddp_comm_hook": "a hook around the ranks' sum, which would never run, is refused",
     "_ddp_comm_state": "a hook around the ranks' sum, which would never run, is refused",
@@ -308,6 +309,14 @@ def random_states(cuda: bool) -> dict[str, Any]:
 def put_back_random_states(states: dict[str, Any]) -> None:
     """Undo what was drawn since :func:`random_states`."""
     imported("lightning.fabric.utilities.seed", "_set_rng_states")(dict(states))
+
+
+# ---- folders
+
+
+def write_into(trainer: pl.Trainer, folder: str) -> None:
+    """Have what has no folder of its own written into this one."""
+    _replace(trainer, "_default_root_dir", folder)
 
 
 # ---- strategies and processes

@@ -44,6 +44,7 @@ from lightning_dp.step.batch_hooks import BatchHooks
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.manual.script import Script
 from lightning_dp.step.objective import AutomaticObjective, Objective
+from lightning_dp.step.open_step import OpenStep, Replay
 from lightning_dp.step.planned import Planned, Run
 from lightning_dp.step.private_step import PrivateStep
 from lightning_dp.step.tally import Tally
@@ -58,7 +59,7 @@ class Fit:
     thawed, replace them.
 
     Args:
-        asked: holds the arguments of ``DifferentialPrivacy`` as attributes of the same names.
+        asked: holds the arguments of ``DifferentialPrivacy`` as attributes of the same names, and its ``replay``.
         account: what is spent, and how it is written down.
         trainer: whose fit begins.
         views: how the K augmented views of each example are made, or ``None`` for the examples as they are.
@@ -139,7 +140,12 @@ class Fit:
         else:  # reload_dataloaders_every_n_epochs
             check_still_agreed(settings, self._agreed, self._account, module, world, loader, units, remaining)
         ledger = self._agreed.ledger
-        key = shared_key(world, settings.privacy.seed, ledger.changed) if before is None else before.key
+        if before is not None:
+            key = before.key
+        elif self._replay is not None:
+            key = self._replay.key
+        else:
+            key = shared_key(world, settings.privacy.seed, ledger.changed)
         most = 1 if units is None else units.most
         size = settings.speed.physical_batch_size
         if before is not None and self._step is not None:
@@ -159,6 +165,8 @@ class Fit:
             next_step=partial(self.tally.next_step, ledger),
             units=units,
         )
+        if self._replay is not None:
+            private.leave_out(self._replay.left_out, self._replay.unread)
         form = replace(form, units=units)
         hooks = BatchHooks(form, logs, private)
         private.form = form = replace(form, hooks=hooks)
@@ -167,7 +175,7 @@ class Fit:
             with full_parameters(module, world):
                 check_examples_stay_apart(planned, partial(self._step.objective.losses, planned))
             run = replace(self._step.run, planned=planned)
-            self._step = PrivateStep(run, self._step.objective, self.tally)
+            self._step = self._private_step(run, self._step.objective)
             self._looked_at = {run.trainable: self._step}
         return private
 
@@ -225,6 +233,12 @@ class Fit:
             stop_letting_through(self._planned.module)
 
     @property
+    def _replay(self) -> Replay | None:
+        """What is set from outside, if this is the replay of a run; from the time on when the loader is known."""
+        found: Replay | None = self._asked.replay
+        return found
+
+    @property
     def _steps_in_a_batch(self) -> int:
         """The fewest optimizer steps in a batch: 1 under automatic optimization."""
         return 1 if self._script is None else self._script.fewest_steps
@@ -245,7 +259,7 @@ class Fit:
         layers = start_layerwise(planned, selection, make_loss)
         journal = self._account.open(self._trainer, agreed.ledger, agreed.report, agreed.facts)
         agreed.report.start(self._trainer, selection.engine.name, planned.loader.physical_batch_size, journal)
-        return PrivateStep(self._run(planned, selection, layers), objective, self.tally)
+        return self._private_step(self._run(planned, selection, layers), objective)
 
     def _look_again(self, planned: Planned) -> PrivateStep:
         """Parameters were thawed or frozen on the way, as by BackboneFinetuning. A collective call."""
@@ -256,7 +270,7 @@ class Fit:
         layers = start_layerwise(planned, selection, partial(loss_of_training_step, planned))
         run = self._run(planned, selection, layers)
         rank_zero_info(f"{selection.describe()}\n  (tried again: {len(run.trainable)} parameters are trained now)")
-        return PrivateStep(run, objective, self.tally)
+        return self._private_step(run, objective)
 
     def _chosen(
         self, planned: Planned, most: int, selection: Selection | None
@@ -277,6 +291,9 @@ class Fit:
         form, given = planned.form, planned.given
         self._script = script = late_dry_run(self._script, module, planned.logs, form, given, public, size)
         return manual_objective(planned, script, settings.speed.engine, most)
+
+    def _private_step(self, run: Run, objective: Objective) -> PrivateStep:
+        return PrivateStep(run, objective, self.tally, OpenStep if self._replay is None else self._replay.open_step)
 
     def _run(self, planned: Planned, selection: Selection, layers: Layerwise | None) -> Run:
         settings = Settings.of(self._asked)

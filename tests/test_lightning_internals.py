@@ -44,6 +44,7 @@ WHERE: dict[str, Callable[[], Any]] = {
     "_compiler_ctx": pl.LightningModule,
     "_current_fx_name": pl.LightningModule,
     "_data_parallel_size": ModelParallelStrategy,
+    "_default_root_dir": trainer,
     "_ddp_comm_hook": DDPStrategy,
     "_ddp_comm_state": DDPStrategy,
     "_is_local_file_protocol": lambda: cloud_io,

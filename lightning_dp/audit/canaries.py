@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp.lightning_internals import BEFORE_TRANSFER, TRANSFER, before_transfer, transfer
+from lightning_dp.loading.like import loader_like
 from lightning_dp.loading.reading import item
 from lightning_dp.look.module import CANARIES
 from lightning_dp.step.logs import split_output
@@ -89,35 +90,13 @@ class CollateBeside:
         return self.collate([item for item, _ in items]), torch.tensor([canary for _, canary in items])
 
 
-class _AsLong(DataLoader[Any]):
-    """A loader with the number of batches of another."""
-
-    batches = 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-
 def loader_with_canaries(loader: DataLoader[Any], canaries: Canaries) -> DataLoader[Any]:
     """A loader over the dataset with its canaries; everything but dataset, collate_fn and shuffling is the user's.
 
     Also its length, since an audited run takes as many steps in an epoch as the run that it stands for.
     """
-    together = _AsLong(
-        WithCanaries(loader.dataset, canaries),
-        batch_size=loader.batch_size,
-        shuffle=True,
-        num_workers=loader.num_workers,
-        collate_fn=CollateBeside(loader.collate_fn),
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
-    together.batches = len(loader)
-    return together
+    together, collate = WithCanaries(loader.dataset, canaries), CollateBeside(loader.collate_fn)
+    return loader_like(loader, together, len(loader), shuffle=True, collate_fn=collate)
 
 
 def let_in(module: pl.LightningModule, gradient: int, views: int = 1) -> None:

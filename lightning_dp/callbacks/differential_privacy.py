@@ -29,6 +29,7 @@ from lightning_dp.record.account import Account
 from lightning_dp.record.checkpoint import read_with_digest, spent_of, with_digest
 from lightning_dp.run import Fit
 from lightning_dp.settings import PhysicalBatchSize, Settings, check_places
+from lightning_dp.step.open_step import Replay
 from lightning_dp.strategy import make_private, register_strategies
 
 
@@ -94,6 +95,8 @@ class DifferentialPrivacy(Callback):
 
     Source: Abadi et al. 2016, Algorithm 1 (arXiv 1607.00133); De, Berrada, Hayes, Smith, Balle 2022 (arXiv 2204.13650).
     """
+
+    replay: Replay | None = None  # no argument: set by lightning_dp.verify on a copy of the callback
 
     def __init__(
         self,

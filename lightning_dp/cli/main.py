@@ -24,7 +24,8 @@ Differentially private training with PyTorch Lightning.
             calibrate                      the noise multiplier that an ε needs
             search                         the ε of choosing settings by several runs
   pictures  report                         finished runs: accuracy against ε, budget, validation
-  evidence  audit                          a lower bound on ε, from training a recipe once with canaries
+  evidence  verify                         a recipe replayed without one example: the check before a real run
+            audit                          a lower bound on ε, from training a recipe once with canaries
 
 lightning-dp COMMAND --help says more. --version prints the version.
 """
@@ -62,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_dp.cli.report import run as run_report
 
         run_report(words[1:])
+    elif command == "verify":
+        from lightning_dp.cli.verify import run as run_verify
+
+        run_verify(words[1:])
     elif command == "audit":
         from lightning_dp.cli.audit import run as run_audit
 

@@ -48,12 +48,16 @@ class LoopEngine(Engine):
             loss, output, gradients = plain_gradient(loss_function, leaves, batch_of_one(batch, index))
             rows = {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
             clipped, norm = clip_and_sum(rows, clipping)
+            self.note(clipped, norm)
             for name, gradient in clipped.items():
                 total[name] += gradient
             norms.append(norm)
             losses.append(loss)
             outputs.append(pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output))
         return ClippedSum(total, torch.cat(norms), torch.stack(losses), _stack(outputs))
+
+    def note(self, clipped: Mapping[str, Tensor], norm: Tensor) -> None:
+        """Called with each example's clipped gradient and its norm before, in their order. Does nothing; a replay listens."""
 
 
 def as_leaf(parameter: Tensor) -> Tensor:

@@ -83,6 +83,11 @@ def layer_of_error(error: BaseException) -> nn.Module | None:
     return None
 
 
+def is_users(file: str | None) -> bool:
+    """Whether a file is the user's own, or of a library that is neither torch's nor Lightning's nor this package."""
+    return file is not None and (_is_nobodys_package(file) or _is_another_package(file))
+
+
 def _of_error(error: BaseException) -> Iterator[tuple[FrameType, int]]:
     traceback = error.__traceback__
     while traceback is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from lightning_dp.lightning_internals import sampler_within
+from lightning_dp.loading.like import loader_like
 
 
 class Columns(Dataset[Any]):
@@ -22,15 +23,6 @@ class Columns(Dataset[Any]):
         return self.dataset[indices]
 
 
-class _AsLong(DataLoader[Any]):
-    """A loader with the number of batches of another."""
-
-    batches = 0
-
-    def __len__(self) -> int:
-        return self.batches
-
-
 def with_batch_size(loader: object) -> object:
     """A loader with ``batch_size=None`` and a ``BatchSampler`` as the usual one with the same batches; others as they are.
 
@@ -42,20 +34,12 @@ def with_batch_size(loader: object) -> object:
     sampler: Any = sampler_within(loader.sampler)
     if type(sampler) is not BatchSampler:
         return loader
-    usual = _AsLong(
+    return loader_like(
+        loader,
         Columns(loader.dataset),
+        len(loader),
         batch_size=sampler.batch_size,
         sampler=sampler.sampler,
         drop_last=sampler.drop_last,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
     )
-    usual.batches = len(loader)
-    return usual

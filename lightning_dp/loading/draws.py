@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from lightning_dp.batches.units import Indices, Piece, Units, pieces
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.mechanism.keystream import Keystream
@@ -15,7 +17,11 @@ from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 
 class Draws:
-    """The global draw of each step, made once and shared by the schedule of workers and the loop."""
+    """The global draw of each step, made once and shared by the schedule of workers and the loop.
+
+    Attributes:
+        left_out: numbers that are dropped from every draw, as if they had never been in the data: a replay's neighbour.
+    """
 
     def __init__(
         self, dataset: Any, plan: PrivacyPlan, key: RandomKey, rank: int, world_size: int, units: Units | None
@@ -26,6 +32,7 @@ class Draws:
         if isinstance(dataset, HeldRecords):
             self._mine = dataset.held
         self._made: dict[int, tuple[Indices, int]] = {}
+        self.left_out: list[int] = []
 
     def at(self, step: int) -> tuple[Indices, int]:
         """This rank's part of the step's draw, sorted, and how many all ranks together have. Both are **private**."""
@@ -34,6 +41,8 @@ class Draws:
             drawn = _DRAWN[self._plan.mechanism.noise.kind](self._key, step, self.dataset_size, q)
             if self._plan.max_batch_size is not None:
                 drawn = cut(self._key.generator(Stream.SAMPLING, step, 1), drawn, self._plan.max_batch_size)
+            if self.left_out:
+                drawn = drawn[~np.isin(drawn, self.left_out)]
             self._made[step] = (self._mine(drawn), len(drawn))
         return self._made[step]
 

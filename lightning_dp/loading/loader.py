@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,7 @@ class PoissonLoader:
         self.collate = Collate(loader.collate_fn)
         self.form: ExampleForm | None = None
         self._settled = False
+        self._unread: frozenset[int] = frozenset()
         self.plan = plan
         self.physical_batch_size = physical_batch_size
         self.waited = 0.0
@@ -223,10 +224,16 @@ class PoissonLoader:
         """A batch of some of the records that :meth:`evenly_spaced` gave, as the user's loader would make it."""
         return self.collate(together(self.dataset, records))
 
+    def leave_out(self, numbers: Collection[int], unread: Collection[int]) -> None:
+        """Never draw examples (or users) with these numbers, nor look at the records ``unread``: a replay's neighbour."""
+        self._draws.left_out, self._unread = sorted(numbers), frozenset(unread)
+        self._draws.forget()
+
     @property
     def _readable(self) -> Any:
         """The indices of the examples that this rank can read."""
-        return self.dataset.here if isinstance(self.dataset, HeldRecords) else range(self._draws.dataset_size)
+        indices = self.dataset.here if isinstance(self.dataset, HeldRecords) else range(self._draws.dataset_size)
+        return [index for index in indices if index not in self._unread] if self._unread else indices
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: where to go on is in the ledger. Its presence tells Lightning that this loader can resume."""

@@ -18,7 +18,7 @@ from lightning_dp.errors import PreflightError
 from lightning_dp.layers.batch_norm import check_batch_norms_rest
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.mechanism.complex import as_real_pairs
-from lightning_dp.mechanism.randomness import Stream
+from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.step.contents import Contents, check_nothing_written, tensors_of
 from lightning_dp.step.forked_rng import forked_rng
 from lightning_dp.step.planned import Run
@@ -125,3 +125,24 @@ class OpenStep:
             parts=parts,
         )
         return released
+
+
+Opens = Callable[[Run, LogicalBatch, tuple[Any, ...], Tally], OpenStep]
+"""What makes an :class:`OpenStep` from its four attributes."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What is set from outside where a run is replayed to be verified, see :mod:`lightning_dp.audit.verification`.
+
+    Attributes:
+        key: of all randomness, in the place of a fresh one.
+        open_step: makes the open step of each sample.
+        left_out: numbers of the examples (or users) that no step draws, as if they were not there.
+        unread: dataset indices that no look reads.
+    """
+
+    key: RandomKey
+    open_step: Opens
+    left_out: frozenset[int] = frozenset()
+    unread: frozenset[int] = frozenset()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_dp.loading.loader import check_sample
 from lightning_dp.step.objective import Objective
-from lightning_dp.step.open_step import OpenStep
+from lightning_dp.step.open_step import Opens, OpenStep
 from lightning_dp.step.planned import Run
 from lightning_dp.step.tally import Tally
 
@@ -23,10 +23,11 @@ class PrivateStep:
         run: what was decided before the first step.
         objective: automatic or manual optimization.
         tally: counts over the steps.
+        open_step: makes the open step of a sample; a replay watches what happens to it.
     """
 
-    def __init__(self, run: Run, objective: Objective, tally: Tally) -> None:
-        self.run, self.objective, self.tally = run, objective, tally
+    def __init__(self, run: Run, objective: Objective, tally: Tally, open_step: Opens = OpenStep) -> None:
+        self.run, self.objective, self.tally, self.open_step = run, objective, tally, open_step
 
     def training_step(self, batch: Any, *rest: Any) -> STEP_OUTPUT:
         """Run the user's training_step on each example of the sample behind ``batch``.
@@ -37,7 +38,7 @@ class PrivateStep:
         planned = self.run.planned
         sample = planned.hooks.sample_behind(batch)
         check_sample(sample, planned.ledger.steps, self.tally.unused_samples)
-        output = self.objective.training_step(OpenStep(self.run, sample, rest, self.tally))
+        output = self.objective.training_step(self.open_step(self.run, sample, rest, self.tally))
         planned.logs.say_once_that_logs_are_private(self.run.log_train_metrics)
         return output
 
