@@ -125,7 +125,9 @@ class Fit:
                 "with torch.utils.data.ConcatDataset."
             )
         logs = StepCapture(module) if before is None else before.logs
-        form = ExampleForm(module, world.device, settings.data.batch_axis, self._views)
+        form = ExampleForm(
+            module, world.device, settings.data.batch_axis, self._views, row_wise=settings.privacy.row_wise
+        )
         if not module.automatic_optimization and before is None:
             public, size = settings.privacy.public_optimizers, settings.speed.physical_batch_size
             self._script = early_dry_run(module, logs, form, loader, public, size)
@@ -164,6 +166,7 @@ class Fit:
             physical_batch_size=size,
             next_step=partial(self.tally.next_step, ledger),
             units=units,
+            row_wise=settings.privacy.row_wise,
         )
         if self._replay is not None:
             private.leave_out(self._replay.left_out, self._replay.unread)

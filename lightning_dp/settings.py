@@ -69,6 +69,7 @@ class PrivacySettings:
     secure: bool
     public_optimizers: tuple[int, ...]
     privacy_unit: PrivacyUnit | None
+    row_wise: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if (self.epsilon is None) == (self.noise_multiplier is None):

@@ -114,6 +114,11 @@ def from_front(batch: Any, batch_axis: BatchAxis) -> Any:
     return _map(whole, batch)
 
 
+def is_shared(batch_axis: BatchAxis, path: Any, leaf: Any) -> bool:
+    """Whether the user says that all examples share the part of a batch that is at this path of PyTorch's tree functions."""
+    return _axis(batch_axis, _fields(path), leaf) is None
+
+
 def has_lists(batch_axis: BatchAxis) -> bool:
     """Whether some part of a batch is a list with one element for each example."""
     return batch_axis == "list" or bool(_lists(batch_axis))

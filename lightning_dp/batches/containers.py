@@ -52,13 +52,33 @@ class ContainerParts:
         return whole
 
 
+class _Template:
+    """A container in the structure of a nest: equal to another that could stand in its place."""
+
+    def __init__(self, container: Any) -> None:
+        self.container = container
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Template):
+            return False
+        return self.container is other.container or self._left() == other._left()
+
+    __hash__ = None  # type: ignore[assignment]  # a container may change
+
+    def _left(self) -> tuple[type, list[tuple[str, str]]]:
+        """Its type, and what of it is no part: texts and numbers in attributes."""
+        held = getattr(self.container, "__dict__", {})
+        plain = {} if held is self.container else held
+        return type(self.container), [(name, repr(one)) for name, one in plain.items() if isinstance(one, _PLAIN)]
+
+
 pytree.register_pytree_node(
     ContainerParts,
-    lambda opened: (list(opened.parts), (opened.template, opened.places)),
-    lambda parts, context: ContainerParts(context[0], context[1], tuple(parts)),
+    lambda opened: (list(opened.parts), (_Template(opened.template), opened.places)),
+    lambda parts, context: ContainerParts(context[0].container, context[1], tuple(parts)),
     flatten_with_keys_fn=lambda opened: (
         [(_PathKey(place), part) for place, part in zip(opened.places, opened.parts, strict=True)],
-        (opened.template, opened.places),
+        (_Template(opened.template), opened.places),
     ),
 )
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.microbatch import BatchAxisError, check_batch_axis, is_list_of_values
 from lightning_dp.batches.transforms import ViewTransform
+from lightning_dp.mechanism.counters import splitmix64
 
 IMAGE_DIMENSIONS = 4
 
@@ -116,14 +117,12 @@ class Views:
         return found[0]
 
 
-GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
 def view_uniforms(seed: int, indices: npt.NDArray[np.int64], k: int, draws: int) -> Tensor:
     """Numbers in [0, 1) for the views of a step, each a function of (seed, dataset index, view, draw) alone.
 
-    So a view is the same whatever the micro-batch, the engine and the number of ranks. They are the outputs of
-    SplitMix64 at these counters, to 24 bits: independent for every purpose of augmentation, and in no way secret.
+    So a view is the same whatever the micro-batch, the engine and the number of ranks. They are the outputs
+    of :func:`~lightning_dp.mechanism.counters.splitmix64` at these counters, to 24 bits: independent for every purpose of
+    augmentation, and in no way secret.
 
     Args:
         seed: 64 bits, another for each step.
@@ -138,16 +137,10 @@ def view_uniforms(seed: int, indices: npt.NDArray[np.int64], k: int, draws: int)
         >>> both = view_uniforms(7, np.array([3, 8]), 2, 3)
         >>> bool((both[1:] == view_uniforms(7, np.array([8]), 2, 3)).all())
         True
-
-    Source: G. L. Steele, D. Lea and C. H. Flood 2014, *Fast splittable pseudorandom number generators*, figure 16.
     """
     per_example = k * draws
     counters = indices.astype(np.uint64)[:, None] * np.uint64(per_example) + np.arange(
         1, per_example + 1, dtype=np.uint64
     )
-    z = np.add(np.asarray([seed % 2**64], dtype=np.uint64), counters * GAMMA, dtype=np.uint64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    numbers = (z >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    numbers = (splitmix64(seed, counters.astype(np.uint64)) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
     return torch.from_numpy(numbers.reshape(len(indices), k, draws))

@@ -16,6 +16,7 @@ from lightning_dp.engines.select import EngineName
 from lightning_dp.errors import PreflightError
 from lightning_dp.lightning_internals import Callback
 from lightning_dp.loading.privacy_unit import unit_from
+from lightning_dp.loading.row_wise import check_row_wise
 from lightning_dp.look.advice import check_decisions
 from lightning_dp.look.module import check_module, check_optimizers
 from lightning_dp.look.public_optimizers import check_public_optimizers
@@ -83,6 +84,9 @@ class DifferentialPrivacy(Callback):
         privacy_unit: who is protected, if one person has several examples: the field with the user (``"user_id"``), a file,
             or the users themselves. Users are then drawn, and counted in ``expected_batch_size`` and ``dataset_size``.
         max_examples_per_unit: the most examples of a user in a step, chosen at random; ``None`` for 32.
+        row_wise: what you vouch for: ``"collate_fn"``, ``"__getitems__"``, ``"on_before_batch_transfer"``,
+            ``"transfer_batch_to_device"`` or ``"on_after_batch_transfer"`` makes each row of its own example alone. It is then
+            given many at once, which is faster, and the statement says so. All others see one example at a time.
 
     Raises:
         ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
@@ -120,6 +124,7 @@ class DifferentialPrivacy(Callback):
         batch_axis: Axis | Literal["each"] | dict[str, Axis | None] = 0,
         privacy_unit: str | list[Any] | dict[int, Any] | None = None,
         max_examples_per_unit: int | None = None,
+        row_wise: list[str] | None = None,
     ) -> None:
         self.epsilon = epsilon
         self.noise_multiplier = noise_multiplier
@@ -140,6 +145,7 @@ class DifferentialPrivacy(Callback):
         self.static_shapes = static_shapes
         register_strategies()  # of a root of Lightning that was imported after this package
         self.public_optimizers = check_places(public_optimizers)
+        self.row_wise = check_row_wise(row_wise)
         self.privacy_unit = unit_from(privacy_unit, max_examples_per_unit, static_shapes)
         Settings.of(self)  # refuses what is out of range, where it is given
         self._account = Account()

@@ -63,7 +63,7 @@ def collate_each_if_needed(form: ExampleForm, loader: PoissonLoader) -> None:
             f"{reason}, and the dataset's __getitems__ returns columns: expected a list of examples, of which each can be "
             "collated by itself. Let __getitems__ return a list, or leave it out."
         )
-    loader.collate.each = True
+    loader.examples.each = True
     if form.axis != "each":
         rank_zero_info(
             f"lightning_dp: {reason}. So every example is collated by itself, and is a batch of its own in training_step. "

@@ -50,6 +50,11 @@ class Draws:
         """This rank's part of the step's draw, micro-batch by micro-batch."""
         return pieces(self._units, self.at(step)[0], physical_batch_size, self._key, step)
 
+    def seeds(self, step: int, examples: Indices) -> list[int]:
+        """What seeds the generators before each of these examples is read: a function of key, step and index alone."""
+        found: list[int] = self._key.seeds(Stream.READING, step, examples).tolist()
+        return found
+
     def forget(self, before: int | None = None) -> None:
         """Drop what is kept of the draws: of the steps before one, or of all."""
         self._made = {} if before is None else {step: made for step, made in self._made.items() if step >= before}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -10,17 +12,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lightning_dp.batches.alike import Alike, put_together
 from lightning_dp.batches.axis import BatchAxis, from_front, to_front
 from lightning_dp.batches.containers import close_containers, open_containers, own_copy
-from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element
+from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element, check_batch_axis, take
 from lightning_dp.batches.units import Units, group, ungroup
 from lightning_dp.batches.views import Views
-from lightning_dp.lightning_internals import before_transfer, transfer
+from lightning_dp.lightning_internals import before_transfer, overridden, transfer
+from lightning_dp.loading.examples import OneByOne
+from lightning_dp.loading.own_generators import GENERATORS, own_generators, reseed
+from lightning_dp.loading.row_wise import TRANSFER_HOOKS
 from lightning_dp.loading.rows import check_all_came
+from lightning_dp.mechanism.seeded_globals import globals_put_back, seed_globals
 
 
 class Changes(Protocol):
     """What hooks at the start of a batch change in it, done to each example; see :mod:`lightning_dp.step.batch_hooks`."""
+
+    @property
+    def needed(self) -> bool:
+        """Whether any hook changes its batch."""
 
     def applied(self, batch: Any) -> Any:
         """A batch of the engines, after each of its examples has been changed."""
@@ -49,6 +60,7 @@ class ExampleForm:
         views: how the K views of an example are made, or ``None`` for the examples as they are.
         units: whose each example is, or ``None`` where each is a unit of its own.
         hooks: what hooks at the start of a batch change in it, or ``None`` as long as nobody knows.
+        row_wise: what the user vouches for, see :mod:`lightning_dp.loading.row_wise`.
     """
 
     module: pl.LightningModule
@@ -57,9 +69,88 @@ class ExampleForm:
     views: Views | None = None
     units: Units | None = None
     hooks: Changes | None = None
+    row_wise: tuple[str, ...] = ()
+
+    def groups(self, batch: Any, units: int, each: int, seeds: Callable[[], list[int]]) -> Iterator[Alike]:
+        """A micro-batch of a step on the device, as the engines take it: in groups of examples that are alike.
+
+        Hooks of the user's see one example (or unit) at a time, with all generators seeded for it, unless they are vouched for.
+
+        Args:
+            batch: of the private loader.
+            units: how many examples (or units) it is of.
+            each: how many examples each has.
+            seeds: 64 bits for each of the units, by which its hooks draw.
+
+        Raises:
+            DroppedExamplesError: some examples are missing.
+        """
+        given = batch.groups if isinstance(batch, OneByOne) else [Alike(batch, list(range(units)))]
+        for alike in given:
+            if isinstance(alike.batch, Apart):
+                with globals_put_back(self.device):
+                    yield Alike(self._apart(alike.batch, seeds()), alike.places)
+                continue
+            examples = len(alike.places) * each
+            written = [name for name in TRANSFER_HOOKS if self._is_written(name)]
+            alone = any(name not in self.row_wise for name in written)
+            if alone:
+                with globals_put_back(self.device):
+                    ones = self._one_by_one(alike, each, seeds())
+                yield from _of(put_together(ones, each, self.axis), alike)
+                continue
+            with globals_put_back(self.device) if written else nullcontext():
+                if written:
+                    seed_globals(seeds()[alike.places[0]], self.device)
+                opened = self.opened(self._moved(alike.batch))
+            check_all_came(opened, examples)
+            if self.hooks is None or not self.hooks.needed:
+                yield Alike(opened, alike.places)
+                continue
+            check_batch_axis(opened, examples)
+            own, ones = seeds(), []
+            with globals_put_back(self.device):
+                for place, number in enumerate(alike.places):
+                    seed_globals(own[number], self.device)
+                    ones.append(self.hooks.applied(take(opened, list(range(place * each, (place + 1) * each)))))
+            yield from _of(put_together(ones, each, self.axis), alike)
+
+    def _one_by_one(self, alike: Alike, each: int, seeds: list[int]) -> list[Any]:
+        opened, ones = self.opened(alike.batch), []
+        check_all_came(opened, len(alike.places) * each)
+        check_batch_axis(opened, len(alike.places) * each)
+        generators = own_generators(*self._owners())
+        for place, number in enumerate(alike.places):
+            one = self.closed(take(opened, list(range(place * each, (place + 1) * each))))
+            seed_globals(seeds[number], self.device)
+            reseed(generators, seeds[number])
+            moved = self.opened(self._moved(one))
+            ones.append(moved if self.hooks is None else self.hooks.applied(moved))
+        return ones
+
+    def _owners(self) -> list[Any]:
+        """The hooks of the user's that a batch goes through, and whatever they hold."""
+        data = getattr(self.module.trainer, "datamodule", None)
+        of = {name: data if data is not None and overridden(name, data) else self.module for name in TRANSFER_HOOKS}
+        return [getattr(type(owner), name) for name, owner in of.items()] + [
+            part for owner in of.values() for part in vars(owner).values() if isinstance(part, GENERATORS)
+        ]
+
+    def _is_written(self, name: str) -> bool:
+        """Whether a transfer hook is the user's own."""
+        data = getattr(self.module.trainer, "datamodule", None)
+        return overridden(name, self.module) or (data is not None and overridden(name, data))
+
+    def _apart(self, batch: Apart, seeds: list[int]) -> Apart:
+        found = []
+        for element, seed in zip(batch.elements, seeds, strict=True):
+            seed_globals(seed, self.device)
+            one = self._moved(element.content)
+            found.append(Element(one if self.hooks is None else self.hooks.applied_to_one(one)))
+        return Apart(found)
 
     def to_engine(self, batch: Any, drawn: int | None = None) -> Any:
-        """A collated micro-batch on the device, as the engines take it.
+        """A collated batch on the device, as the engines take it, its hooks run at once: for looks, see :meth:`groups`.
 
         Args:
             batch: of ``collate_fn``, or of the engines after :meth:`closed`.
@@ -123,3 +214,9 @@ class ExampleForm:
         """A batch after what Lightning does to it between loader and training_step."""
         batch = self.module.trainer.precision_plugin.convert_input(batch)
         return transfer(self.module, before_transfer(self.module, batch), self.device)
+
+
+def _of(found: list[Alike], within: Alike) -> Iterator[Alike]:
+    """Groups of a group, by the places that its examples have in the micro-batch."""
+    for one in found:
+        yield Alike(one.batch, [within.places[place] for place in one.places])

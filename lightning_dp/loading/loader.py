@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from lightning_dp.batches.microbatch import split
 from lightning_dp.batches.units import Piece, Units
 from lightning_dp.loading.apart import collate_each_if_needed
-from lightning_dp.loading.collate import Collate
 from lightning_dp.loading.draws import Draws
+from lightning_dp.loading.examples import Drawn, Examples, as_it_is, first_of
 from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.held_records import HeldRecords
-from lightning_dp.loading.reading import order, read, record, together
+from lightning_dp.loading.reading import order, record, together
+from lightning_dp.loading.worker_init import WorkerInit
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
@@ -79,8 +80,10 @@ class PoissonLoader:
         physical_batch_size: the most examples in a micro-batch. Changes memory and nothing else.
         next_step: says the number of the next step when an epoch begins (how many the ledger has charged).
         units: whose each example is: users are drawn in the place of examples. ``None`` if each is a unit of its own.
+        row_wise: what the user vouches for, see :mod:`lightning_dp.loading.row_wise`.
 
     Attributes:
+        examples: reads and collates, see :class:`~lightning_dp.loading.examples.Examples`.
         form: how batches come to the engines, by which it is decided whether every example is collated by itself. To be set
             before anything is read; ``None`` collates as the user's loader does.
         waited: seconds for which the loop has waited for micro-batches so far. **Private**, as the sizes of draws are.
@@ -97,9 +100,10 @@ class PoissonLoader:
         physical_batch_size: int,
         next_step: Callable[[], int],
         units: Units | None = None,
+        row_wise: Sequence[str] = (),
     ) -> None:
         self.dataset = loader.dataset
-        self.collate = Collate(loader.collate_fn)
+        self.examples = Examples(loader.dataset, loader.collate_fn, row_wise)
         self.form: ExampleForm | None = None
         self._settled = False
         self._unread: frozenset[int] = frozenset()
@@ -114,8 +118,8 @@ class PoissonLoader:
         self.units = units
         self._given = loader
         self._draws = Draws(loader.dataset, plan, key, rank, world_size, units)
-        self._schedule = _Schedule(self._draws, physical_batch_size)
-        self._micro_batch_loader = _rebuild(loader, self._schedule, self.collate)
+        self._schedule = _Schedule(self._draws, physical_batch_size, self.examples.seeded)
+        self._micro_batch_loader = _rebuild(loader, self._schedule, self.examples)
 
     def __getattr__(self, name: str) -> Any:
         """What else the user's loader has, such as ``batch_size``, ``sampler`` and ``num_workers``: to be read, not changed."""
@@ -185,6 +189,7 @@ class PoissonLoader:
         """Decide how batches are collated, once."""
         if self.form is not None and not self._settled:
             self._settled = True
+            self.examples.axis = self.form.axis
             collate_each_if_needed(self.form, self)
 
     def first_records(self, count: int) -> list[Any]:
@@ -192,10 +197,14 @@ class PoissonLoader:
         return [record(self.dataset, int(index)) for index in self._readable[:count]]
 
     def first_examples(self, count: int) -> tuple[Any, int]:
-        """The dataset's first ``count`` examples (fewer if it is smaller), collated: for trying an engine out."""
+        """The dataset's first ``count`` examples (fewer if it is smaller), collated as in a step: for trying an engine out.
+
+        Of examples that are not alike, those that are.
+        """
         self.settle()
         indices = self.first_indices(count)
-        return self.collate(read(self.dataset, indices)), len(indices)
+        batch, alike = first_of(self.examples.__getitems__(Drawn(indices, indices)))
+        return batch, len(indices) if alike is None else alike
 
     def first_indices(self, count: int) -> list[int]:
         """The indices of :meth:`first_examples`."""
@@ -222,7 +231,9 @@ class PoissonLoader:
 
     def collated(self, records: list[Any]) -> Any:
         """A batch of some of the records that :meth:`evenly_spaced` gave, as the user's loader would make it."""
-        return self.collate(together(self.dataset, records))
+        if self.examples.each:
+            return self.examples.together(records)
+        return self.examples.collate_fn(together(self.dataset, records))
 
     def leave_out(self, numbers: Collection[int], unread: Collection[int]) -> None:
         """Never draw examples (or users) with these numbers, nor look at the records ``unread``: a replay's neighbour."""
@@ -263,15 +274,16 @@ class _Schedule:
     so that they also read ahead into the next epoch.
     """
 
-    def __init__(self, draws: Draws, physical_batch_size: int) -> None:
+    def __init__(self, draws: Draws, physical_batch_size: int, seeded: bool) -> None:
         self.steps: Iterable[int] = range(0)
         self.physical_batch_size = physical_batch_size
-        self._draws = draws
+        self._draws, self._seeded = draws, seeded
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Drawn]:
         for step in self.steps:
             for piece in self._draws.pieces(step, self.physical_batch_size):
-                yield piece.examples.tolist()
+                seeds = self._draws.seeds(step, piece.examples) if self._seeded else []
+                yield Drawn(piece.examples.tolist(), seeds, len(piece.examples) // len(piece.units))
 
 
 class _MicroBatchSource:
@@ -336,19 +348,19 @@ class _MicroBatchSource:
         self._draws.forget(before=step + 1)
 
 
-def _rebuild(loader: DataLoader[Any], schedule: _Schedule, collate: Collate) -> DataLoader[Any]:
+def _rebuild(loader: DataLoader[Any], schedule: _Schedule, examples: Examples) -> DataLoader[Any]:
     """The user's loader with all its settings but the sampling."""
     worker_init = loader.worker_init_fn
     if worker_init is None and loader.num_workers > 0 and int(os.environ.get("PL_SEED_WORKERS", 0)):
         worker_init = pl_worker_init_function  # what Lightning does for loaders under seed_everything(workers=True)
     return DataLoader(
-        loader.dataset,
-        batch_sampler=schedule,
+        examples,
+        batch_sampler=schedule,  # type: ignore[arg-type]  # what it asks for is more than indices
         num_workers=loader.num_workers,
-        collate_fn=collate,
+        collate_fn=as_it_is,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
-        worker_init_fn=worker_init,
+        worker_init_fn=WorkerInit(worker_init) if loader.num_workers else None,
         multiprocessing_context=loader.multiprocessing_context,
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,

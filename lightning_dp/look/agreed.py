@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from lightning_dp.accounting import Ledger
 from lightning_dp.accounting.find_plan import Wanted
 from lightning_dp.batches.units import Units
+from lightning_dp.loading.row_wise import vouched_for
 from lightning_dp.look.epochs import check_draws_in_an_epoch, check_end_was_given
 from lightning_dp.look.planning import agreed_plan, check_batch_after_resume, check_delta_for, check_plan_stays
 from lightning_dp.mechanism.complex import coordinates
@@ -87,7 +88,7 @@ def agree(
     ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
     ledger.course = "" if account.lineage is None else account.lineage.course
     notes = on_rank_zero(world, lambda: caveats(account.lineage, ledger.numbers, where, privacy.seed is not None))
-    report = Report(ledger, privacy.randomness, notes)
+    report = Report(ledger, privacy.randomness, (*notes, *vouched_for(privacy.row_wise)))
     return Agreed(ledger, report, real.noise_multiplier, ledger.steps, facts)
 
 

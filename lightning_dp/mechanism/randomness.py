@@ -8,6 +8,9 @@ from enum import Enum
 from typing import Any, Literal, NoReturn
 
 import numpy as np
+import numpy.typing as npt
+
+from lightning_dp.mechanism.counters import splitmix64
 
 KEY_BYTES = 32
 
@@ -20,6 +23,8 @@ class Stream(Enum):
     VIEWS = "views"
     DROPOUT = "dropout"
     UNITS = "units"
+    READING = "reading"
+    HOOKS = "hooks"
 
 
 class RandomKey:
@@ -87,6 +92,19 @@ class RandomKey:
     def torch_seed(self, stream: Stream, *counters: int) -> int:
         """63 bits to seed a ``torch.Generator``. Note that PyTorch's CPU generator keeps only 32 bits of a seed."""
         return int.from_bytes(self.derive(stream, *counters, size=8), "big") >> 1
+
+    def seeds(self, stream: Stream, step: int, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """64 bits for each example of a step, ``(n,)``: a function of the key, the step and the example's index alone.
+
+        They seed what user code draws from, and say nothing about the key: they come from 64 bits that were derived of it.
+
+        Args:
+            stream: what the numbers are for.
+            step: number of the step.
+            indices: dataset indices, ``(n,)``.
+        """
+        start = int.from_bytes(self.derive(stream, step, size=8), "big")
+        return splitmix64(start, indices.astype(np.uint64) + np.uint64(1))
 
     def __repr__(self) -> str:
         return f"RandomKey({self.mode})"

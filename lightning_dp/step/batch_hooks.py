@@ -101,6 +101,11 @@ class BatchHooks:
                     "to a batch in a hook that depends on the batch alone. Put it into on_after_batch_transfer or the dataset."
                 )
 
+    @property
+    def needed(self) -> bool:
+        """Whether any hook changes its batch."""
+        return bool(self._to_be_run())
+
     def applied(self, batch: Any) -> Any:
         """A micro-batch on the device after the hooks of the step under way have changed each of its examples."""
         counts = {len(leaf) for leaf in pytree.tree_leaves(batch, is_leaf=is_list_of_values) if _has_rows(leaf)}

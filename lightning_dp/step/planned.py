@@ -47,12 +47,23 @@ class Planned:
     given: DataLoader[Any]
 
     def micro_batches(self, batch: LogicalBatch) -> Iterator[tuple[Any, int]]:
-        """The micro-batches of a step on the device, with their views, and how many examples (or units) each holds."""
+        """The micro-batches of a step on the device, with their views, and how many examples (or units) each holds.
+
+        They are smaller than the loader's where examples are not alike, see :mod:`lightning_dp.batches.alike`.
+        """
         seed = int.from_bytes(self.key.derive(Stream.VIEWS, batch.step, size=8), "big")
         for (micro_batch, size), (_, examples) in zip(batch.micro_batches(), batch.pieces, strict=True):
-            rows = self.form.to_engine(micro_batch, len(examples))
-            rows = self.form.with_views(rows, examples, seed)
-            yield self.form.in_units(rows, size, len(examples) // size), size
+            of_unit = examples.reshape(size, -1)
+            each = of_unit.shape[1]
+
+            def seeds(first: Any = of_unit[:, 0]) -> list[int]:
+                found: list[int] = self.key.seeds(Stream.HOOKS, batch.step, first).tolist()
+                return found
+
+            for alike in self.form.groups(micro_batch, size, each, seeds):
+                of_group = of_unit[alike.places].reshape(-1)
+                rows = self.form.with_views(alike.batch, of_group, seed)
+                yield self.form.in_units(rows, len(alike.places), each), len(alike.places)
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,7 +91,7 @@ def check_examples_stay_apart(planned: Planned, losses: Losses) -> None:
 
 def _reductions(planned: Planned, losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]]) -> list[Reduction]:
     module, loader = planned.module, planned.loader
-    if loader.collate.each:
+    if loader.examples.each:
         return []
     check_every_example_has_a_row(planned)
     if loader.physical_batch_size == 1:
@@ -113,7 +113,7 @@ def _look(planned: Planned, loss_function: LossFunction, parameters: Mapping[str
     check_collate_repeats_itself(collate, records, at_once)
     check_collate_keeps_examples_apart(collate, records, at_once)
     check_collate_forgets_places(collate, records, at_once)
-    if form.views is None:
+    if form.views is None and loader.examples.collate_at_once:  # one by one, nothing is padded to another
         check_padding_is_masked(collate, records, module, loss_function, parameters, at_once)
     examples = PROBES if len(records) == PROBES else PROBES // 2
     if len(records) < examples:

@@ -1,0 +1,182 @@
+"""A micro-batch, read and collated: one example at a time wherever the user's code could mix several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset, get_worker_info
+
+from lightning_dp.batches.alike import Alike, kept_apart, put_together
+from lightning_dp.batches.axis import BatchAxis, from_front, to_front
+from lightning_dp.batches.containers import close_containers, open_containers
+from lightning_dp.batches.microbatch import Apart, BatchAxisError
+from lightning_dp.errors import PreflightError
+from lightning_dp.loading.own_generators import own_generators, reseed
+from lightning_dp.loading.reading import read
+from lightning_dp.loading.row_wise import draws_nothing, is_row_wise
+from lightning_dp.mechanism.seeded_globals import globals_put_back, seed_globals
+
+
+class Drawn(NamedTuple):
+    """What a worker is asked for. Neither the key nor the step is in it.
+
+    Attributes:
+        indices: dataset indices, unit by unit.
+        seeds: 64 bits for each, a function of the run's key, the step and the index.
+        each: how many examples each unit has.
+    """
+
+    indices: list[int]
+    seeds: list[int]
+    each: int = 1
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A micro-batch whose examples (or units) were collated one by one.
+
+    Attributes:
+        groups: those that are alike, put together as ``collate_fn`` might have put them.
+    """
+
+    groups: list[Alike]
+
+
+class Examples(Dataset[Any]):
+    """The user's data set and ``collate_fn``, asked for micro-batches.
+
+    Before each example torch's, NumPy's and Python's global generators, and those that data set and ``collate_fn`` hold, are
+    seeded with the example's own seed. A ``collate_fn`` and a ``__getitems__`` that are not known to treat each example by
+    itself are called for one example (or unit) at a time.
+
+    Guarantee:
+        What is made of an example is a function of the example, its seed, and the state of the user's own objects.
+
+    Args:
+        dataset: the user's.
+        collate_fn: the user's.
+        row_wise: what the user vouches for, see :mod:`lightning_dp.loading.row_wise`.
+
+    Attributes:
+        axis: where batches have their examples.
+        each: whether batches of one are never put together, because nobody knows how.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any], row_wise: Sequence[str] = ()) -> None:
+        self.dataset, self.collate_fn = dataset, collate_fn
+        self.axis: BatchAxis = 0
+        self.each = False
+        self.known_collate = is_row_wise(collate_fn)
+        self._quiet = draws_nothing(dataset)
+        vouched = "__getitems__" in row_wise
+        several = callable(getattr(dataset, "__getitems__", None)) and (self._quiet or vouched)
+        self._read_at_once = several or (self._quiet and self.known_collate)
+        self.collate_at_once = self.known_collate or "collate_fn" in row_wise
+
+    @property
+    def seeded(self) -> bool:
+        """Whether anything may draw."""
+        return not (self._quiet and self.known_collate)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, drawn: Drawn) -> Any:
+        """The micro-batch: of ``collate_fn``, or :class:`OneByOne`."""
+        if not self.seeded:
+            return self.together(read(self.dataset, drawn.indices), drawn.each)
+        with globals_put_back() if get_worker_info() is None else nullcontext():
+            return self._seeded(drawn)
+
+    def _seeded(self, drawn: Drawn) -> Any:
+        generators = own_generators(self.dataset, self.collate_fn)
+        if self._read_at_once:
+            self._seed(drawn.seeds[0], generators)
+            found = read(self.dataset, drawn.indices)
+            if self.collate_at_once and not self.each:
+                return self.collate_fn(found)
+            if type(found) is list and len(found) == len(drawn.indices):
+                return self._one_by_one(found, drawn, generators)
+        records = []
+        ones: list[Any] = []
+        for place, (index, seed) in enumerate(zip(drawn.indices, drawn.seeds, strict=True)):
+            self._seed(seed, generators)
+            found = read(self.dataset, [index])
+            if type(found) is not list or len(found) != 1:  # columns, of which only collate_fn makes a batch
+                if drawn.each > 1:
+                    found = read(self.dataset, drawn.indices[place : place + drawn.each])
+                if place % drawn.each == 0:
+                    ones.append(self._alone(found))
+                continue
+            records.append(found[0])
+            if not self.collate_at_once and len(records) == drawn.each:
+                ones.append(self._alone(records))
+                records = []
+        if ones:
+            return self.put(ones, drawn.each)
+        if self.each:
+            return self._one_by_one(records, drawn, generators)
+        return self.collate_fn(records)
+
+    def together(self, found: Any, each: int = 1) -> Any:
+        """A batch of what was read, its examples collated as in training but with no seeds."""
+        if self.collate_at_once and not self.each:
+            return self.collate_fn(found)
+        if type(found) is not list:
+            return self.collate_fn(found)
+        return self.put([self.collate_fn(found[at : at + each]) for at in range(0, len(found), each)], each)
+
+    def put(self, ones: list[Any], rows: int) -> Any:
+        """Batches of one, put together where they are alike."""
+        if self.each:
+            return kept_apart(ones)[0].batch
+        opened = [to_front(open_containers(one), self.axis, strict=False) for one in ones]
+        found = put_together(opened, rows, self.axis)
+        groups = [
+            Alike(ones[one.places[0]] if len(one.places) == 1 else self._closed(one.batch), one.places) for one in found
+        ]
+        return groups[0].batch if len(groups) == 1 else OneByOne(groups)
+
+    def _closed(self, batch: Any) -> Any:
+        return close_containers(from_front(batch, self.axis))
+
+    def _one_by_one(self, records: list[Any], drawn: Drawn, generators: list[Any]) -> Any:
+        ones = []
+        for at in range(0, len(records), drawn.each):
+            self._seed(drawn.seeds[at], generators)
+            ones.append(self._alone(records[at : at + drawn.each]))
+        return self.put(ones, drawn.each)
+
+    def _alone(self, records: Any) -> Any:
+        try:
+            return self.collate_fn(records)
+        except PreflightError:
+            raise
+        except Exception as error:
+            raise BatchAxisError(
+                f"collate_fn fails on one example by itself ({type(error).__name__}: {error}): expected a row for each. It is "
+                "called for one example at a time, so that it mixes none. Let it take a list of one; leave broken examples out "
+                "of the dataset before training; or, if it needs several and makes each row of its own example alone, vouch "
+                "for it with DifferentialPrivacy(row_wise=['collate_fn'])."
+            ) from error
+
+    def _seed(self, seed: int, generators: list[Any]) -> None:
+        seed_globals(seed)
+        if generators:
+            reseed(generators, seed)
+
+
+def as_it_is(batch: Any) -> Any:
+    """The ``collate_fn`` of a loader whose data set collates."""
+    return batch
+
+
+def first_of(batch: Any) -> tuple[Any, int | None]:
+    """One batch for looks, and how many examples it has: the largest group of examples that are alike."""
+    if isinstance(batch, Apart) or not isinstance(batch, OneByOne):
+        return batch, None
+    largest = max(batch.groups, key=lambda group: len(group.places))
+    return largest.batch, len(largest.places)
