@@ -77,7 +77,7 @@ def _clipped(step: StepNotes, one: Sum, clip_norm: float, tolerance: Tolerance) 
         if not norm <= clip_norm * (1 + tolerance.gradients):
             text = f"its clipped gradient has length {norm:.6g}: expected at most C = {clip_norm:g}"
             return Found("clipping", step.number, text, number)
-    if not one.is_random and not one.off <= tolerance.gradients * clip_norm * max(1, len(one.norms)):
+    if not one.is_random and not one.off <= one.rounding + tolerance.gradients * clip_norm * max(1, len(one.norms)):
         text = (
             f"engine {one.engine!r}: its sum differs by {one.off / clip_norm:.3g}·C from the sum of the {len(one.norms)} "
             "clipped gradients, each by a backward pass of its own"

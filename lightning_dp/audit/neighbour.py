@@ -81,6 +81,11 @@ class ChosenRecords(Dataset[Any]):
         found = self.dataset[self._index(place)]
         return self._scaled(found) if place == self.neighbour.replaced else found
 
+    @property
+    def first_present(self) -> int:
+        """The place of the first record that is there."""
+        return min(place for place in range(len(self)) if place not in self.absent)
+
     def _several(self, places: Sequence[int]) -> Any:
         found = self.dataset.__getitems__([self._index(int(place)) for place in places])
         for position, place in enumerate(places):

@@ -23,6 +23,7 @@ from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.engines.select import Selection
 from lightning_dp.lightning_internals import put_back_random_states, random_states
 from lightning_dp.loading.loader import LogicalBatch
+from lightning_dp.mechanism.grid import SHORTER
 from lightning_dp.step.open_step import MicroBatches, OpenStep
 from lightning_dp.step.planned import Run
 from lightning_dp.step.tally import Tally
@@ -43,6 +44,7 @@ class Sum:
         inputs: example → what training_step got.
         total: parameter → the engine's sum.
         off: by how much the engine's sum differs from the sum of the contributions.
+        rounding: by how much it may, where gradients are rounded to a grid.
         where: the parameter in which it differs most.
         is_random: whether the contributions depend on random numbers, which another engine draws otherwise.
     """
@@ -53,6 +55,7 @@ class Sum:
     inputs: dict[int, list[Leaf]] = field(default_factory=dict)
     total: dict[str, Tensor] = field(default_factory=dict)
     off: float = 0.0
+    rounding: float = 0.0
     where: str = ""
     is_random: bool = False
 
@@ -229,7 +232,11 @@ class WatchedStep(OpenStep):
         }
         if apart:
             notes.off, notes.where = _length(apart), max(apart, key=lambda name: _length({"": apart[name]}))
-        if notes.off > 1e-6 * self.recording.clip_norm:
+        units, coordinates = planned.ledger.plan.resolution, sum(part.numel() for part in notes.total.values())
+        if units is not None:
+            each = math.sqrt(coordinates) / units + 1.0 - SHORTER
+            notes.rounding = len(step.drawn) * each * self.recording.clip_norm
+        if notes.off > notes.rounding + 1e-6 * self.recording.clip_norm:
             again = alone(salt=(17,))[1].contributions
             notes.is_random = any(
                 not torch.equal(again[number][name], part)
@@ -250,7 +257,10 @@ class WatchedStep(OpenStep):
         std = (
             mechanism.noise.noise_multiplier * mechanism.sensitivity * parts**0.5
         )  # not by the property that the noise reads
-        steps[-1].releases.append(Release({name: found.cpu() for name, found in released.items()}, noise, std))
+        kept = {
+            name: found.detach().cpu().clone() for name, found in released.items()
+        }  # what becomes p.grad may be written to
+        steps[-1].releases.append(Release(kept, noise, std))
         number, place = len(steps) - 1, len(steps[-1].releases) - 1
         if given is None or number >= len(given.steps) or place >= len(given.steps[number].releases):
             return released

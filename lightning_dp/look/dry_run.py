@@ -64,7 +64,7 @@ def dry_run(
     most = physical_batch_size if isinstance(physical_batch_size, int) else batch_size
     rows = min(batch_size, most) if public else 1
     collate: Any = loader.collate_fn
-    first = record(loader.dataset, 0)
+    first = record(loader.dataset, int(getattr(loader.dataset, "first_present", 0)))  # not 0 in a replay without it
 
     def emptied(batch: Any) -> Any:
         return without_content(batch) if public else without_content(batch, emptied_or_refused)

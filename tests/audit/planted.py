@@ -69,6 +69,22 @@ class Plain(L.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
+class Manual(Plain):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.SGD(self.net[0].parameters(), lr=0.1),
+            torch.optim.SGD(self.net[2].parameters(), lr=0.1),
+        ], []
+
+
 # --- weights moved outside the optimizer ------------------------------------------------------------------------------
 
 
@@ -448,5 +464,7 @@ EXAMPLES_OF_GOOD: dict[str, Row] = {
     "per layer": Row(Plain, options={"clipping": "per_layer"}),
     "automatic": Row(Plain, options={"clipping": "automatic"}),
     "padded micro-batches": Row(Plain, options={"static_shapes": True}),
+    "secure": Row(Plain, options={"secure": True}),
+    "two optimizers of its own": Row(Manual),
     "users": Row(Plain, options={"privacy_unit": [0, 0, 1, 2, 2, 2, 3, 4, 5, 6, 6, 7]}),
 }
