@@ -22,6 +22,15 @@ TOLERANCE_FLOAT32 = 1e-2
 """The same where the module does not run in float64: an activation at its kink alone moves a gradient by 5e-4."""
 
 
+TOLERANCE_BFLOAT16 = 5e-2
+"""Where gradients are compared in bfloat16: the order of additions alone makes 1e-2."""
+
+
+def tolerance_of(precision: object) -> float:
+    """How far two gradients that should be the same may differ, as a part of the longest, at this precision of a Trainer."""
+    return TOLERANCE_BFLOAT16 if str(precision).startswith("bf16") else TOLERANCE_FLOAT32
+
+
 class DisagreementError(RuntimeError):
     """An engine and plain backward passes gave different gradients."""
 

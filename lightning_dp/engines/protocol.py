@@ -44,9 +44,8 @@ class Engine(Protocol):
     Attributes:
         name: as the user gives it.
         is_reference: whether it is the backward pass of training without privacy. There is nothing to compare it with, what
-            it cannot run is an error of the training step's own, and what is compiled runs compiled.
-        needs_agreement: whether it has rules of its own for gradients, which are compared with plain backward passes before
-            training, see :mod:`lightning_dp.engines.agreement`.
+            it cannot run is an error of the training step's own, and what is compiled runs compiled. Every other engine is
+            compared with it, see :mod:`lightning_dp.engines.agreement`.
         grows_with_rows: whether more examples at once need more memory.
         brings_layers: whether it can do with parameters that a keeper brings layer by layer.
         keeper: keeps some parameters, brings each when its layer runs, and takes its sums instead of :class:`ClippedSum`;
@@ -57,7 +56,6 @@ class Engine(Protocol):
 
     name: str
     is_reference: bool = False
-    needs_agreement: ClassVar[bool] = False
     grows_with_rows: bool = True
     brings_layers: ClassVar[bool] = False
     keeper: Keeper | None = None

@@ -53,7 +53,7 @@ class VmapEngine(Engine):
             return LoopEngine().clipped_sum(loss_function, parameters, rows, count, clipping)
 
         def at_once(rows: Any, count: int, counted: int | None) -> ClippedSum:
-            return _at_once(loss_function, parameters, rows, count, clipping, counted)
+            return _at_once(loss_function, parameters, rows, count, clipping, counted, self.randomness)
 
         return self.groups.clipped_sum(at_once, one_by_one, batch, examples, counted)
 
@@ -65,6 +65,7 @@ def _at_once(
     examples: int,
     clipping: Clipping | float,
     counted: int | None,
+    randomness: str,
 ) -> ClippedSum:
     """The clipped sum of examples that decide alike."""
     tensors, example = mappable(batch, examples)
@@ -74,7 +75,7 @@ def _at_once(
             loss, outputs = loss_function(params, example(rows))
         return scalar_loss(loss), outputs
 
-    per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness="different")
+    per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness=randomness)
     detached = {name: parameter.detach() for name, parameter in parameters.items()}
     with uncompiled():
         gradients, (losses, outputs) = per_example(detached, tensors)

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_dp.batches.axis import has_lists
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
 from lightning_dp.batches.units import of_two
-from lightning_dp.engines.agreement import TOLERANCE_FLOAT32, check_agreement
+from lightning_dp.engines.agreement import check_agreement, tolerance_of
 from lightning_dp.engines.plain import check_nothing_is_lost
 from lightning_dp.engines.protocol import Engine, LossFunction
 from lightning_dp.engines.select import EngineName, Selection, select_engine
@@ -29,8 +29,6 @@ from lightning_dp.step.planned import Planned
 from lightning_dp.step.undone import undone
 
 CHECKED_EXAMPLES = 2
-TOLERANCE_BFLOAT16 = 5e-2
-"""Where gradients are compared in bfloat16: the order of additions alone makes 1e-2."""
 
 
 def check_engines(
@@ -40,7 +38,7 @@ def check_engines(
     parameters: Mapping[str, nn.Parameter] | None = None,
     most: int = CHECKED_EXAMPLES,
 ) -> Selection:
-    """The first engine that runs this training_step, and agrees with the loop where that has to be checked.
+    """The first engine that runs this training_step, and agrees with the loop.
 
     Args:
         planned: the run, whose module is tried on its first examples.
@@ -67,7 +65,7 @@ def check_engines(
             if not engine.is_reference:
                 check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(module))
             engine.clipped_sum(loss_function, given, on_device, examples, clipping)
-            if engine.needs_agreement:
+            if not engine.is_reference:
                 check_agreement(engine, loss_function, given, on_device, examples, module)
 
         selection = select_engine(engine_name, check, module, planned.loader.plan.resolution)
@@ -94,8 +92,7 @@ def _first_examples(planned: Planned, count: int) -> tuple[Any, int]:
 
 def tolerance(module: pl.LightningModule) -> float:
     """How far two gradients that should be the same may differ, as a part of the longest, in the precision of training."""
-    low = str(module.trainer.precision_plugin.precision).startswith("bf16")
-    return TOLERANCE_BFLOAT16 if low else TOLERANCE_FLOAT32
+    return tolerance_of(module.trainer.precision_plugin.precision)
 
 
 def engine_check_batch(planned: Planned, most: int) -> tuple[Any, int]:

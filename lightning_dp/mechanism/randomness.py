@@ -25,6 +25,7 @@ class Stream(Enum):
     UNITS = "units"
     READING = "reading"
     HOOKS = "hooks"
+    COMPARISONS = "comparisons"
 
 
 class RandomKey:

@@ -20,6 +20,7 @@ from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.step.contents import Contents, check_nothing_written, tensors_of
+from lightning_dp.step.engine_comparison import EngineComparison
 from lightning_dp.step.forked_rng import forked_rng
 from lightning_dp.step.planned import Run
 from lightning_dp.step.sample_release import release_sample
@@ -77,16 +78,20 @@ class OpenStep:
             micro_batches: of :meth:`micro_batches`.
 
         Raises:
-            PreflightError: training_step wrote into a tensor of the module.
+            PreflightError: training_step wrote into a tensor of the module, or the engine gives a wrong gradient.
         """
         run, module, plan = self.run, self.run.planned.module, self.run.planned.ledger.plan
         check_batch_norms_rest(module)
         before = Contents.of(tensors_of(module))
+        comparison = EngineComparison(run, selection, self.sample.step, len(self.sample.indices))
+        due, given = comparison.is_due, as_real_pairs(parameters)
+        if due:
+            micro_batches = comparison.passed(micro_batches, loss_function, given)
         with self.seeded():
             total = accumulate(
                 FallBack(selection, module, (PreflightError,), partial(undone, module)),
                 loss_function,
-                as_real_pairs(parameters),
+                given,
                 micro_batches,
                 plan.clipping_rule,
                 pad_to=run.pad_to,
@@ -94,6 +99,8 @@ class OpenStep:
             )
             if run.layers is not None:
                 run.layers.finish()
+        if due:
+            comparison.check()
         check_nothing_written(module, before)
         self.tally.not_finite += total.not_finite
         self.tally.never_moved.look(total.gradient, total.examples)

@@ -201,7 +201,6 @@ def test_every_engine_can_be_asked_for_and_says_what_it_is() -> None:
     made = {name: make_engine(name, nn.Module()) for name in ENGINES}
     assert {name: engine.name for name, engine in made.items()} == {name: name for name in ENGINES}
     assert [name for name, engine in made.items() if engine.is_reference] == ["loop"]
-    assert [name for name, engine in made.items() if engine.needs_agreement] == ["ghost"]
     assert [name for name, engine in made.items() if engine.brings_layers] == ["ghost"]
     assert [name for name, engine in made.items() if not engine.grows_with_rows] == ["loop"]
 

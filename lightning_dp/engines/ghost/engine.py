@@ -58,7 +58,6 @@ class GhostEngine(Engine):
     """
 
     name = "ghost"
-    needs_agreement = True
     brings_layers = True
 
     def __init__(self, module: nn.Module) -> None:

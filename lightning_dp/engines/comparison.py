@@ -1,0 +1,85 @@
+"""One example's clipped contribution by an engine and by a plain backward pass, in the precision and the mode of training."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_dp.engines.agreement import DisagreementError
+from lightning_dp.engines.explain import OUT_OF_MEMORY
+from lightning_dp.engines.loop import LoopEngine
+from lightning_dp.engines.protocol import Engine, LossFunction
+from lightning_dp.engines.uncompiled import uncompiled
+from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.plan.clipping import Clipping
+
+LEAST = 1e-3
+"""Contributions shorter than this part of the sensitivity are compared as if they were as long: they are mostly rounding."""
+
+
+def compare_contributions(
+    engine: Engine,
+    loss_function: LossFunction,
+    parameters: Mapping[str, Tensor],
+    example: Any,
+    clipping: Clipping,
+    tolerance: float,
+    seed: int,
+) -> None:
+    """Compare what an engine and the engine ``loop`` add to the sum for one example.
+
+    Nothing is compared where one of them cannot run the example (the step itself says so then). Where they differ and plain
+    passes with two seeds differ too, the example's gradient is random, and nothing is said.
+
+    Args:
+        engine: the engine to be compared.
+        loss_function: the loss of a batch of one.
+        parameters: the trainable parameters.
+        example: a batch of one.
+        clipping: the plan's.
+        tolerance: how far two contributions that should be the same may differ, as a part of their length.
+        seed: of torch's, NumPy's and Python's global generators in each pass. The caller puts them back.
+
+    Raises:
+        DisagreementError: they differ by more than rounding.
+    """
+
+    def contribution(one: Engine, seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002 (the generator that old code draws from)
+        return one.clipped_sum(loss_function, parameters, example, 1, clipping).gradient
+
+    with uncompiled(), full_precision():
+        try:
+            ours, plain = contribution(engine, seed), contribution(LoopEngine(), seed)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception:
+            return
+        size, off = _length(plain), _distance(ours, plain)
+        least = LEAST * clipping.sensitivity if math.isfinite(clipping.sensitivity) else 0.0
+        if not math.isfinite(size) or off <= tolerance * max(size, least):
+            return
+        if (
+            _distance(contribution(LoopEngine(), seed + 1), plain) > 0.0
+        ):  # it draws, and engines may draw in another order
+            return
+    raise DisagreementError(
+        f"engine {engine.name!r} and a plain backward pass of the same example give clipped gradients that differ by {off:.2g} "
+        f"where the plain one has norm {size:.2g}"
+    )
+
+
+def _length(gradient: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(part.double().square().sum()) for part in gradient.values()))
+
+
+def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    return _length({name: one[name].double() - other[name].double() for name in other})
