@@ -109,6 +109,11 @@ def _line(innermost_first: list[tuple[FrameType, int]]) -> Line | None:
     return None
 
 
+def is_file_of_the_users(file: str) -> bool:
+    """Whether a file is of no installed package."""
+    return bool(file) and _is_nobodys_package(file)
+
+
 def _is_nobodys_package(file: str) -> bool:
     library = _is_machinery(file) or file.startswith((*_PACKAGES, _STANDARD, "<frozen")) or "site-packages" in file
     return not library and file != "<string>"

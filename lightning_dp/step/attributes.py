@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -65,6 +65,11 @@ def attributes_put_back(module: nn.Module, *, report: bool = True) -> Iterator[d
     for place, value in changes.items():
         if value is _ABSENT:
             raise _adds_up(place)
+
+
+def left_on(module: nn.Module) -> Collection[str]:
+    """The names of attributes that earlier passes have left on a module, and later ones do not see."""
+    return _written.get(module, ())
 
 
 def leave(

@@ -1,78 +1,94 @@
-"""What the tensors of a module hold, in numbers small enough to keep, so that any write to one of them is found."""
+"""What tensors and arrays hold, kept so that any write to one of them is found, whatever way it took."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_dp.engines.user_code import Line
 from lightning_dp.errors import PreflightError
+from lightning_dp.step.reach import Reach
 
 PIECE = 2**20
 """So many numbers are digested at a time, which bounds the memory it takes."""
+
+COPIED = 2**28
+"""Up to so many numbers in main memory are copied, which is faster to compare than digests are to make."""
 
 MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 """Odd, and far from any pattern of small numbers (Knuth 1998, volume 3, section 6.4)."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+Array = np.ndarray[Any, Any]
+
 
 @dataclass(frozen=True)
 class Contents:
-    """What the parameters, buffers and tensors kept in attributes of a module held when it was taken.
+    """What tensors and arrays held when it was taken.
 
     Compared are values, bit by bit, and neither versions nor addresses: a write through ``.data``, a NumPy view or another
-    tensor of the same storage is found, and one that leaves all values as they were is none.
+    tensor of the same storage is found, and one that leaves all values as they were is none. In main memory a copy is kept;
+    of what is on a device, and of very much, a digest of 64 bits. A single number that changes always changes it; of other
+    changes one in about 2⁶⁴ does not.
 
     Attributes:
         tensors: by name.
-        digests: of each tensor 64 bits. A single number that changes always changes them; of other changes one in about 2⁶⁴
-            does not.
+        arrays: by name.
+        copies: of those tensors of which there is one.
+        digests: of the others.
+        copied: of the arrays.
     """
 
     tensors: dict[str, Tensor]
-    digests: list[Tensor]
+    arrays: dict[str, Array] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    digests: dict[str, Tensor] = field(default_factory=dict)
+    copied: dict[str, Array] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Contents:
-        """The contents of these tensors now, such as :func:`tensors_of` a module."""
-        return cls(dict(tensors), _digests(list(tensors.values())))
+    def of(cls, tensors: Mapping[str, Tensor], arrays: Mapping[str, Array] | None = None) -> Contents:
+        """The contents of these now, such as all that :func:`tensors_of` a module gives."""
+        small = sum(tensor.numel() for tensor in tensors.values()) <= COPIED
+        copies = {name: _here(tensor).clone() for name, tensor in tensors.items() if small and _can_be_copied(tensor)}
+        others = [name for name in tensors if name not in copies]
+        digests = dict(zip(others, _digests([tensors[name] for name in others]), strict=True))
+        given = dict(arrays or {})
+        return cls(dict(tensors), given, copies, digests, {name: array.copy() for name, array in given.items()})
 
     def changed(self) -> list[str]:
-        """The names of the tensors that hold something else now."""
-        now = _digests(list(self.tensors.values()))
-        rows = list(zip(self.tensors, self.digests, now, strict=True))
-        found = [name for name, before, after in rows if before.device != after.device]
+        """The names of the tensors and arrays that hold something else now."""
+        found = [name for name, copy in self.copies.items() if not _same_bits(self.tensors[name], copy)]
+        now = _digests([self.tensors[name] for name in self.digests])
+        rows = list(zip(self.digests, self.digests.values(), now, strict=True))
+        found += [name for name, before, after in rows if before.device != after.device]
         for device in {before.device for _, before, _ in rows}:  # one wait for each
             here = [row for row in rows if row[1].device == row[2].device == device]
             if here:
                 different = torch.stack([before for _, before, _ in here]) != torch.stack([after for *_, after in here])
                 found += [name for (name, *_), differs in zip(here, different.tolist(), strict=True) if differs]
-        return found
+        return found + [name for name, before in self.copied.items() if not _same_array(self.arrays[name], before)]
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that a module holds, once and by name: parameters, buffers, and attributes that are tensors."""
-    found: dict[int, tuple[str, Tensor]] = {}
-    for path, one in module.named_modules():
-        for name, value in [*one._parameters.items(), *one._buffers.items(), *one.__dict__.items()]:
-            for place, tensor in _inside(name, value):
-                found.setdefault(id(tensor), (f"{path}.{place}" if path else place, tensor))
-    return dict(found.values())
+    """Every tensor within reach of a module, once and by name: parameters, buffers, and those kept anywhere else."""
+    reach = Reach()
+    reach.walk("", module)
+    return reach.tensors
 
 
 def check_nothing_written(module: nn.Module, before: Contents, line: Line | None = None) -> None:
-    """Refuse a training_step that has changed a tensor of its module since ``before`` was taken.
+    """Refuse a training_step that has changed a tensor or an array since ``before`` was taken.
 
     Args:
         module: the user's.
-        before: its contents.
+        before: what they held.
         line: where, if that is known.
 
     Raises:
@@ -84,7 +100,7 @@ def check_nothing_written(module: nn.Module, before: Contents, line: Line | None
 
 
 def written(module: nn.Module, names: Sequence[str], line: Line | None = None) -> PreflightError:
-    """The refusal of a training_step that writes into these tensors of its module."""
+    """The refusal of a training_step that writes into these tensors or arrays."""
     where = "" if line is None else f" ({line})"
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
@@ -94,7 +110,9 @@ def written(module: nn.Module, names: Sequence[str], line: Line | None = None) -
             "they are while it runs. It runs once for each example: the write would take place as often, and whatever it took "
             "from an example would leave with the weights, without noise. Move updates of teachers and target networks, and "
             "weight clipping, to on_train_batch_end, which runs once for each step, on weights that are released (under manual "
-            "optimization the end of training_step, after the last private step, will do)."
+            "optimization the end of training_step, after the last private step, will do). Start values that a layer takes "
+            "from its first batch (ActNorm) before fit, from public data or from random numbers; leave max_norm out of "
+            "embeddings, or scale the rows that are looked up."
         )
     if found := [name for name in names if name in buffers]:
         return PreflightError(
@@ -111,14 +129,40 @@ def written(module: nn.Module, names: Sequence[str], line: Line | None = None) -
     )
 
 
-def _inside(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        if not is_lazy(value) and not value.is_meta:
-            yield name, value
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(value):
-            if isinstance(item, Tensor):
-                yield f"{name}[{index}]", item
+def _here(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    whole: Any = tensor.detach()
+    part: Tensor = whole.to_local() if hasattr(whole, "to_local") else whole
+    return part
+
+
+def _can_be_copied(tensor: Tensor) -> bool:
+    return _has_bits(tensor) and tensor.device.type == "cpu"
+
+
+def _has_bits(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and tensor.dtype.itemsize in {*_BITS, 16}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.resolve_neg().view(_BITS[tensor.dtype.itemsize])
+
+
+def _same_bits(now: Tensor, before: Tensor) -> bool:
+    now = _here(now)
+    if (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device) or not _has_bits(now):
+        return False
+    return torch.equal(_bits(now), _bits(before))
+
+
+def _same_array(now: Array, before: Array) -> bool:
+    if now.shape != before.shape or now.dtype != before.dtype:
+        return False
+    if now.dtype.hasobject:
+        return all(one is other for one, other in zip(now.ravel().tolist(), before.ravel().tolist(), strict=True))
+    return bool(np.array_equal(now, before, equal_nan=now.dtype.kind in "fc"))
 
 
 def _digests(tensors: list[Tensor]) -> list[Tensor]:
@@ -139,16 +183,11 @@ def _digests(tensors: list[Tensor]) -> list[Tensor]:
 
 def _pieces(tensor: Tensor) -> list[Tensor]:
     """The bits of a tensor as vectors of integers, the first of which tells of its shape and type."""
-    if hasattr(tensor, "to_local"):  # of a tensor in shards, the part that is here
-        tensor = tensor.to_local()
-    tensor = tensor.detach()
+    tensor = _here(tensor)
     form = torch.full((1,), hash((tuple(tensor.shape), str(tensor.dtype))), device=tensor.device)
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype.itemsize not in {*_BITS, 16}:
+    if not _has_bits(tensor):
         return [form.add_(tensor._version)]
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    bits = tensor.resolve_neg().reshape(-1).view(_BITS[tensor.dtype.itemsize])
-    return [form, *torch.split(bits, PIECE)]
+    return [form, *torch.split(_bits(tensor).reshape(-1), PIECE)]
 
 
 def _together(pieces: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:

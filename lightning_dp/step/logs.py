@@ -29,6 +29,7 @@ from lightning_dp.step.attributes import (
     numbers_as_tensors,
     values_of_one,
 )
+from lightning_dp.step.kept_state import KeptState
 from lightning_dp.step.metrics import (
     METHODS,
     AnyMetric,
@@ -117,10 +118,13 @@ class StepCapture:
 
     Args:
         module: the user's LightningModule, which is left as it was found after each call.
+
+    Attributes:
+        state: all that training_step can read of the module.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
-        self.module = module
+        self.module, self.state = module, KeptState(module)
         self._recording: Recording | None = None
         self._structures: dict[int, Any] = {}
         self._metrics: list[AnyMetric] | None = None

@@ -19,7 +19,7 @@ from lightning_dp.layers.batch_norm import check_batch_norms_rest
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.randomness import RandomKey, Stream
-from lightning_dp.step.contents import Contents, check_nothing_written, tensors_of
+from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.engine_comparison import EngineComparison
 from lightning_dp.step.forked_rng import forked_rng
 from lightning_dp.step.planned import Run
@@ -82,7 +82,7 @@ class OpenStep:
         """
         run, module, plan = self.run, self.run.planned.module, self.run.planned.ledger.plan
         check_batch_norms_rest(module)
-        before = Contents.of(tensors_of(module))
+        before = run.planned.logs.state.contents()
         comparison = EngineComparison(run, selection, self.sample.step, len(self.sample.indices))
         due, given = comparison.is_due, as_real_pairs(parameters)
         if due:

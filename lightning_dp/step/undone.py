@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_dp.step.attributes import attributes_put_back
-from lightning_dp.step.contents import Contents, tensors_of
+from lightning_dp.step.contents import Contents
+from lightning_dp.step.kept_state import reach_of
 
 
 @contextmanager
@@ -23,8 +22,9 @@ def undone(module: nn.Module) -> Iterator[Contents]:
     """Leave a module and all random generators as they were found, for a look that must leave no trace.
 
     Put back are: which tensors and modules it holds under which names; their memory, values, ``requires_grad`` and ``.grad``;
-    train and eval mode; hooks; attributes; the global random generators and those that it holds. Values are copied to
-    main memory meanwhile, so that a look needs no more of the device's, and only those that changed are written.
+    train and eval mode; hooks; attributes, and whatever else is within reach of it at any depth; the global random generators
+    and those that it holds. Values are copied to main memory meanwhile, so that a look needs no more of the device's, and only
+    those that changed are written.
 
     Args:
         module: the user's. Of parameters in shards (DTensor), what this rank holds is put back.
@@ -35,11 +35,11 @@ def undone(module: nn.Module) -> Iterator[Contents]:
     modules = list(module.modules())
     tables = [(table, dict(table)) for one in modules for table in _tables(one)]
     modes = [(one, one.training, set(one._non_persistent_buffers_set)) for one in modules]
-    states = [put_back for one in modules for put_back in _generators(one)]
-    tensors = tensors_of(module)
+    reach = reach_of(module)
+    tensors, arrays = dict(reach.tensors), reach.arrays
     tensors |= {f"{name}.grad": one.grad for name, one in tensors.items() if one.is_leaf and one.grad is not None}
     kept = {name: _Kept(tensor) for name, tensor in tensors.items()}
-    contents, failure = Contents.of(tensors), None
+    contents, failure = Contents.of(tensors, arrays), None
     with isolate_rng():
         try:
             with attributes_put_back(module, report=False):
@@ -51,12 +51,16 @@ def undone(module: nn.Module) -> Iterator[Contents]:
         table.update(found)
     for one, training, names in modes:
         one.training, one._non_persistent_buffers_set = training, names
-    for put_back in states:
-        put_back()
+    for place in reach.places:
+        if place.differs():
+            place.put_back()
     for tensor in kept.values():
         tensor.put_back_memory()
     for name in contents.changed():
-        kept[name].put_back_values()
+        if name in kept:
+            kept[name].put_back_values()
+        else:
+            np.copyto(arrays[name], contents.copied[name])
     if failure is not None:
         raise failure
 
@@ -100,18 +104,3 @@ def _tables(module: nn.Module) -> list[dict[Any, Any]]:
     hooks = [value for value in module.__dict__.values() if type(value) is OrderedDict]
     own: list[dict[Any, Any]] = [module._parameters, module._buffers, module._modules]
     return own + [table for table in hooks if all(table is not one for one in own)]
-
-
-def _generators(module: nn.Module) -> list[Callable[[], object]]:
-    """For each random generator and NumPy array that a module keeps in an attribute, what puts its state back."""
-    found: list[Callable[[], object]] = []
-    for value in module.__dict__.values():
-        if isinstance(value, torch.Generator):
-            found.append(partial(value.set_state, value.get_state()))
-        elif isinstance(value, np.random.Generator):
-            found.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-        elif isinstance(value, random.Random):
-            found.append(partial(value.setstate, value.getstate()))
-        elif isinstance(value, np.ndarray):
-            found.append(partial(np.copyto, value, value.copy()))
-    return found

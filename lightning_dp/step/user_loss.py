@@ -52,6 +52,7 @@ def example_loss(
             whole = dict(begin_with(whole))
         example = form.to_user(example)
         with in_place() as stack:
+            stack.enter_context(capture.state.put_back_after())
             if backward_follows():  # it may reach any parameter, and run a part of training_step again
                 stack.enter_context(gradients_kept(module.parameters()))
                 stack.enter_context(hooks_at_rest(module.parameters()))
