@@ -173,6 +173,7 @@ class Fit:
         form = replace(form, units=units)
         hooks = BatchHooks(form, logs, private)
         private.form = form = replace(form, hooks=hooks)
+        logs.loader = private
         self._planned = planned = Planned(module, world, form, private, ledger, key, logs, hooks, loader)
         if self._step is not None:  # a loader of later epochs
             with full_parameters(module, world):

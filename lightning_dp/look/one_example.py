@@ -16,7 +16,7 @@ from lightning_dp.engines.loop import as_leaf
 from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.errors import PreflightError
 from lightning_dp.step.contents import Contents, written
-from lightning_dp.step.writes import FindWrite
+from lightning_dp.step.writes import line_that_changes
 
 MORE = (2, 3, 4, 8, 16)
 """Rows with which a training_step is tried that fails on one: some code needs a few, such as ``a, b = x.split(4)``."""
@@ -55,14 +55,15 @@ def check_one_example(
     changed = before.changed()
     if not changed:
         _move(leaves)
-        moved = Contents.of(before.tensors)
+        moved = before.again()
         with suppress(Exception):
             loss_function(leaves, one)
         changed = moved.changed()
     if changed:
-        with suppress(Exception), FindWrite(before.tensors[name] for name in changed) as found:
-            loss_function(leaves, one)
-        raise written(module, changed, found.line)
+        now = before.again(changed)
+        raise written(
+            module, changed, line_that_changes(lambda: loss_function(leaves, one), lambda: bool(now.changed()))
+        )
 
 
 def raise_explained(error: Exception, module: nn.Module, with_rows: Callable[[int], object]) -> NoReturn:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Array = np.ndarray[Any, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class Contents:
         digests = dict(zip(others, _digests([tensors[name] for name in others]), strict=True))
         given = dict(arrays or {})
         return cls(dict(tensors), given, copies, digests, {name: array.copy() for name, array in given.items()})
+
+    def again(self, names: Collection[str] | None = None) -> Contents:
+        """What they hold now, or those of them with these names."""
+
+        def wanted(given: Mapping[str, T]) -> dict[str, T]:
+            return {name: one for name, one in given.items() if names is None or name in names}
+
+        return Contents.of(wanted(self.tensors), wanted(self.arrays))
 
     def changed(self) -> list[str]:
         """The names of the tensors and arrays that hold something else now."""
@@ -121,8 +130,9 @@ def written(module: nn.Module, names: Sequence[str], line: Line | None = None) -
             "from public values, as in on_train_batch_end, or switch the tracking off. (Of spectral norms, the one of "
             "torch.nn.utils.parametrizations is looked after.)"
         )
+    own = [f"self.{name}" if " " not in name else name for name in names[:5]]
     return PreflightError(
-        f"training_step writes into the tensor self.{', self.'.join(names[:5])}{where}: expected it to stay as it is. "
+        f"training_step writes into the tensor {', '.join(own)}{where}: expected it to stay as it is. "
         "training_step runs once for each example, and no later example may depend on what one has left there. Make a new "
         "tensor in each training_step, use self.log or a torchmetrics object, or do it in on_train_batch_end from public "
         "values."

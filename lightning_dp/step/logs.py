@@ -41,6 +41,7 @@ from lightning_dp.step.metrics import (
     states_hidden,
     value_apart,
 )
+from lightning_dp.step.withheld import withheld
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,12 @@ class StepCapture:
 
     Attributes:
         state: all that training_step can read of the module.
+        loader: of the training data, which passes may not read; set once it is known.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
         self.module, self.state = module, KeptState(module)
+        self.loader: Any = None
         self._recording: Recording | None = None
         self._structures: dict[int, Any] = {}
         self._metrics: list[AnyMetric] | None = None
@@ -250,7 +253,7 @@ class StepCapture:
             for metric in metrics:
                 for method in METHODS:
                     replace(metric, method, in_this_pass.replacement(metric, method, getattr(metric, method)))
-            with states_hidden(metrics):
+            with states_hidden(metrics), withheld(self.module.trainer, self.loader):
                 yield recording
         finally:
             for owner, name, original in reversed(replaced):

@@ -1,49 +1,46 @@
-"""The line of the user's own in which a tensor of the module is written to, for messages."""
+"""The line of the user's own by which something of the module is changed, for messages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-
-from lightning_dp.engines.user_code import Line, line_of_the_caller
+from lightning_dp.engines.user_code import Line, is_file_of_the_users
 
 
-class FindWrite(TorchFunctionMode):
-    """While open, remembers the first line that changes one of ``tensors`` in place.
+def line_that_changes(call: Callable[[], object], changed: Callable[[], bool]) -> Line | None:
+    """Run ``call`` once more, and find the first line of the user's after which ``changed`` says so.
+
+    Whatever way a write takes (``.data``, a NumPy view, a layer that writes itself), it is the user's line that made it.
 
     Args:
-        tensors: to be watched, with whatever shares their memory.
-
-    Attributes:
-        line: where, or ``None`` as long as nothing is seen. NumPy's writes are not seen, but who asks for its view is.
+        call: what is known to make the change. What it raises is dropped.
+        changed: whether it is made.
     """
+    found: list[Line] = []
+    at: list[Line] = []
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._tensors = list(tensors)
-        self._addresses = {_address(tensor) for tensor in self._tensors}
-        self.line: Line | None = None
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        if not is_file_of_the_users(frame.f_code.co_filename):
+            return None
+        if at and not found and changed():
+            found.append(at[0])
+        if found:
+            sys.settrace(before)
+            return None
+        at[:] = [Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)]
+        return trace
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.line is None and args and _may_write(func):
-            first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
-            if isinstance(first, Tensor) and _address(first) in self._addresses:
-                self.line = line_of_the_caller()
-        return func(*args, **kwargs)
-
-
-def _may_write(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in {"__set__", "__setitem__", "numpy", "__array__"} or name.startswith("__i")
-
-
-def _address(tensor: Tensor) -> int:
+    before = sys.gettrace()
+    sys.settrace(trace)
     try:
-        return tensor.untyped_storage().data_ptr() or -1
-    except (RuntimeError, NotImplementedError):  # it has none of its own
-        return -1
+        with suppress(Exception):
+            call()
+    finally:
+        sys.settrace(before)
+    if not found and at and changed():
+        found.append(at[0])
+    return found[0] if found else None
