@@ -48,6 +48,7 @@ from lightning_dp.step.open_step import OpenStep, Replay
 from lightning_dp.step.planned import Planned, Run
 from lightning_dp.step.private_step import PrivateStep
 from lightning_dp.step.tally import Tally
+from lightning_dp.step.user_hooks import UserHooks
 from lightning_dp.step.without_data import WithoutData
 
 
@@ -77,6 +78,7 @@ class Fit:
         self._script: Script | None = None
         self._step: PrivateStep | None = None
         self._looked_at: dict[frozenset[str], PrivateStep] = {}
+        self._user_hooks: UserHooks | None = None
 
     @property
     def step(self) -> PrivateStep:
@@ -232,6 +234,8 @@ class Fit:
 
     def teardown(self) -> None:
         """Leave the module as it was found, and close what reads the data."""
+        if self._user_hooks is not None:
+            self._user_hooks.rest()
         if self._planned is not None:
             self._planned.loader.close()
             stop_letting_through(self._planned.module)
@@ -263,6 +267,8 @@ class Fit:
         layers = start_layerwise(planned, selection, make_loss)
         journal = self._account.open(self._trainer, agreed.ledger, agreed.report, agreed.facts)
         agreed.report.start(self._trainer, selection.engine.name, planned.loader.physical_batch_size, journal)
+        self._user_hooks = UserHooks(planned.logs, Settings.of(self._asked).privacy.public_state)
+        self._user_hooks.watch()
         return self._private_step(self._run(planned, selection, layers), objective)
 
     def _look_again(self, planned: Planned) -> PrivateStep:

@@ -47,6 +47,21 @@ def check_places(public: object) -> list[int]:
     return [whole("public_optimizers", place, low=0) for place in public]
 
 
+def check_public_state(given: object) -> tuple[str, ...]:
+    """The names given; ``None`` for none.
+
+    Raises:
+        ValueError: they are no names of attributes.
+    """
+    names = [] if given is None else given
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(
+            f"public_state={shown(given)}: expected a list of names of attributes of the module, such as ['teacher'] or "
+            "['net.center'], or None."
+        )
+    return tuple(names)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacySettings:
     """What the guarantee depends on, as the user gave it; the arguments of ``DifferentialPrivacy`` say what each means.
@@ -70,6 +85,7 @@ class PrivacySettings:
     public_optimizers: tuple[int, ...]
     privacy_unit: PrivacyUnit | None
     row_wise: tuple[str, ...]
+    public_state: tuple[str, ...]
 
     def __post_init__(self) -> None:
         if (self.epsilon is None) == (self.noise_multiplier is None):

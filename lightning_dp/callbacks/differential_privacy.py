@@ -29,7 +29,7 @@ from lightning_dp.ranks.world import world_of
 from lightning_dp.record.account import Account
 from lightning_dp.record.checkpoint import read_with_digest, spent_of, with_digest
 from lightning_dp.run import Fit
-from lightning_dp.settings import PhysicalBatchSize, Settings, check_places
+from lightning_dp.settings import PhysicalBatchSize, Settings, check_places, check_public_state
 from lightning_dp.step.open_step import Replay
 from lightning_dp.strategy import make_private, register_strategies
 
@@ -87,6 +87,9 @@ class DifferentialPrivacy(Callback):
         row_wise: what you vouch for: ``"collate_fn"``, ``"__getitems__"``, ``"on_before_batch_transfer"``,
             ``"transfer_batch_to_device"`` or ``"on_after_batch_transfer"`` makes each row of its own example alone. It is then
             given many at once, which is faster, and the statement says so. All others see one example at a time.
+        public_state: names of attributes of the module, such as ``["teacher"]``, that hooks may change by what they learn in
+            training, because you vouch for it that this is public. The statement says so. (What follows from released weights
+            alone, as an average of them, needs no such word.)
 
     Raises:
         ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
@@ -125,6 +128,7 @@ class DifferentialPrivacy(Callback):
         privacy_unit: str | list[Any] | dict[int, Any] | None = None,
         max_examples_per_unit: int | None = None,
         row_wise: list[str] | None = None,
+        public_state: list[str] | None = None,
     ) -> None:
         self.epsilon = epsilon
         self.noise_multiplier = noise_multiplier
@@ -146,6 +150,7 @@ class DifferentialPrivacy(Callback):
         register_strategies()  # of a root of Lightning that was imported after this package
         self.public_optimizers = check_places(public_optimizers)
         self.row_wise = check_row_wise(row_wise)
+        self.public_state = check_public_state(public_state)
         self.privacy_unit = unit_from(privacy_unit, max_examples_per_unit, static_shapes)
         Settings.of(self)  # refuses what is out of range, where it is given
         self._account = Account()

@@ -88,7 +88,9 @@ def agree(
     ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
     ledger.course = "" if account.lineage is None else account.lineage.course
     notes = on_rank_zero(world, lambda: caveats(account.lineage, ledger.numbers, where, privacy.seed is not None))
-    report = Report(ledger, privacy.randomness, (*notes, *vouched_for(privacy.row_wise)))
+    report = Report(
+        ledger, privacy.randomness, (*notes, *vouched_for(privacy.row_wise), *_declared(privacy.public_state))
+    )
     return Agreed(ledger, report, real.noise_multiplier, ledger.steps, facts)
 
 
@@ -127,4 +129,14 @@ def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, module: pl
         max_batch_size=privacy.max_batch_size,
         resolution=resolution(privacy.secure),
         coordinates=coordinates(module.parameters()) if privacy.secure else None,
+    )
+
+
+def _declared(public_state: tuple[str, ...]) -> tuple[str, ...]:
+    """A caveat for the statement, if the user declares state public."""
+    if not public_state:
+        return ()
+    return (
+        f"the user declares {', '.join(public_state)} public: what hooks write there is taken to follow from no example, which "
+        "is not enforced",
     )

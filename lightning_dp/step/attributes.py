@@ -72,6 +72,23 @@ def left_on(module: nn.Module) -> Collection[str]:
     return _written.get(module, ())
 
 
+def hide(owner: nn.Module, name: str) -> None:
+    """From here on passes see an attribute as it is now, whatever it becomes; everybody else sees what it is."""
+    before = owner.__dict__.get(name, _ABSENT)
+    _written.setdefault(owner, {}).setdefault(name, before.copy() if type(before) in _CONTAINERS else before)
+
+
+@contextmanager
+def left_hidden(module: nn.Module) -> Iterator[None]:
+    """While open, what passes have left on modules looks as it did before training."""
+    kept = [(one, _hide(one)) for one in module.modules() if one in _written]
+    try:
+        yield
+    finally:
+        for one, values in kept:
+            one.__dict__.update(values)
+
+
 def leave(
     module: nn.Module,
     changes: dict[Place, Any],

@@ -128,6 +128,7 @@ class StepCapture:
     def __init__(self, module: pl.LightningModule) -> None:
         self.module, self.state = module, KeptState(module)
         self.loader: Any = None
+        self.is_listening = False
         self._recording: Recording | None = None
         self._structures: dict[int, Any] = {}
         self._metrics: list[AnyMetric] | None = None
@@ -136,7 +137,8 @@ class StepCapture:
 
     def run(self, call: Callable[[], Any]) -> tuple[Tensor, list[Tensor]]:
         """Call ``training_step`` and split what it did into the loss and the tensors it logged, counted or returned."""
-        with self.listening() as recording, attributes_put_back(self.module) as changes:
+        kept_away = withheld(self.module.trainer, self.loader)
+        with self.listening() as recording, attributes_put_back(self.module) as changes, kept_away:
             loss, recording.extras = split_output(call())
             loss = at_hand(loss)
         recording.attributes = numbers_as_tensors(changes)
@@ -232,9 +234,22 @@ class StepCapture:
         return found
 
     @contextmanager
+    def muted(self) -> Iterator[None]:
+        """While open, nothing that is logged goes anywhere."""
+        owners = [one for one in self.module.modules() if isinstance(one, either(pl.LightningModule))]
+        for one in owners:
+            one.__dict__["log"] = Instead(one, "log", lambda *args, **options: None)
+        try:
+            yield
+        finally:
+            for one in owners:
+                one.__dict__.pop("log", None)
+
+    @contextmanager
     def listening(self) -> Iterator[Recording]:
         """While open, logs and metric calls go into the recording and nowhere else."""
-        recording = Recording([], [], {})
+        recording, before = Recording([], [], {}), self.is_listening
+        self.is_listening = True
         in_this_pass = MetricsOfAPass(self._structures, recording.metric_calls)
         metrics = self._metrics = outermost_metrics(self.module) if self._metrics is None else self._metrics
         replaced: list[tuple[Any, str, Any]] = []
@@ -253,9 +268,10 @@ class StepCapture:
             for metric in metrics:
                 for method in METHODS:
                     replace(metric, method, in_this_pass.replacement(metric, method, getattr(metric, method)))
-            with states_hidden(metrics), withheld(self.module.trainer, self.loader):
+            with states_hidden(metrics):
                 yield recording
         finally:
+            self.is_listening = before
             for owner, name, original in reversed(replaced):
                 if original is None:
                     object.__delattr__(owner, name)

@@ -36,6 +36,9 @@ class Place(Protocol):
     def put_back(self) -> None:
         """Make it hold what it held."""
 
+    def held(self) -> Any:
+        """What it holds now, to be compared."""
+
 
 def _one(now: Any, before: Any) -> bool:
     """Whether two things may stand for each other."""
@@ -52,10 +55,17 @@ class DictPlace(Place):
         where: its name.
         live: itself.
         ignored: gives names that do not count.
+        named: what a module's own names begin with, if these are its attributes or tensors.
     """
 
-    def __init__(self, where: str, live: dict[Any, Any], ignored: Callable[[], Collection[str]] = lambda: ()) -> None:
-        self.where, self._live, self._ignored = where, live, ignored
+    def __init__(
+        self,
+        where: str,
+        live: dict[Any, Any],
+        ignored: Callable[[], Collection[str]] = lambda: (),
+        named: str | None = None,
+    ) -> None:
+        self.where, self._live, self._ignored, self.named = where, live, ignored, named
         self._keys, self._values = tuple(live), tuple(live.values())
 
     @override
@@ -71,6 +81,19 @@ class DictPlace(Place):
         kept = {key: value for key, value in zip(self._keys, self._values, strict=True) if key not in ignored}
         now = {key: value for key, value in live.items() if key not in ignored}
         return list(now) != list(kept) or not all(map(_one, now.values(), kept.values()))
+
+    @override
+    def held(self) -> Any:
+        return {key: value for key, value in self._live.items() if key not in self._ignored()}
+
+    def moved(self) -> dict[str, Any]:
+        """What has changed, by name, as it is now."""
+        before = dict(zip(self._keys, self._values, strict=True))
+        names = [key for key in {**before, **self._live} if key not in self._ignored()]
+        now = self._live
+        return {
+            key: now.get(key, _ABSENT) for key in names if not _one(now.get(key, _ABSENT), before.get(key, _ABSENT))
+        }
 
     @override
     def put_back(self) -> None:
@@ -99,6 +122,10 @@ class ListPlace(Place):
         return len(live) != len(items) or not (all(map(is_, live, items)) or all(map(_one, live, items)))
 
     @override
+    def held(self) -> Any:
+        return list(self._live)
+
+    @override
     def put_back(self) -> None:
         kind: Any = deque if isinstance(self._live, deque) else list
         kind.clear(self._live)
@@ -114,6 +141,10 @@ class SetPlace(Place):
     @override
     def differs(self) -> bool:
         return self._live != self._items
+
+    @override
+    def held(self) -> Any:
+        return set(self._live)
 
     @override
     def put_back(self) -> None:
@@ -140,6 +171,10 @@ class SlotsPlace(Place):
     @override
     def differs(self) -> bool:
         return not all(_one(getattr(self._live, n, _ABSENT), v) for n, v in zip(self._names, self._values, strict=True))
+
+    @override
+    def held(self) -> Any:
+        return [getattr(self._live, name, _ABSENT) for name in self._names]
 
     @override
     def put_back(self) -> None:
@@ -173,7 +208,11 @@ class ClassPlace(Place):
         return there.keys() != kept.keys() or not all(_one(there[name], value) for name, value in kept.items())
 
     def _size(self, now: Any) -> int:
-        return len(self._kept) + sum(name.startswith("__") for name in now)
+        return len(self._kept) + len([name for name in now if name.startswith("__")])
+
+    @override
+    def held(self) -> Any:
+        return self._now()
 
     @override
     def put_back(self) -> None:
@@ -197,6 +236,10 @@ class NamesPlace(Place):
         return not all(_one(live.get(name, _ABSENT), value) for name, value in self._kept.items())
 
     @override
+    def held(self) -> Any:
+        return {name: self._live.get(name, _ABSENT) for name in self._kept}
+
+    @override
     def put_back(self) -> None:
         self._live.update(self._kept)
 
@@ -217,6 +260,10 @@ class CellPlace(Place):
     @override
     def differs(self) -> bool:
         return not _one(self._now(), self._kept)
+
+    @override
+    def held(self) -> Any:
+        return self._now()
 
     @override
     def put_back(self) -> None:
@@ -253,6 +300,10 @@ class GeneratorPlace(Place):
         return not same(self._now(), self._kept)
 
     @override
+    def held(self) -> Any:
+        return self._now()
+
+    @override
     def put_back(self) -> None:
         live = self._live
         if isinstance(live, np.random.Generator):
@@ -279,6 +330,10 @@ class OpaquePlace(Place):
     @override
     def differs(self) -> bool:
         return not same(self._now(), self._kept)
+
+    @override
+    def held(self) -> Any:
+        return self._now()
 
     @override
     def put_back(self) -> None:

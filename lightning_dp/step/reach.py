@@ -9,7 +9,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -70,6 +70,10 @@ class Reach:
         self._seen: dict[int, Any] = {}
         self._stops = _stops()
 
+    def leave_out(self, things: Iterable[Any]) -> None:
+        """Do not follow these."""
+        self._seen.update({id(thing): thing for thing in things})
+
     def walk(self, name: str, root: Any) -> None:
         """Follow ``root``, and call what is reached by names that begin with ``name``."""
         pending: deque[tuple[str, Any]] = deque([(name, root)])
@@ -99,7 +103,7 @@ class Reach:
             self.places.append(GeneratorPlace(where, thing))
             return
         if isinstance(thing, type):
-            if _is_users(thing):
+            if is_users_class(thing):
                 yield from self._inside_class(where, thing)
             return
         if isinstance(thing, types.FunctionType):
@@ -130,13 +134,13 @@ class Reach:
             yield f"{prefix}hparams", kept["_hparams"]
         for name in ("_parameters", "_buffers", "_modules"):
             table = kept[name]
-            self.places.append(DictPlace(f"{prefix}{name}", table))
+            self.places.append(DictPlace(f"{prefix}{name}", table, named=prefix))
             yield from ((f"{prefix}{key}", value) for key, value in table.items())
         for name in _TORCH_TABLES - {"_parameters", "_buffers", "_modules"}:
             if isinstance(kept.get(name), dict) and kept[name]:
                 yield f"{prefix}{name}", kept[name]
         self.places.append(
-            DictPlace(where or "self", kept, lambda: {*lightnings, *_TORCH_TABLES, *self._hidden(module)})
+            DictPlace(where or "self", kept, lambda: {*lightnings, *_TORCH_TABLES, *self._hidden(module)}, named=prefix)
         )
         yield from ((f"{prefix}{key}", value) for key, value in kept.items() if key not in ignored)
         yield f"{type(module).__name__}", type(module)
@@ -169,7 +173,7 @@ class Reach:
         for name, value in list(vars(kind).items()):
             if name.startswith("__") and not isinstance(value, types.FunctionType):
                 continue
-            for function in _functions(value):
+            for function in functions_of(value):
                 yield f"{where}.{name}", function
             if not callable(value) and not isinstance(value, (property, classmethod, staticmethod)):
                 yield f"{where}.{name}", value
@@ -190,7 +194,7 @@ class Reach:
         if function.__dict__:
             self.places.append(DictPlace(function.__qualname__, function.__dict__))
             yield from ((f"{function.__qualname__}.{key}", value) for key, value in function.__dict__.items())
-        named = set(_names(function.__code__))
+        named = set(names_in(function.__code__))
         yield from self._inside_names(function.__module__ or "", function.__globals__, named)
 
     def _inside_names(self, module: str, names: dict[str, Any], named: set[str]) -> Iterator[tuple[str, Any]]:
@@ -215,7 +219,7 @@ def _stops() -> tuple[type, ...]:
     return tuple(kinds)
 
 
-def _functions(value: Any) -> list[types.FunctionType]:
+def functions_of(value: Any) -> list[types.FunctionType]:
     """The functions behind an entry of a class body."""
     parts: list[Any] = [value]
     if isinstance(value, property):
@@ -225,15 +229,17 @@ def _functions(value: Any) -> list[types.FunctionType]:
     return [part for part in parts if isinstance(part, types.FunctionType)]
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def names_in(code: types.CodeType) -> Iterator[str]:
     """The names that code uses, and the code within it."""
     yield from code.co_names
     for constant in code.co_consts:
+        if isinstance(constant, str) and constant.isidentifier():
+            yield constant  # as in getattr(self, "center")
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from names_in(constant)
 
 
-def _is_users(kind: type) -> bool:
+def is_users_class(kind: type) -> bool:
     """Whether a class is of no installed package; one of a notebook is its user's."""
     module = sys.modules.get(kind.__module__)
     file = getattr(module, "__file__", None) or ("<main>" if kind.__module__ == "__main__" else "")

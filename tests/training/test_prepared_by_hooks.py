@@ -121,7 +121,8 @@ def test_a_measured_size_holds_from_the_first_step_on(workers: int, monkeypatch:
             monkeypatch.setattr(run, "settle_physical_batch_size", settled)
         torch.manual_seed(0)
         module = Noting()
-        private = DifferentialPrivacy(noise_multiplier=1.0, seed=0, physical_batch_size=64)
+        rows = ["on_after_batch_transfer"]  # else it sees one example at a time, whatever the size
+        private = DifferentialPrivacy(noise_multiplier=1.0, seed=0, physical_batch_size=64, row_wise=rows)
         options = {"num_workers": workers, "persistent_workers": workers > 0}
         trainer(private, max_steps=3).fit(module, loader(regression_data(64), batch_size=16, **options))
         found.append(weights(module))

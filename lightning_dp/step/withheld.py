@@ -1,0 +1,170 @@
+"""What a training step may not read: the training data as a whole, and numbers that were logged about them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from torch.utils.data import ConcatDataset, DataLoader, Subset
+
+from lightning_dp.engines.user_code import line_of_the_caller
+from lightning_dp.errors import PreflightError
+from lightning_dp.lightning_internals import connector_of
+
+_PLAIN = (int, float, str, bytes, type(None), tuple)
+"""Of a data module, constants such as the number of classes stay readable."""
+
+_METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
+
+
+@contextmanager
+def withheld(trainer: pl.Trainer, loader: Any, names: Collection[str] | None = None) -> Iterator[None]:
+    """While open, the training data and the numbers logged in training raise at the moment they are read.
+
+    Args:
+        trainer: of the fit.
+        loader: the private training loader, or ``None`` as long as there is none.
+        names: of the logged numbers that are withheld, or ``None`` for all.
+
+    Raises:
+        PreflightError: from whoever reads them, with the line.
+    """
+    data: list[Any] = [] if loader is None else [loader, *_below(loader.dataset)]
+    data_module = getattr(trainer, "datamodule", None)
+    connector = connector_of(trainer)
+    kinds = [(one, type(one), _guarded(cast(Any, type(one)))) for one in data]
+    kinds.append(
+        (
+            connector,
+            type(connector),
+            _without_metrics(cast(Any, type(connector)), None if names is None else frozenset(names)),
+        )
+    )
+    if data_module is not None:
+        kinds.append((data_module, type(data_module), _constants_only(cast(Any, type(data_module)))))
+    done: list[tuple[Any, type]] = []
+    try:
+        for one, kind, guarded in kinds:
+            if guarded is not None and not any(one is other for other, _ in done):
+                try:
+                    object.__setattr__(one, "__class__", guarded)
+                except TypeError:  # of a class written in C, such as a list
+                    continue
+                done.append((one, kind))
+        yield
+    finally:
+        for one, kind in done:
+            object.__setattr__(one, "__class__", kind)
+
+
+def _below(dataset: Any) -> Iterator[Any]:
+    """A data set and those that it is made of."""
+    yield dataset
+    if isinstance(dataset, Subset):
+        yield from _below(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _below(part)
+    elif isinstance(dataset, DataLoader):
+        yield from _below(dataset.dataset)
+
+
+def _refuse(what: str) -> PreflightError:
+    line = line_of_the_caller()
+    where = "" if line is None else f" ({line})"
+    return PreflightError(
+        f"a step reads {what}{where}: expected it to read weights and its batch. What it takes from other examples, or from "
+        "numbers computed of them, reaches the gradient of each example, and no clip norm bounds that. Let the dataset "
+        "bring with each record what it needs, and take constants from public data before training."
+    )
+
+
+def _special(names: tuple[str, ...], what: str) -> dict[str, Any]:
+    def refuse(self: Any, *args: Any, **options: Any) -> Any:
+        raise _refuse(what)
+
+    return dict.fromkeys(names, refuse)
+
+
+@cache
+def _guarded(kind: type) -> type | None:
+    if kind.__module__ == "builtins":
+        return None
+    what = f"the training data ({kind.__name__})"
+
+    def read(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            return object.__getattribute__(self, name)
+        raise _refuse(f"{what}.{name}")
+
+    body = _special(("__getitem__", "__len__", "__iter__", "__getattr__"), what)
+    return _made(kind, {**body, "__getattribute__": read})
+
+
+@cache
+def _constants_only(kind: type) -> type | None:
+    def read(self: Any, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if name.startswith("__") or isinstance(value, _PLAIN):
+            return value
+        raise _refuse(f"the data module ({kind.__name__}.{name})")
+
+    return _made(kind, {"__getattribute__": read})
+
+
+@cache
+def _without_metrics(kind: type, names: frozenset[str] | None) -> type | None:
+    def metrics(which: str) -> property:
+        plain = getattr(kind, which)
+
+        def read(self: Any) -> Any:
+            if names is None:
+                raise _refuse(f"trainer.{which}")
+            return _Some(which, names, plain.fget(self))
+
+        return property(read)
+
+    return _made(kind, {which: metrics(which) for which in _METRICS})
+
+
+class _Some(dict[str, Any]):
+    """Logged numbers, of which some raise when they are read."""
+
+    def __init__(self, which: str, names: frozenset[str], found: dict[str, Any]) -> None:
+        super().__init__(found)
+        self._which, self._names = which, names
+
+    def _check(self, key: Any) -> None:
+        if isinstance(key, str) and (key in self._names or key.rsplit("_", 1)[0] in self._names):
+            raise _refuse(f"trainer.{self._which}[{key!r}]")
+
+    def __getitem__(self, key: str) -> Any:
+        self._check(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dict."""
+        self._check(key)
+        return super().get(key, default)
+
+    def values(self) -> Any:
+        """As of a dict."""
+        for key in self:
+            self._check(key)
+        return super().values()
+
+    def items(self) -> Any:
+        """As of a dict."""
+        for key in self:
+            self._check(key)
+        return super().items()
+
+
+def _made(kind: type, body: dict[str, Any]) -> type | None:
+    try:
+        return type(kind.__name__, (kind,), {"__slots__": (), "__module__": kind.__module__, **body})
+    except TypeError:  # a class that has no subclasses
+        return None
