@@ -181,7 +181,7 @@ class _State:
 
     def _add_optimizers(self, module: Any) -> None:
         for place, optimizer in enumerate(module.trainer.optimizers):
-            self._reach.walk(f"optimizers[{place}].param_groups", optimizer.param_groups)
+            self._reach.walk(f"optimizer {place}, param_groups", optimizer.param_groups)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = dict(self._reach.tensors)
