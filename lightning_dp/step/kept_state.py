@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dp.errors import PreflightError
 from lightning_dp.step.attributes import left_on
-from lightning_dp.step.contents import Array, Contents
+from lightning_dp.step.contents import Contents
 from lightning_dp.step.places import OpaquePlace, Place
 from lightning_dp.step.reach import Reach
 
@@ -31,19 +31,10 @@ class KeptState:
         self._reach: Reach | None = None
         self._told: set[str] = set()
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor within reach, by name."""
-        return self._reached().tensors
-
-    @property
-    def arrays(self) -> dict[str, Array]:
-        """Every NumPy array within reach, by name."""
-        return self._reached().arrays
-
     def contents(self) -> Contents:
         """What the tensors and arrays hold now."""
-        return Contents.of(self.tensors, self.arrays)
+        reach = self._reached()
+        return Contents.of(reach.tensors, reach.arrays)
 
     @contextmanager
     def put_back_after(self) -> Iterator[None]:

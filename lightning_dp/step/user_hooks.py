@@ -175,7 +175,8 @@ class _State:
         self._add_optimizers(module)
         tensors = self._tensors()
         self._contents = Contents.of(tensors, self._reach.arrays)
-        self._kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        copies = self._contents.copies
+        self._kept = {name: copies[name] if name in copies else one.detach().clone() for name, one in tensors.items()}
         self._attributes = [(one, dict(one.__dict__)) for one in module.modules()]
         self._gradients = [(p, p.grad) for p in module.parameters()]
 
