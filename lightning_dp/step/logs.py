@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -137,7 +137,7 @@ class StepCapture:
 
     def run(self, call: Callable[[], Any]) -> tuple[Tensor, list[Tensor]]:
         """Call ``training_step`` and split what it did into the loss and the tensors it logged, counted or returned."""
-        kept_away = withheld(self.module.trainer, self.loader)
+        kept_away = nullcontext() if self.loader is None else withheld(self.module.trainer, self.loader)
         with self.listening() as recording, attributes_put_back(self.module) as changes, kept_away:
             loss, recording.extras = split_output(call())
             loss = at_hand(loss)

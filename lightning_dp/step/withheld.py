@@ -26,13 +26,13 @@ def withheld(trainer: pl.Trainer, loader: Any, names: Collection[str] | None = N
 
     Args:
         trainer: of the fit.
-        loader: the private training loader, or ``None`` as long as there is none.
+        loader: the private training loader.
         names: of the logged numbers that are withheld, or ``None`` for all.
 
     Raises:
         PreflightError: from whoever reads them, with the line.
     """
-    data: list[Any] = [] if loader is None else [loader, *_below(loader.dataset)]
+    data: list[Any] = [loader, *_below(loader.dataset)]
     data_module = getattr(trainer, "datamodule", None)
     connector = connector_of(trainer)
     kinds = [(one, type(one), _guarded(cast(Any, type(one)))) for one in data]
