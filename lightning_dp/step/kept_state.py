@@ -43,7 +43,8 @@ class KeptState:
         Raises:
             PreflightError: an iterator has moved on, which cannot be undone.
         """
-        places = self._reached().places
+        reach = self._reached()
+        places = reach.places
         try:
             yield
         finally:
@@ -51,7 +52,7 @@ class KeptState:
             for place in left:
                 place.put_back()
         if left:
-            self._tell(left)
+            self._tell(left, reach.libraries)
 
     def _reached(self) -> Reach:
         """Everything within reach now; walked to anew only if something has changed."""
@@ -59,13 +60,15 @@ class KeptState:
             self._reach = reach_of(self._module)
         return self._reach
 
-    def _tell(self, left: list[Place]) -> None:
+    def _tell(self, left: list[Place], libraries: list[str]) -> None:
         for place in left:
             if isinstance(place, OpaquePlace):
                 raise PreflightError(
                     f"training_step moves {name_of(place.where)} on, an iterator: expected it to read nothing that another "
                     "example's pass has moved. It runs once for each example. Let the dataset bring what it needs."
                 )
+        within = tuple(f"{name}{end}" for name in libraries for end in ".[")
+        left = [place for place in left if place.where not in libraries and not place.where.startswith(within)]
         names = sorted({name_of(place.where) for place in left} - self._told)
         self._told.update(names)
         if names:

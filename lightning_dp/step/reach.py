@@ -60,12 +60,14 @@ class Reach:
         places: everything that holds something else, with what it held when it was reached.
         tensors: by name; parameters and buffers by their own.
         arrays: NumPy arrays by name.
+        libraries: what the names of things begin with that belong to objects of installed libraries, which keep caches.
     """
 
     def __init__(self, hidden: Callable[[nn.Module], Collection[str]] = lambda module: ()) -> None:
         self.places: list[Place] = []
         self.tensors: dict[str, Tensor] = {}
         self.arrays: dict[str, np.ndarray[Any, Any]] = {}
+        self.libraries: list[str] = []
         self._hidden = hidden
         self._seen: dict[int, Any] = {}
         self._stops = _stops()
@@ -130,6 +132,7 @@ class Reach:
         prefix = f"{where}." if where else ""
         lightnings = KEPT_BY_LIGHTNING if isinstance(module, either(pl.LightningModule)) else frozenset()
         ignored = {*lightnings, *_TORCH_TABLES, *self._hidden(module)}
+        self._note_library(where, module)
         if "_hparams" in kept:
             yield f"{prefix}hparams", kept["_hparams"]
         for name in ("_parameters", "_buffers", "_modules"):
@@ -145,6 +148,15 @@ class Reach:
         yield from ((f"{prefix}{key}", value) for key, value in kept.items() if key not in ignored)
         yield f"{type(module).__name__}", type(module)
 
+    def _note_library(self, where: str, thing: Any) -> None:
+        kind = type(thing)
+        if (
+            where
+            and kind.__module__.split(".")[0] not in _FOREIGN | sys.stdlib_module_names
+            and not is_users_class(kind)
+        ):
+            self.libraries.append(where)
+
     def _inside_container(self, where: str, thing: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(thing, dict):
             self.places.append(DictPlace(where, thing))
@@ -157,6 +169,7 @@ class Reach:
         yield from ((f"{where}[{index}]", item) for index, item in enumerate(thing) if not isinstance(item, _ATOMS))
 
     def _inside_object(self, where: str, thing: Any) -> Iterator[tuple[str, Any]]:
+        self._note_library(where, thing)
         kept = getattr(thing, "__dict__", None)
         if isinstance(kept, dict):
             self.places.append(DictPlace(where, kept))
