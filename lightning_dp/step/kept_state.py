@@ -56,7 +56,7 @@ class KeptState:
 
     def _reached(self) -> Reach:
         """Everything within reach now; walked to anew only if something has changed."""
-        if self._reach is None or any(place.differs() for place in self._reach.places):
+        if self._reach is None or self._reach.in_shards or any(place.differs() for place in self._reach.places):
             self._reach = reach_of(self._module)
         return self._reach
 

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric
@@ -60,6 +61,7 @@ class Reach:
         places: everything that holds something else, with what it held when it was reached.
         tensors: by name; parameters and buffers by their own.
         arrays: NumPy arrays by name.
+        in_shards: whether parameters are kept in shards (FSDP2), so that other tensors are there at other times.
         libraries: what the names of things begin with that belong to objects of installed libraries, which keep caches.
     """
 
@@ -68,6 +70,7 @@ class Reach:
         self.tensors: dict[str, Tensor] = {}
         self.arrays: dict[str, np.ndarray[Any, Any]] = {}
         self.libraries: list[str] = []
+        self.in_shards = False
         self._hidden = hidden
         self._seen: dict[int, Any] = {}
         self._stops = _stops()
@@ -135,8 +138,15 @@ class Reach:
         self._note_library(where, module)
         if "_hparams" in kept:
             yield f"{prefix}hparams", kept["_hparams"]
+        in_shards = isinstance(module, FSDPModule) or any(
+            hasattr(one, "to_local") for one in kept["_parameters"].values()
+        )
+        self.in_shards = self.in_shards or in_shards
         for name in ("_parameters", "_buffers", "_modules"):
             table = kept[name]
+            if name == "_parameters" and self.in_shards:  # FSDP2 puts whole ones in their places, and shards again
+                yield from ((f"{prefix}{key}", value) for key, value in table.items())
+                continue
             self.places.append(DictPlace(f"{prefix}{name}", table, named=prefix))
             yield from ((f"{prefix}{key}", value) for key, value in table.items())
         for name in _TORCH_TABLES - {"_parameters", "_buffers", "_modules"}:
