@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("ci")
@@ -42,6 +42,10 @@ class Regressor(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Notes(list[Any], Dataset[Any]):
+    """What a test writes down from inside training_step: no state that a step is held to, as no data set is."""
 
 
 def regressor(seed: int = 0, **options: Any) -> Regressor:

@@ -12,7 +12,10 @@ from lightning_dp.validate import number, shown
 ClippingStyle = Literal["flat", "per_layer", "automatic"]
 DEFAULT_GAMMA = 0.01
 """γ of the automatic style, as in the experiments of its authors."""
-SMALLEST_CLIP_NORM = 1e-30
+SMALLEST_GAMMA = 1e-12
+"""Below it g·C/(‖g‖+γ) is no longer bounded where the norm, a sum of squares in float32, comes out as 0."""
+
+SMALLEST_CLIP_NORM = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,11 @@ def check_clipping(style: str, gamma: float, clip_norm: float) -> None:
     number("automatic_gamma", gamma)
     if not (gamma > 0 and math.isfinite(gamma)):
         raise ValueError(f"automatic_gamma={gamma}: expected a finite number above 0, such as {DEFAULT_GAMMA}.")
+    if gamma < SMALLEST_GAMMA:
+        raise ValueError(
+            f"automatic_gamma={gamma}: expected at least {SMALLEST_GAMMA:g}, such as {DEFAULT_GAMMA}: norms are float32, and a "
+            "gradient whose square is too small for one would be scaled up beyond the clip norm."
+        )
     if style == "automatic" and math.isinf(clip_norm):
         raise ValueError(
             f"clipping='automatic' with clip_norm={clip_norm}: expected a finite clip norm. Every gradient is scaled to "

@@ -249,3 +249,51 @@ class _ReadsData(Regressor):
 def test_logged_numbers_and_the_data_set_do_not_come_back(case: Any) -> None:
     with pytest.raises(PreflightError, match=r"reads .*test_state_does_not_cross\.py"):
         trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=3).fit(case(), loader())
+
+
+class _Reading(torch.optim.SGD):
+    """Keeps what its closure returns, as an optimizer that chooses its rate by the loss would."""
+
+    def step(self, closure: Any = None) -> Any:
+        read.append(float(closure()))
+        return super().step()
+
+
+read: list[float] = []
+
+
+def test_an_optimizer_gets_no_private_number_from_its_closure() -> None:
+    class Polyak(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("mine", loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return _Reading(self.parameters(), lr=0.1)
+
+    read.clear()
+    fit = trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=2)
+    fit.fit(Polyak(), loader())
+    assert read == [0.0, 0.0]
+    assert fit.callback_metrics["mine"] > 0
+
+
+def test_a_run_does_not_end_when_an_example_is_seen() -> None:
+    class Stops(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_step == 1:
+                raise StopIteration
+            return super().training_step(batch, batch_idx)
+
+    private = DifferentialPrivacy(noise_multiplier=1.0, engine="loop")
+    with pytest.raises(PreflightError, match=r"StopIteration .*test_state_does_not_cross\.py"):
+        trainer(private, max_steps=3).fit(Stops(), loader())
+    assert private.ledger is not None
+    assert private.ledger.steps == 1
+
+
+@pytest.mark.parametrize("given", [{"clip_norm": 1e-24}, {"clip_norm": 1e25}, {"automatic_gamma": 1e-30}])
+def test_numbers_that_float32_norms_do_not_hold_are_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(given))}=.*expected .*float32"):
+        DifferentialPrivacy(noise_multiplier=1.0, **given)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, PreflightError
-from tests.conftest import Regressor, loader, trainer, weights
+from tests.conftest import Notes, Regressor, loader, trainer, weights
 from tests.training.manual_modules import Gan, ManualRegressor
 
 Loss = Callable[["Net", Tensor, Tensor], Tensor]
@@ -90,7 +90,7 @@ def test_it_is_refused_in_small_micro_batches_too(loss: Loss, size: int) -> None
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, "auto", None])
 def test_nothing_is_worked_on_in_larger_pieces_than_in_training(size: Any) -> None:
     """Also before the first step, when engines are tried and losses are looked at."""
-    seen: dict[str, list[int]] = {"collated": [], "moved": [], "looked at": []}
+    seen: dict[str, list[int]] = {"collated": Notes(), "moved": Notes(), "looked at": Notes()}
 
     class Watched(Net):
         def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
