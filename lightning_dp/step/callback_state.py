@@ -21,7 +21,7 @@ class CallbackState:
     """
 
     def __init__(self, callbacks: Iterable[Any], beside: Iterable[Any]) -> None:
-        self._callbacks, self._beside = list(callbacks), list(beside)
+        self._theirs, self._beside = list(callbacks), list(beside)
         self._first = self._reach()
         self._values = _values(self._first.tensors)
 
@@ -40,7 +40,7 @@ class CallbackState:
     def _reach(self) -> Reach:
         reach = Reach()
         reach.leave_out(self._beside)
-        for place, callback in enumerate(self._callbacks):
+        for place, callback in enumerate(self._theirs):
             reach.walk(f"callback {place}", vars(callback))
         return reach
 

@@ -18,6 +18,7 @@ from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.ranks.gathering import on_every_rank
+from lightning_dp.ranks.lost_ranks import naming_lost_ranks
 from lightning_dp.step.planned import Run
 from lightning_dp.step.undone import undone
 
@@ -83,7 +84,8 @@ class EngineComparison:
         Raises:
             PreflightError: they do. Nothing of the step is released or charged.
         """
-        on_every_rank(self.run.planned.world, self._raise, PreflightError)
+        with naming_lost_ranks(self.run.planned.world):
+            on_every_rank(self.run.planned.world, self._raise, PreflightError)
 
     def _raise(self) -> None:
         if self._failure is not None:

@@ -99,6 +99,9 @@ class Reach:
         if isinstance(thing, np.ndarray):
             self.arrays[where] = thing
             return
+        if isinstance(thing, Metric):  # its states are hidden otherwise; what it trains is weights
+            tables = [*thing._parameters.items(), *thing._modules.items()]
+            yield from ((f"{where}.{name}" if where else name, one) for name, one in tables)
         if isinstance(thing, (*self._stops, Instead)):
             return
         if isinstance(thing, nn.Module):
@@ -136,8 +139,6 @@ class Reach:
         lightnings = KEPT_BY_LIGHTNING if isinstance(module, either(pl.LightningModule)) else frozenset()
         ignored = {*lightnings, *_TORCH_TABLES, *self._hidden(module)}
         self._note_library(where, module)
-        if "_hparams" in kept:
-            yield f"{prefix}hparams", kept["_hparams"]
         in_shards = isinstance(module, FSDPModule) or any(
             hasattr(one, "to_local") for one in kept["_parameters"].values()
         )

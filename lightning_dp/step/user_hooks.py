@@ -63,7 +63,7 @@ class UserHooks:
         self._logs, self._public = logs, tuple(public)
         self._watched: list[tuple[Any, str]] = []
         self._stateful: set[tuple[int, str]] = set()
-        self._callbacks = CallbackState((), ())
+        self._beside = CallbackState((), ())
 
     def watch(self) -> None:
         """Stand between Lightning and the hooks, from here on."""
@@ -73,7 +73,7 @@ class UserHooks:
             self._watch(callback, 2)
         self._watch(module, 0)
         theirs = {id(owner): owner for owner, _ in self._watched if owner is not module}
-        self._callbacks = CallbackState(theirs.values(), module.modules())
+        self._beside = CallbackState(theirs.values(), module.modules())
 
     def rest(self) -> None:
         """Leave the hooks as they were found."""
@@ -138,7 +138,7 @@ class UserHooks:
             isolate_rng(),
             self._logs.muted(),
             left_hidden(module),
-            self._callbacks.as_at_first(),
+            self._beside.as_at_first(),
             states_hidden(outermost_metrics(module)),
             withheld(trainer, self._logs.loader, self._logs.logged_names),
             contextlib.redirect_stdout(said),

@@ -24,7 +24,7 @@ from lightning_dp.look.batch_size.search import Found, Measured, measured, rando
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.world import World, world_of
 from lightning_dp.step.planned import Planned
-from tests.conftest import Regressor, loader, regressor, trainer, weights
+from tests.conftest import Notes, Regressor, loader, regressor, trainer, weights
 
 CPU = torch.device("cpu")
 
@@ -269,7 +269,7 @@ class Shift(ViewTransform):
 
 
 def test_views_are_measured_with_their_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[torch.Size] = []
+    shapes = Notes()
     module = regressor()
     module.net.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     monkeypatch.setattr("lightning_dp.run.check_examples_stay_apart", lambda *_: None)  # no part of measuring

@@ -14,7 +14,7 @@ from torchvision.transforms import RandomErasing
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.engines.select import EngineError
-from tests.conftest import Regressor, loader, regressor, trainer, weights
+from tests.conftest import Notes, Regressor, loader, regressor, trainer, weights
 
 LATE = 2
 STEPS = 4
@@ -137,18 +137,18 @@ def test_the_users_own_error_is_passed_on_with_a_note(engine: Any) -> None:
 def test_want_of_memory_is_no_engines_limit(engine: Any, kind: type[Exception], since: int) -> None:
     """It is passed on as it is, from the engine check and from a step, and no other engine is tried."""
 
-    class Full(Regressor):
-        calls = 0
+    calls = Notes()
 
+    class Full(Regressor):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if self.global_step >= since and (since or torch._C._functorch.maybe_current_level() or engine == "loop"):
-                Full.calls += 1
-                if Full.calls == 1:
+                calls.append(1)
+                if len(calls) == 1:
                     raise kind("no room")
             return super().training_step(batch, batch_idx)
 
     privacy = DifferentialPrivacy(noise_multiplier=1.0, engine=engine)
     with pytest.raises(kind, match="no room"):
         trainer(privacy, max_steps=STEPS).fit(Full(), loader())
-    assert Full.calls == 1
+    assert len(calls) == 1
     assert privacy.ledger is None or privacy.ledger.steps == since

@@ -15,6 +15,7 @@ from lightning_dp.batches.microbatch import padded
 from lightning_dp.batches.transforms import ViewTransform
 from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
 from lightning_dp.mechanism.clip import clip_and_sum
+from lightning_dp.step.engine_comparison import EngineComparison
 from lightning_dp.step.open_step import OpenStep
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
 
@@ -88,7 +89,10 @@ def run(engine: str, static: bool, views: int, **options: Any) -> dict[str, Any]
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("style", "views"), [("flat", 0), ("per_layer", 3), ("automatic", 3)])
-def test_padding_changes_shapes_and_nothing_else(engine: str, style: Any, views: int) -> None:
+def test_padding_changes_shapes_and_nothing_else(
+    engine: str, style: Any, views: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EngineComparison, "is_due", False)  # which runs one example alone, in a shape of its own
     plain, static = (run(engine, on, views, clipping=style) for on in (False, True))
     torch.testing.assert_close(static["weights"], plain["weights"], rtol=1e-5, atol=1e-6)
     assert static["metrics"] == pytest.approx(plain["metrics"], rel=1e-4)
