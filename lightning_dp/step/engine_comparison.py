@@ -17,8 +17,6 @@ from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.mechanism.randomness import RandomKey, Stream
-from lightning_dp.ranks.gathering import on_every_rank
-from lightning_dp.ranks.lost_ranks import naming_lost_ranks
 from lightning_dp.step.planned import Run
 from lightning_dp.step.undone import undone
 
@@ -79,15 +77,11 @@ class EngineComparison:
             yield batch, size
 
     def check(self) -> None:
-        """Stop the run if the contributions differ, on every rank. A collective call.
+        """Stop this rank if the contributions differ, as an error of training_step would; the others find that it is gone.
 
         Raises:
             PreflightError: they do. Nothing of the step is released or charged.
         """
-        with naming_lost_ranks(self.run.planned.world):
-            on_every_rank(self.run.planned.world, self._raise, PreflightError)
-
-    def _raise(self) -> None:
         if self._failure is not None:
             raise PreflightError(
                 f"{self._failure} in step {self.step}: expected the same. Nothing of this step is released or charged. Before "

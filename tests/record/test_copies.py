@@ -22,7 +22,7 @@ from lightning_dp.batches.transforms import Flip
 from lightning_dp.mechanism.instead import Instead
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.record.journal import FILE_NAME
-from tests.conftest import Regressor, loader, regressor, trainer
+from tests.conftest import Notes, Regressor, loader, regressor, trainer
 from tests.guarantees.mutations import patched
 
 pytestmark = pytest.mark.filterwarnings("ignore:An interrupted fit took")
@@ -108,7 +108,7 @@ def test_a_module_copied_in_mid_fit_is_one_of_its_own(how: str) -> None:
 
 def test_what_training_step_copies_is_one_of_its_own() -> None:
     """Inside a pass, log and the metrics' methods are replaced too: copies do not write into the recording."""
-    seen: list[tuple[Any, Any]] = []
+    seen = Notes()
 
     class Copies(WithHooks):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

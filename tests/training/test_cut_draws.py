@@ -14,7 +14,7 @@ from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting.slack import truncation_probability
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import cut
-from tests.conftest import loader, regressor, sample_of, trainer
+from tests.conftest import Notes, loader, regressor, sample_of, trainer
 from tests.loading import test_loader as loaders
 from tests.mechanism.laws import CAUGHT, FALSE_ALARM, poisson_sampling_p_values
 from tests.training import test_refusals as refusals
@@ -33,7 +33,7 @@ class Sizes(L.Callback):
 
 
 def test_a_run_uses_no_more_than_the_bound_and_says_so() -> None:
-    module, sizes, micro_batches = regressor(lr=0.01), Sizes(), []
+    module, sizes, micro_batches = regressor(lr=0.01), Sizes(), Notes()
     whole = module.training_step
 
     def training_step(batch: Any, batch_idx: int) -> Any:
