@@ -52,9 +52,10 @@ KEPT_APART = (
     "MixUp by random", "MixUp after a warm-up", "MixUp within a rare class", "minus the first row", "the batch's scale",
     "the batch's length", "broken records refilled", "padding", "padding and drawing", "global random numbers in the data set",
     "__getitems__ that centres", "Counter", "a global", "a class attribute",
+    "an optimizer that reads the loss",
 )  # fmt: skip
-"""Where collate_fn, hooks and the data set are given one example at a time, and state is put back after each, these mix nobody,
-and there is nothing to find."""
+"""Where collate_fn, hooks and the data set are given one example at a time, state is put back after each, and an optimizer
+gets no loss, these mix nobody, and there is nothing to find."""
 
 
 @pytest.mark.filterwarnings("ignore:training_step changes")
