@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -83,6 +84,20 @@ class Contents:
                 different = torch.stack([before for _, before, _ in here]) != torch.stack([after for *_, after in here])
                 found += [name for (name, *_), differs in zip(here, different.tolist(), strict=True) if differs]
         return found + [name for name, before in self.copied.items() if not _same_array(self.arrays[name], before)]
+
+    @contextmanager
+    def put_back_on_error(self) -> Iterator[None]:
+        """While open, an error leaves what there are copies of as it was: whoever catches it may save the module."""
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for name in self.changed():
+                    if name in self.copies and self.tensors[name].shape == self.copies[name].shape:
+                        _here(self.tensors[name]).copy_(self.copies[name])
+                    elif name in self.copied and self.arrays[name].flags.writeable:
+                        np.copyto(self.arrays[name], self.copied[name])
+            raise
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -87,21 +87,22 @@ class OpenStep:
         due, given = comparison.is_due, as_real_pairs(parameters)
         if due:
             micro_batches = comparison.passed(micro_batches, loss_function, given)
-        with self.seeded():
-            total = accumulate(
-                FallBack(selection, module, (PreflightError,), partial(undone, module)),
-                loss_function,
-                given,
-                micro_batches,
-                plan.clipping_rule,
-                pad_to=run.pad_to,
-                apart=() if run.layers is None else run.layers.names,
-            )
-            if run.layers is not None:
-                run.layers.finish()
-        if due:
-            comparison.check()
-        check_nothing_written(module, before)
+        with before.put_back_on_error():
+            with self.seeded():
+                total = accumulate(
+                    FallBack(selection, module, (PreflightError,), partial(undone, module)),
+                    loss_function,
+                    given,
+                    micro_batches,
+                    plan.clipping_rule,
+                    pad_to=run.pad_to,
+                    apart=() if run.layers is None else run.layers.names,
+                )
+                if run.layers is not None:
+                    run.layers.finish()
+            if due:
+                comparison.check()
+            check_nothing_written(module, before)
         self.tally.not_finite += total.not_finite
         self.tally.never_moved.look(total.gradient, total.examples)
         return total

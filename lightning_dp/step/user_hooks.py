@@ -98,7 +98,11 @@ class UserHooks:
         if self._logs.is_listening:  # done to an example, see lightning_dp.step.batch_hooks
             return hook(*args, **options)
         before = _State(module, self._public)
-        outcome = hook(*args, **options)
+        try:
+            outcome = hook(*args, **options)
+        except BaseException:  # half-way, with what it has left so far from private values
+            before.put_back(*before.changed())
+            raise
         places, tensors = before.changed()
         if not places and not tensors and (id(owner), name) not in self._stateful:
             return outcome

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.errors import PreflightError
+from lightning_dp.step.same import same
 from tests.conftest import Regressor, loader, trainer
 
 SEEN: list[float] = []
@@ -128,9 +129,13 @@ class _MaxNorm(_Writes):
 
 @pytest.mark.parametrize("case", [_Deep, _Array, _OfAnObject, _Global, _Buffer, _MaxNorm])
 def test_a_write_in_a_later_step_is_refused_before_its_release(case: type[_Writes]) -> None:
-    private = DifferentialPrivacy(noise_multiplier=1.0, engine="loop")
+    private, module = DifferentialPrivacy(noise_multiplier=1.0, engine="loop"), case()
+    before = copy.deepcopy((module.table, module.plain.mean, module.center, TABLE))
     with pytest.raises(PreflightError, match=r"training_step (writes into|changes the buffers)"):
-        trainer(private, max_steps=3).fit(case(), loader())
+        trainer(private, max_steps=3).fit(module, loader())
+    # nothing of the refused step is left, for whoever saves the module
+    assert same(before, (module.table, module.plain.mean, module.center, TABLE))
+    assert float(module.embedding.weight[1].detach().norm()) > 0.02
     assert private.ledger is not None
     assert private.ledger.steps == 1
 
