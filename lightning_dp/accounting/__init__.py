@@ -3,6 +3,7 @@
 phase → rdp, prv → epsilon → calibrate, search; slack → reserve → ledger → limits, statement
 """
 
+from lightning_dp.accounting.assumptions import Assumptions
 from lightning_dp.accounting.calibrate import noise_multiplier_for
 from lightning_dp.accounting.compare import side_by_side
 from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
@@ -16,6 +17,7 @@ from lightning_dp.accounting.slack import Slack
 from lightning_dp.accounting.statement import Statement
 
 __all__ = [
+    "Assumptions",
     "BudgetExceededError",
     "EpsilonBound",
     "EpsilonCurve",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightning_dp.accounting.assumptions import NAMES, NOTHING_ASSUMED, Assumptions
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.slack import Slack, slack_of
 from lightning_dp.plan.clipping import DEFAULT_GAMMA
@@ -17,14 +18,15 @@ from lightning_dp.validate import number, shown
 REMEDY = "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."
 FIELDS = (
     "steps", "noise_multiplier", "sampling_probability", "clip_norm", "expected_batch_size", "dataset_size", "delta",
-    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", "unit",
+    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", "unit", "row_wise", "public_state",
 )  # fmt: skip
 """What is written of an entry."""
 
 _NULLABLE = ("max_batch_size", "resolution", "coordinates", "automatic_gamma")
+_BESIDE = ("automatic_gamma", *NAMES)
 _COUNTS = ("steps", "dataset_size", "max_batch_size", "resolution", "coordinates")
 _TEXTS = ("clipping", "unit")
-_AT_FIRST = {"clipping": "flat", "unit": EXAMPLE, "automatic_gamma": None}
+_AT_FIRST = {"clipping": "flat", "unit": EXAMPLE, "automatic_gamma": None, **NOTHING_ASSUMED.numbers}
 """What was not written by versions that knew nothing else, or did not write it down."""
 
 
@@ -37,12 +39,14 @@ class Entry:
         steps: how many.
         delta: δ of the statement that was meant to be made.
         gamma_known: whether γ was written down. At first ledgers wrote none; ``mechanism`` then has the default.
+        assumed: what the user vouched for while they were taken. ε does not depend on it, and the statement lists it.
     """
 
     mechanism: Mechanism
     steps: int
     delta: float
     gamma_known: bool = True
+    assumed: Assumptions = NOTHING_ASSUMED
 
     @classmethod
     def of(cls, plan: PrivacyPlan, steps: int) -> Entry:
@@ -67,7 +71,7 @@ class Entry:
                 f"a phase of the ledger's state has {shown(found, 400)}: expected {sorted(FIELDS)}. {REMEDY}"
             )
         for name in FIELDS:
-            if name in _TEXTS or (raw[name] is None and name in _NULLABLE):
+            if name in (*_TEXTS, *NAMES) or (raw[name] is None and name in _NULLABLE):
                 continue
             kinds = (int,) if name in _COUNTS else (int, float)
             if not isinstance(raw[name], kinds) or isinstance(raw[name], bool):
@@ -86,6 +90,7 @@ class Entry:
         steps, delta, q, gamma = (
             raw.pop(name) for name in ("steps", "delta", "sampling_probability", "automatic_gamma")
         )
+        assumed = Assumptions.read({name: raw.pop(name) for name in NAMES})
         automatic = raw["clipping"] == "automatic"
         if gamma is not None and not automatic:
             raise ValueError(f"automatic_gamma={gamma} with clipping={shown(raw['clipping'])}: expected None.")
@@ -96,7 +101,7 @@ class Entry:
                 f"dataset_size={raw['dataset_size']}: expected their ratio."
             )
         check_delta(delta)
-        entry = cls(mechanism, steps, delta, gamma_known=gamma is not None or not automatic)
+        entry = cls(mechanism, steps, delta, gamma_known=gamma is not None or not automatic, assumed=assumed)
         entry.phase()
         entry.slack()
         return entry
@@ -119,6 +124,7 @@ class Entry:
             "clipping": step.clipping.style,
             "automatic_gamma": self.gamma,
             "unit": step.unit,
+            **self.assumed.numbers,
         }
 
     @property
@@ -130,10 +136,10 @@ class Entry:
     def text(self) -> str:
         """The numbers of one of these steps as they enter the key of a run with a known seed.
 
-        The form does not change between versions, so that the continuation of a checkpoint can be repeated. γ enters the key
-        beside it (:func:`lightning_dp.record.course.facts_of`).
+        The form does not change between versions, so that the continuation of a checkpoint can be repeated. γ and what is
+        vouched for enter the key beside it (:func:`lightning_dp.record.course.facts_of`).
         """
-        shown_numbers = {name: value for name, value in self.numbers.items() if name != "automatic_gamma"}
+        shown_numbers = {name: value for name, value in self.numbers.items() if name not in _BESIDE}
         return f"Entry({', '.join(f'{name}={value!r}' for name, value in {**shown_numbers, 'steps': 0}.items())})"
 
     def phase(self) -> Phase:

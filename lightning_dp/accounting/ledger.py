@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+from lightning_dp.accounting.assumptions import NOTHING_ASSUMED, Assumptions, caveats
 from lightning_dp.accounting.entry import REMEDY, Entry, check_one_unit, merge_entries
 from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
@@ -46,10 +47,12 @@ class Ledger:
     | clipping style changed on resume | noted; ε does not depend on it, because C bounds every style's sensitivity |
     | γ of automatic clipping changed on resume | noted, for the same reason |
     | privacy unit changed on resume | refused: the steps before protect another |
+    | what the user vouches for changed on resume | what was vouched for stays in the notes; ε does not depend on it |
     | dataset size changed on resume | composed, which bounds ε for every example in all phases, and noted |
 
     Args:
         plan: the public numbers of the steps to come.
+        assumed: what the user vouches for in them.
 
     Example:
         >>> plan = PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000,
@@ -60,8 +63,8 @@ class Ledger:
         (1, (Phase(noise_multiplier=2.0, sampling_probability=0.1, steps=1),))
     """
 
-    def __init__(self, plan: PrivacyPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: PrivacyPlan, assumed: Assumptions = NOTHING_ASSUMED) -> None:
+        self._plan, self._assumed = plan, assumed
         self._past: tuple[Entry, ...] = ()
         self._charged = 0
         self.witness: Callable[[int], None] | None = None
@@ -88,13 +91,13 @@ class Ledger:
         self._affordable: int | None = None
 
     @classmethod
-    def resume(cls, plan: PrivacyPlan, state: Mapping[str, Any]) -> Ledger:
+    def resume(cls, plan: PrivacyPlan, state: Mapping[str, Any], assumed: Assumptions = NOTHING_ASSUMED) -> Ledger:
         """A ledger that continues under ``plan`` after the steps recorded in ``state``.
 
         Raises:
             ValueError: the state is of another version, incomplete, or holds an impossible number.
         """
-        ledger = cls(plan)
+        ledger = cls(plan, assumed)
         ledger.load_state_dict(state)
         return ledger
 
@@ -121,7 +124,7 @@ class Ledger:
     @property
     def numbers(self) -> dict[str, Any]:
         """The public numbers of the current plan's steps, and how many are charged, as in a state."""
-        return Entry.of(self._plan, self._charged).numbers
+        return self._current().numbers
 
     @property
     def changed(self) -> str:
@@ -176,7 +179,8 @@ class Ledger:
             for a, b in pairwise(entry.numbers[name] for entry in entries):
                 if a != b:
                     notes.append(meaning.format(a=a, b=b))
-        return (*notes, *_gamma_notes(entries))
+        past = [(entry.assumed, entry.steps) for entry in self._past]
+        return (*notes, *_gamma_notes(entries), *caveats(self._assumed, past))
 
     @property
     def affordable_steps(self) -> int | None:
@@ -249,7 +253,7 @@ class Ledger:
         return ReservedCurve(history, slack, sigma, q, self._plan.delta, Slack(), last.steps).at(last.steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Ledger.resume, (self._plan, self.state_dict())  # plain numbers; curves are computed again
+        return Ledger.resume, (self._plan, self.state_dict(), self._assumed)  # plain numbers; curves are computed again
 
     def state_dict(self) -> dict[str, Any]:
         """What has been spent and under which public numbers, as plain numbers, lists and strings."""
@@ -276,7 +280,11 @@ class Ledger:
         self._start()
 
     def _entries(self) -> tuple[Entry, ...]:
-        return merge_entries([*self._past, Entry.of(self._plan, self._charged)])
+        return merge_entries([*self._past, self._current()])
+
+    def _current(self) -> Entry:
+        """The steps of the current plan that are charged."""
+        return replace(Entry.of(self._plan, self._charged), assumed=self._assumed)
 
     def _holds(self, steps: int, target: float) -> bool:
         return self._curve.at(steps).epsilon <= target

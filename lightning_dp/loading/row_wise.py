@@ -52,18 +52,3 @@ def draws_nothing(dataset: Any) -> bool:
         parts = dataset.datasets
         return all(map(draws_nothing, parts.values() if isinstance(parts, dict) else parts))
     return False
-
-
-def vouched_for(row_wise: tuple[str, ...]) -> tuple[str, ...]:
-    """A caveat for the statement, if the user vouches for anything.
-
-    Example:
-        >>> vouched_for(())
-        ()
-    """
-    if not row_wise:
-        return ()
-    return (
-        f"the user vouches for {', '.join(row_wise)}: each row that it makes is taken to depend on its own example alone, "
-        "which is not enforced",
-    )

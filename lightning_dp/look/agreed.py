@@ -8,10 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting import Ledger
+from lightning_dp.accounting import Assumptions, Ledger
 from lightning_dp.accounting.find_plan import Wanted
 from lightning_dp.batches.units import Units
-from lightning_dp.loading.row_wise import vouched_for
 from lightning_dp.look.epochs import check_draws_in_an_epoch, check_end_was_given
 from lightning_dp.look.planning import agreed_plan, check_batch_after_resume, check_delta_for, check_plan_stays
 from lightning_dp.mechanism.complex import coordinates
@@ -72,7 +71,9 @@ def agree(
         JournalError: a journal was edited or damaged.
     """
     privacy, where = settings.privacy, places(trainer, trainer.ckpt_path)
-    facts = "" if privacy.seed is None else facts_of(trainer, privacy.automatic_gamma, settings.data.batch_axis)
+    assumed = Assumptions(privacy.row_wise, privacy.public_state)
+    more = (privacy.automatic_gamma, settings.data.batch_axis, *([] if assumed == Assumptions() else [assumed]))
+    facts = "" if privacy.seed is None else facts_of(trainer, *more)
     lost = on_rank_zero(world, lambda: lost_since(account.before, where, facts))
     if account.before is not None:
         account.before = with_lost_steps(account.before, lost)
@@ -85,13 +86,10 @@ def agree(
     check_end_was_given(trainer, plan)
     ranks_before = None if account.before is None else account.before.world_size
     check_batch_after_resume(plan, spent, privacy.expected_batch_size, ranks_before, world.size)
-    ledger = Ledger(plan) if spent is None else Ledger.resume(plan, spent)
+    ledger = Ledger(plan, assumed) if spent is None else Ledger.resume(plan, spent, assumed)
     ledger.course = "" if account.lineage is None else account.lineage.course
     notes = on_rank_zero(world, lambda: caveats(account.lineage, ledger.numbers, where, privacy.seed is not None))
-    report = Report(
-        ledger, privacy.randomness, (*notes, *vouched_for(privacy.row_wise), *_declared(privacy.public_state))
-    )
-    return Agreed(ledger, report, real.noise_multiplier, ledger.steps, facts)
+    return Agreed(ledger, Report(ledger, privacy.randomness, notes), real.noise_multiplier, ledger.steps, facts)
 
 
 def check_still_agreed(
@@ -129,14 +127,4 @@ def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, module: pl
         max_batch_size=privacy.max_batch_size,
         resolution=resolution(privacy.secure),
         coordinates=coordinates(module.parameters()) if privacy.secure else None,
-    )
-
-
-def _declared(public_state: tuple[str, ...]) -> tuple[str, ...]:
-    """A caveat for the statement, if the user declares state public."""
-    if not public_state:
-        return ()
-    return (
-        f"the user declares {', '.join(public_state)} public: what hooks write there is taken to follow from no example, which "
-        "is not enforced",
     )

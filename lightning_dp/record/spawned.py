@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import lightning.pytorch as pl
 
-from lightning_dp.accounting import Ledger
+from lightning_dp.accounting import Assumptions, Ledger
 from lightning_dp.lightning_internals import starts_processes
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.record.checkpoint import Spent, read_with_digest, with_digest
@@ -164,7 +164,7 @@ def from_child(address: str, known: bytes) -> News | None:
     facts = json.loads(text[2 * _WIDTH :])
     before = read_with_digest(facts["spent"])
     state = {**before.ledger, "phases": [*before.ledger["phases"], {**facts["numbers"], "steps": steps}]}
-    ledger = Ledger.resume(PrivacyPlan(**facts["plan"]), state)
+    ledger = Ledger.resume(PrivacyPlan(**facts["plan"]), state, Assumptions.read(facts["numbers"]))
     lineage = before.lineage
     if lineage is not None and facts["fit"] is not None:
         lineage = replace(lineage, counted={**lineage.counted, facts["fit"]: steps})
