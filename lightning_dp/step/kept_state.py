@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_dp.engines.user_code import Line
 from lightning_dp.errors import PreflightError
 from lightning_dp.step.attributes import left_on
 from lightning_dp.step.contents import Contents
-from lightning_dp.step.places import OpaquePlace, Place
+from lightning_dp.step.places import DictPlace, OpaquePlace, Place
 from lightning_dp.step.reach import Reach
+from lightning_dp.step.trainer_state import optimizer_tensors, trainer_reach
+from lightning_dp.step.writes import line_that_changes
+
+T = TypeVar("T")
 
 
 class KeptState:
@@ -20,7 +26,8 @@ class KeptState:
 
     Guarantee:
         Of two passes through training_step, neither finds anything that the other has left: what Python holds is put back
-        after each pass, and a step in which a tensor or array was written to is refused before anything of it is released.
+        after each pass, and a step in which a tensor or array was written to is refused before anything of it is released. A
+        pass that sets rate, length or course of training is refused where it does so.
 
     Args:
         module: the user's.
@@ -29,12 +36,52 @@ class KeptState:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._reach: Reach | None = None
+        self._beside: Reach | None = None
         self._told: set[str] = set()
 
     def contents(self) -> Contents:
         """What the tensors and arrays hold now."""
         reach = self._reached()
-        return Contents.of(reach.tensors, reach.arrays)
+        trainer = getattr(self._module, "_trainer", None)
+        kept = {} if trainer is None else optimizer_tensors(trainer)
+        return Contents.of({**reach.tensors, **kept}, reach.arrays)
+
+    def unsteered(self, run: Callable[[], T]) -> T:
+        """Run a pass through training_step, which may not steer training: what it sees is one example.
+
+        Under manual optimization, whose training_step runs once more without data for all that it commands, what a pass
+        leaves is put back.
+
+        Raises:
+            PreflightError: it has set a rate, a number of steps or anything else of the Trainer, with the line.
+        """
+        module: Any = self._module
+        if getattr(module, "_trainer", None) is None:
+            return run()
+        if self._beside is None or any(place.differs() for place in self._beside.places):
+            self._beside = trainer_reach(module)
+        places = self._beside.places
+
+        def differ() -> list[Place]:
+            return [place for place in places if place.differs()]
+
+        def put_back(found: list[Place]) -> list[str]:
+            names = [name for place in found for name in _names(place)]
+            for place in found:
+                place.put_back()
+            return names
+
+        try:
+            outcome = run()
+        except BaseException:
+            put_back(differ())
+            raise
+        names = put_back(differ())
+        if names and module.automatic_optimization:
+            line = line_that_changes(run, lambda: bool(differ()))
+            put_back(differ())
+            raise _steers(names, line)
+        return outcome
 
     @contextmanager
     def put_back_after(self) -> Iterator[None]:
@@ -77,6 +124,24 @@ class KeptState:
                 "it: expected a training_step that reads weights and its batch. A count or an average over examples stays "
                 "what it was at the start; log it, or move it from public values in on_train_batch_end."
             )
+
+
+def _names(place: Place) -> list[str]:
+    if not isinstance(place, DictPlace):
+        return [place.where]
+    if place.named is None:
+        return [f"{place.where}[{name!r}]" for name in place.moved()]
+    return [f"{place.named}{name}" for name in place.moved()]
+
+
+def _steers(names: list[str], line: Line | None) -> PreflightError:
+    return PreflightError(
+        f"training_step sets {', '.join(names[:5])}{'' if line is None else f' ({line})'}: expected it to leave the course of "
+        "training alone. It runs once for each example, and a rate or a number of steps that it takes from one would leave "
+        "with the weights, past every clip norm. Give rates to a scheduler of configure_optimizers, or set them in "
+        "on_train_batch_start from public numbers such as trainer.global_step; end training by max_steps, or by a validation "
+        "metric."
+    )
 
 
 def reach_of(module: nn.Module) -> Reach:

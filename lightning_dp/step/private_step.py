@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dp.engines.user_code import line_of_error
+from lightning_dp.engines.user_code import line_of_error, line_of_the_caller
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.loader import check_sample
 from lightning_dp.step.objective import Objective
@@ -57,5 +57,16 @@ class PrivateStep:
         return self.objective.backward(self.run.planned, loss, **options)
 
     def step_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure of an optimizer's step; under manual optimization it also brings that step's gradient."""
+        """The closure of an optimizer's step; under manual optimization it also brings that step's gradient.
+
+        Raises:
+            PreflightError: it is training_step that steps, in a pass over an example.
+        """
+        if self.run.planned.logs.is_listening and self.run.planned.module.automatic_optimization:
+            line = line_of_the_caller()
+            raise PreflightError(
+                f"optimizer.step() in training_step{'' if line is None else f' ({line})'}: expected a training_step that "
+                "returns its loss. Under automatic optimization Lightning steps, once, with the noisy gradient. To step by "
+                "hand, set self.automatic_optimization = False."
+            )
         return self.objective.step_closure(optimizer, closure)

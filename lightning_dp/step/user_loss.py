@@ -61,7 +61,8 @@ def example_loss(
             stack.enter_context(replaced_tensors(module, whole, may_move=begin_with is not None))
             with module.trainer.precision_plugin.train_step_context():
                 call = partial(module.training_step, example, *rest)
-                return capture.run(call if run is None else partial(run, call))
+                once = partial(capture.run, call if run is None else partial(run, call))
+                return capture.state.unsteered(once)
 
     return loss_function
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, DataLoader, Subset
@@ -17,6 +18,11 @@ from lightning_dp.lightning_internals import connector_of
 _PLAIN = (int, float, str, bytes, type(None), tuple)
 """Of a data module, constants such as the number of classes stay readable."""
 
+_LIGHTNINGS = ("lightning", "pytorch_lightning", "lightning_dp")
+
+_AT_FIRST: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""What callbacks of the user's held when something was first withheld, which is before the first step."""
+
 _METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 
 
@@ -24,10 +30,12 @@ _METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 def withheld(trainer: pl.Trainer, loader: Any, names: Collection[str] | None = None) -> Iterator[None]:
     """While open, the training data and the numbers logged in training raise at the moment they are read.
 
+    So does, for a step, what callbacks of the user's hold: they may keep private numbers. Constants and methods stay readable.
+
     Args:
         trainer: of the fit.
         loader: the private training loader.
-        names: of the logged numbers that are withheld, or ``None`` for all.
+        names: of the logged numbers that are withheld; ``None``, for a step, withholds all, and what callbacks hold.
 
     Raises:
         PreflightError: from whoever reads them, with the line.
@@ -45,6 +53,8 @@ def withheld(trainer: pl.Trainer, loader: Any, names: Collection[str] | None = N
     )
     if data_module is not None:
         kinds.append((data_module, type(data_module), _constants_only(cast(Any, type(data_module)))))
+    if names is None:
+        kinds += [(one, type(one), _unchanged_only(cast(Any, type(one)))) for one in _of_the_user(trainer)]
     done: list[tuple[Any, type]] = []
     try:
         for one, kind, guarded in kinds:
@@ -70,6 +80,14 @@ def _below(dataset: Any) -> Iterator[Any]:
             yield from _below(part)
     elif isinstance(dataset, DataLoader):
         yield from _below(dataset.dataset)
+
+
+def _of_the_user(trainer: Any) -> Iterator[Any]:
+    """Callbacks of the user's."""
+    for callback in trainer.callbacks:
+        if type(callback).__module__.split(".")[0] not in _LIGHTNINGS:
+            _AT_FIRST.setdefault(callback, dict(vars(callback)))
+            yield callback
 
 
 def _refuse(what: str) -> PreflightError:
@@ -113,6 +131,23 @@ def _constants_only(kind: type) -> type | None:
         raise _refuse(f"the data module ({kind.__name__}.{name})")
 
     return _made(kind, {"__getattribute__": read})
+
+
+@cache
+def _unchanged_only(kind: type) -> type | None:
+    def read(self: Any, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        held = object.__getattribute__(self, "__dict__")
+        if name.startswith("__") or name not in held or callable(value):
+            return value
+        if isinstance(value, _PLAIN) and value is _AT_FIRST.get(self, {}).get(name, _ABSENT):
+            return value
+        raise _refuse(f"what a callback keeps ({kind.__name__}.{name})")
+
+    return _made(kind, {"__getattribute__": read})
+
+
+_ABSENT = object()
 
 
 @cache

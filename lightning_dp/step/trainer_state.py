@@ -1,0 +1,121 @@
+"""What steers training: the Trainer, its loops, optimizers and schedulers, as places that can be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_dp.step.places import DictPlace, Place
+from lightning_dp.step.reach import Reach
+
+
+def trainer_reach(module: pl.LightningModule) -> Reach:
+    """Everything by which rate, length and course of training are set, and what somebody keeps on the Trainer.
+
+    Followed are the attributes of the Trainer, its strategy, data module and loops, the loops' counters, optimizers with their
+    groups and state, and learning rate schedulers. What these refer to otherwise (the module, callbacks, loggers, data) is not.
+
+    Args:
+        module: attached to its Trainer.
+    """
+    trainer: Any = module.trainer
+    reach = Reach()
+    reach.leave_out([trainer, *module.modules(), *module.parameters(), *module.buffers()])
+    _attributes(reach, "the Trainer's ", trainer, besides=("callbacks",))
+    _attributes(reach, "the strategy's ", trainer.strategy)
+    data = getattr(trainer, "datamodule", None)
+    if data is not None:
+        _attributes(reach, "the data module's ", data)
+    for name, loop in _loops(trainer):
+        _attributes(reach, f"the {name}'s ", loop)
+    for number, optimizer in enumerate(trainer.optimizers):
+        _attributes(reach, f"optimizer {number}, ", optimizer, besides=("param_groups", "state"))
+        reach.walk(f"optimizer {number}, param_groups", optimizer.param_groups)
+        reach.places.append(_OptimizerState(f"optimizer {number}, state", optimizer))
+    for number, config in enumerate(trainer.strategy.lr_scheduler_configs):
+        _attributes(reach, f"scheduler {number}, ", config.scheduler)
+    return reach
+
+
+def optimizer_tensors(trainer: Any) -> dict[str, Tensor]:
+    """The tensors that optimizers keep, by name."""
+    return {
+        f"optimizer {number}, state {place}": tensor
+        for number, optimizer in enumerate(trainer.optimizers)
+        for place, tensor in enumerate(_tensors(optimizer))
+    }
+
+
+def _attributes(reach: Reach, named: str, owner: Any, besides: tuple[str, ...] = ()) -> None:
+    kept = vars(owner)
+    reach.places.append(DictPlace(named, kept, _beside(kept), named=named))
+    for name, value in list(kept.items()):
+        if name not in besides and not name.startswith("_"):
+            reach.walk(f"{named}{name}", value)
+
+
+def _beside(kept: dict[str, Any]) -> Callable[[], set[str]]:
+    """Methods that something stands in place of: they come and go."""
+    return lambda: {name for name, value in kept.items() if callable(value)}
+
+
+def _loops(trainer: Any) -> Iterator[tuple[str, Any]]:
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    yield "fit loop", fit
+    yield "epoch loop", epoch
+    yield "optimizer loop", epoch.automatic_optimization
+    yield "manual loop", epoch.manual_optimization
+    for name, loop in (("fit loop", fit), ("epoch loop", epoch), ("optimizer loop", epoch.automatic_optimization)):
+        for key, value in vars(loop).items():
+            yield from _counters(f"{name}'s {key}", value)
+
+
+def _counters(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The counters of a loop, which are dataclasses in dataclasses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield name, value
+        for key, inner in vars(value).items():
+            yield from _counters(f"{name}.{key}", inner)
+
+
+def _tensors(optimizer: Optimizer) -> list[Tensor]:
+    kept = [one for one in optimizer.state.values() if isinstance(one, dict)]
+    return [value for one in kept for value in one.values() if isinstance(value, Tensor)]
+
+
+class _OptimizerState(Place):
+    """Which numbers and tensors an optimizer keeps for its parameters."""
+
+    def __init__(self, where: str, live: Optimizer) -> None:
+        self.where, self._live, self._state = where, live, live.state
+        self._kept = {key: dict(one) if isinstance(one, dict) else one for key, one in live.state.items()}
+
+    @override
+    def differs(self) -> bool:
+        now = self._live.state
+        if now is not self._state or len(now) != len(self._kept):
+            return True
+        for key, kept in self._kept.items():
+            there = now.get(key)
+            if isinstance(kept, dict) and isinstance(there, dict):
+                if len(there) != len(kept) or any(there.get(name) is not value for name, value in kept.items()):
+                    return True
+            elif there is not kept:
+                return True
+        return False
+
+    @override
+    def held(self) -> Any:
+        return [dict(one) if isinstance(one, dict) else one for one in self._live.state.values()]
+
+    @override
+    def put_back(self) -> None:
+        self._live.state = self._state
+        self._state.clear()
+        self._state.update({key: dict(one) if isinstance(one, dict) else one for key, one in self._kept.items()})
