@@ -29,7 +29,7 @@ def per_example_norms(gradients: Mapping[str, Tensor]) -> Tensor:
     Returns:
         Norms of shape ``(B,)``, computed in float32 (float64 for float64 gradients) whatever the gradients' type.
     """
-    norms: Tensor = torch.linalg.vector_norm(torch.stack([_row_norms(_rows(g)) for g in gradients.values()]), dim=0)
+    norms: Tensor = torch.linalg.vector_norm(torch.stack([row_norms(_rows(g)) for g in gradients.values()]), dim=0)
     return norms
 
 
@@ -131,16 +131,88 @@ def clip_and_sum(
 
     Guarantee:
         L2 sensitivity ``clipping.sensitivity`` under adding or removing one example. No mean is taken.
+
+    Edge cases:
+        ====================================  ==============================================================
+        a norm whose square overflows         clipped by a norm of scaled squares, see :func:`clip_scaled`
+        a norm that overflows                 ∞: the example contributes nothing
+        squares that underflow                a norm that is short by at most √P · 2⁻⁶³ (float32), far below any C
+        ====================================  ==============================================================
     """
+    clipping = as_clipping(clipping)
     rows = {name: _rows(gradient) for name, gradient in gradients.items()}
-    factors = Factors.of({name: _row_norms(r) for name, r in rows.items()}, gradients, as_clipping(clipping), counted)
+    factors = Factors.of({name: row_norms(r) for name, r in rows.items()}, gradients, clipping, counted)
+    norms, apart = factors.norms, None
     if bool(factors.broken.any()):
+        chosen = factors.broken.nonzero().flatten()
+        chosen = chosen if counted is None else chosen[chosen < counted]
+        apart, found = clip_scaled({name: gradient[chosen] for name, gradient in gradients.items()}, clipping)
+        norms = norms.index_copy(0, chosen, found.to(norms.dtype))
         rows = {name: r.masked_fill(factors.broken.unsqueeze(1), 0.0) for name, r in rows.items()}
     sums = {}
     for name, gradient in gradients.items():
         wide = rows[name].to(accumulation_dtype(gradient.dtype))
         sums[name] = (factors.by_name[name].to(wide.dtype) @ wide).view(gradient.shape[1:])
-    return sums, factors.norms
+        if apart is not None:
+            sums[name] += apart[name]
+    return sums, norms
+
+
+def clip_scaled(gradients: Mapping[str, Tensor], clipping: Clipping) -> tuple[dict[str, Tensor], Tensor]:
+    """:func:`clip_and_sum` for examples of any size, each scaled by a power of two until its squares can be added.
+
+    It takes more passes over the gradients. So it is for the few examples whose squares are too large, or which an engine
+    cannot tell the norm of from its factors.
+
+    Args:
+        gradients: parameter name → per-example gradients ``(B, *parameter.shape)``, of all trainable parameters.
+        clipping: the style and its numbers.
+
+    Returns:
+        The sums and the norms, as :func:`clip_and_sum` gives them.
+
+    Guarantee:
+        As of :func:`clip_and_sum`. An example contributes exactly zero if a number of its gradient is not finite, or its
+        norm is larger than the accumulation type holds.
+
+    Example:
+        >>> sums, norms = clip_scaled({"w": torch.tensor([[3e30, 4e30], [3e-30, 4e-30]])}, Clipping(1.0))
+        >>> sums["w"], norms
+        (tensor([0.6000, 0.8000]), tensor([5.0000e+30, 5.0000e-30]))
+    """
+    wide = {name: _rows(g).to(accumulation_dtype(g.dtype)) for name, g in gradients.items()}
+    largest = torch.stack([_largest(rows) for rows in wide.values()]).amax(0)
+    finite = torch.isfinite(largest)
+    most = min(_EXPONENTS[rows.dtype] for rows in wide.values())
+    exponents = torch.frexp(torch.where(finite, largest, 1.0)).exponent.clamp(-most, most).to(largest.dtype)
+    smaller, whole = torch.exp2(-exponents), torch.exp2(exponents)
+    scaled = {
+        name: (rows * smaller.to(rows.dtype)[:, None]).masked_fill(~finite[:, None], 0.0) for name, rows in wide.items()
+    }
+    layers = clipping.layers(gradients)
+    together = {layer: [row_norms(scaled[n]) for n in layers if layers[n] == layer] for layer in layers.values()}
+    parts = torch.stack([torch.linalg.vector_norm(torch.stack(own), dim=0) for own in together.values()])
+    norms = torch.linalg.vector_norm(parts, dim=0) * whole
+    usable = finite & torch.isfinite(norms)
+    if clipping.style == "automatic":
+        factors = clipping.clip_norm / (parts + clipping.gamma / whole)
+    else:
+        factors = torch.minimum(whole, clipping.budget(len(parts)) / parts)
+    of_layer = dict(zip(together, torch.where(usable, factors, 0.0), strict=True))
+    sums = {
+        name: (of_layer[layers[name]].to(rows.dtype) @ rows).view(gradients[name].shape[1:])
+        for name, rows in scaled.items()
+    }
+    return sums, torch.where(finite, norms, torch.inf)
+
+
+_EXPONENTS = {torch.float32: 120, torch.float64: 1000}
+"""Powers of two by which numbers are multiplied at most: the power itself is a normal number, and so is its inverse."""
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest size of a number in each row; NaN if there is one."""
+    return rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
 
 
 def _rows(gradient: Tensor) -> Tensor:
@@ -148,8 +220,8 @@ def _rows(gradient: Tensor) -> Tensor:
     return gradient.unsqueeze(-1).flatten(1)
 
 
-def _row_norms(rows: Tensor) -> Tensor:
-    """L2 norm of each row, by blocks of blocks.
+def row_norms(rows: Tensor) -> Tensor:
+    """L2 norm of each row, ``(B, P)`` → ``(B,)`` in the accumulation type, by blocks of blocks.
 
     Adding up the squares of a long row one after the other in float32 loses 10⁻³ of the norm at 10⁷ coordinates
     (Higham 1993, "The accuracy of floating point summation"), and the clip norm would not hold by as much.

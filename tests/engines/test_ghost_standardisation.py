@@ -73,7 +73,7 @@ def test_the_formula_gives_the_whole_way_back_without_autograd(name: str, dtype:
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
     for parameter, rows in expected.items():
         share = shares[parameter]
-        torch.testing.assert_close(share.norms(), rows.flatten(1).norm(dim=1), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(share.norms().values, rows.flatten(1).norm(dim=1), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(share.rows(), rows, rtol=tolerance, atol=tolerance)
         weighted = torch.einsum("b,b...->...", factors, rows)
         torch.testing.assert_close(share.weighted_sum(factors), weighted, rtol=tolerance, atol=tolerance)
@@ -113,7 +113,7 @@ def test_a_norm_from_the_formula_is_never_short_however_much_of_a_gradient_drops
     gradients = along + outside * torch.randn(50, *weight.shape, generator=generator)
     exact = drawn(standardised, torch.float64, 1)[2](gradients.double(), True)["v"].flatten(1).norm(dim=1)
     norms = projection.contributions(Written(gradients), {"v": weight.shape, "gain": parameters["gain"].shape})
-    assert bool((norms["v"].norms() >= exact * (1 - 1e-6)).all())
+    assert bool((norms["v"].norms().values >= exact * (1 - 1e-6)).all())
 
 
 def test_one_engine_over_several_micro_batches_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:

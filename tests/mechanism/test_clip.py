@@ -120,10 +120,9 @@ def test_without_a_clip_norm_the_sum_is_the_plain_sum() -> None:
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, math.inf])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e30])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["matrix", "scalar"])
 def test_an_example_whose_norm_is_not_finite_adds_exactly_nothing(value: float, where: str, clip_norm: float) -> None:
-    """3e30 is finite, but its square is not in float32: what has no usable norm cannot be clipped."""
     clean, broken = gradients(4), gradients(4)
     broken[where].view(4, -1)[2, 0] = value
     sums, norms = clip_and_sum(broken, clip_norm)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -39,6 +40,16 @@ class Buffers:
         """What was handed out is free again: nobody may read it any more."""
         self._free += self._lent
         self._lent = []
+
+    @contextmanager
+    def lent_meanwhile(self) -> Iterator[None]:
+        """What is handed out while it is open is free again when it closes."""
+        before = len(self._lent)
+        try:
+            yield
+        finally:
+            self._free += self._lent[before:]
+            del self._lent[before:]
 
     def _forget(self, buffer: Tensor) -> None:
         self._free = [b for b in self._free if b is not buffer]

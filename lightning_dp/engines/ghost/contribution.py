@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_dp.engines.ghost.lost import Lost, of_grams
 from lightning_dp.mechanism.clip import accumulation_dtype, per_example_norms
 
 ROUNDING = 8.0
 """Units in the last place by which a norm from Gram matrices is rounded up, see :func:`gram_norms`."""
 
 
+class Norms(NamedTuple):
+    """Norms of B gradients.
+
+    Attributes:
+        values: L2 norms, ``(B,)``, in the accumulation type.
+        lost: the length that may be missing of them; ``None`` for none.
+    """
+
+    values: Tensor
+    lost: Lost | None = None
+
+
 class Contribution(Protocol):
     """The gradients of B examples with respect to one parameter."""
 
-    def norms(self) -> Tensor:
-        """L2 norms, ``(B,)``, in the accumulation type."""
+    def norms(self) -> Norms:
+        """How long they are."""
         ...
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
@@ -34,6 +47,10 @@ class Contribution(Protocol):
         """The same with zeros for the examples where ``broken``, ``(B,)``, is true, whatever stands there."""
         ...
 
+    def only(self, index: int) -> Contribution:
+        """The gradient of one example."""
+        ...
+
 
 class Written:
     """Gradients written out.
@@ -45,9 +62,9 @@ class Written:
     def __init__(self, gradients: Tensor) -> None:
         self._gradients = gradients
 
-    def norms(self) -> Tensor:
+    def norms(self) -> Norms:
         """See :class:`Contribution`."""
-        return per_example_norms({"": self._gradients})
+        return Norms(per_example_norms({"": self._gradients}))
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """See :class:`Contribution`."""
@@ -63,6 +80,10 @@ class Written:
         """See :class:`Contribution`."""
         return Written(blank(self._gradients, broken))
 
+    def only(self, index: int) -> Contribution:
+        """See :class:`Contribution`."""
+        return Written(self._gradients[index : index + 1])
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -72,16 +93,18 @@ class Channels:
         squares: squared norm of each channel, ``(B, p)``.
         errors: how far rounding may have made those too small, ``(B, p)``.
         components: of each channel along two vectors of its own, ``(p, B, 2)``.
+        lost: what may be missing of their norm together, from what each is multiplied by.
     """
 
     squares: Tensor
     errors: Tensor
     components: Tensor
+    lost: Callable[[Tensor], Lost]
 
     def without(self, broken: Tensor) -> Channels:
         """The same with zeros for the examples where ``broken``, ``(B,)``, is true."""
         components = blank(self.components.transpose(0, 1), broken).transpose(0, 1)
-        return Channels(blank(self.squares, broken), blank(self.errors, broken), components)
+        return Channels(blank(self.squares, broken), blank(self.errors, broken), components, self.lost)
 
 
 class Factored:
@@ -90,7 +113,7 @@ class Factored:
     Args:
         inputs: a, with a leading axis of B.
         gradients: g, with a leading axis of B.
-        norms: (a, g) → the norms, ``(B,)``.
+        norms: (a, g) → the norms.
         total: (a, factors · g) → the weighted sum. It is linear in g.
         bilinear: whether it is linear in a too, so that the factors may go to whichever is smaller.
         rows: (a, g) → the gradients written out.
@@ -103,7 +126,7 @@ class Factored:
         inputs: Tensor,
         gradients: Tensor,
         *,
-        norms: Callable[[Tensor, Tensor], Tensor],
+        norms: Callable[[Tensor, Tensor], Norms],
         total: Callable[[Tensor, Tensor], Tensor],
         rows: Callable[[Tensor, Tensor], Tensor],
         bilinear: bool = False,
@@ -113,7 +136,7 @@ class Factored:
         self._norms, self._total, self._rows, self._bilinear = norms, total, rows, bilinear
         self.channels = channels
 
-    def norms(self) -> Tensor:
+    def norms(self) -> Norms:
         """See :class:`Contribution`."""
         return self._norms(self._inputs, self._gradients)
 
@@ -131,8 +154,13 @@ class Factored:
 
     def without(self, broken: Tensor) -> Contribution:
         """See :class:`Contribution`."""
-        inputs = blank(self._inputs, broken)
-        gradients = blank(self._gradients, broken)
+        return self._of(blank(self._inputs, broken), blank(self._gradients, broken))
+
+    def only(self, index: int) -> Contribution:
+        """See :class:`Contribution`."""
+        return self._of(self._inputs[index : index + 1], self._gradients[index : index + 1])
+
+    def _of(self, inputs: Tensor, gradients: Tensor) -> Factored:
         return Factored(
             inputs, gradients, norms=self._norms, total=self._total, rows=self._rows, bilinear=self._bilinear
         )
@@ -158,7 +186,7 @@ def blank(rows: Tensor, broken: Tensor) -> Tensor:
     return blanked
 
 
-def gram_norms(gram_of_inputs: Tensor, gram_of_gradients: Tensor) -> Tensor:
+def gram_norms(gram_of_inputs: Tensor, gram_of_gradients: Tensor, of_inputs: int, of_gradients: int) -> Norms:
     """‖Σ_t g_t a_tᵀ‖ = (Σ_ts ⟨a_t, a_s⟩ ⟨g_t, g_s⟩)^½ of each example (Goodfellow 2015; Li et al. 2021, section 4).
 
     The sum is rounded *up*, by a multiple of the two matrices' sizes. Where a_t and g_t nearly cancel, the sum is much
@@ -168,17 +196,17 @@ def gram_norms(gram_of_inputs: Tensor, gram_of_gradients: Tensor) -> Tensor:
     Args:
         gram_of_inputs: ⟨a_t, a_s⟩, ``(B, T, T)``, in the accumulation type.
         gram_of_gradients: ⟨g_t, g_s⟩, likewise.
-
-    Returns:
-        Norms, ``(B,)``.
+        of_inputs: how many products make a number of the first; 0 if its numbers are exact.
+        of_gradients: how many make one of the second.
 
     Source: Li, Tramèr, Liang, Hashimoto 2021 (arXiv 2110.05679); Bu, Mao, Xu 2022 (arXiv 2205.10683).
     """
     one, other = gram_of_inputs.flatten(1), gram_of_gradients.flatten(1)
     squares = torch.linalg.vecdot(one, other)
-    sizes = torch.linalg.vector_norm(one, dim=1) * torch.linalg.vector_norm(other, dim=1)
-    norms: Tensor = (squares.clamp(min=0) + ROUNDING * torch.finfo(squares.dtype).eps * sizes).sqrt()
-    return norms
+    a, g = torch.linalg.vector_norm(one, dim=1), torch.linalg.vector_norm(other, dim=1)
+    rounding = ROUNDING * torch.finfo(squares.dtype).eps
+    missing = of_grams(a, of_inputs, g, of_gradients, gram_of_inputs.shape[1], rounding)
+    return Norms((squares.clamp(min=0) + rounding * (a * g)).sqrt(), missing)
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from lightning_dp.engines.examples import mappable
 from lightning_dp.engines.ghost.attention import folded_attention
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Pass
-from lightning_dp.engines.ghost.contribution import Contribution, Written, merged
+from lightning_dp.engines.ghost.contribution import Contribution, Norms, Written, merged
 from lightning_dp.engines.ghost.coverage import used_by_rules_alone
 from lightning_dp.engines.ghost.layers import book_keeping_forward, operands_of, replaced, trainable_of
+from lightning_dp.engines.ghost.lost import uncertain
 from lightning_dp.engines.ghost.registry import Forward, composite_rule_of, rule_of
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
 from lightning_dp.engines.ghost.standardisation import Recognised
@@ -30,7 +31,7 @@ from lightning_dp.engines.groups import Groups, joined
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction, first_rows, scalar_loss
 from lightning_dp.engines.uncompiled import uncompiled
-from lightning_dp.mechanism.clip import Factors, accumulation_dtype
+from lightning_dp.mechanism.clip import Factors, accumulation_dtype, clip_scaled
 from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.plan.clipping import Clipping, as_clipping
 
@@ -124,32 +125,62 @@ class GhostEngine(Engine):
             self._buffers.take_back()
             self._per_example |= books.escaped
         self._handled = {name: " + ".join(sorted(books.handled.get(name, {"not used"}))) for name in parameters}
-        gradient, factors = self._clipped(books, parameters, as_clipping(clipping), counted)
+        gradient, norms = self._clipped(books, parameters, as_clipping(clipping), counted)
         self._buffers.take_back()
-        return ClippedSum(gradient, factors.norms[:counted], books.losses[:counted], first_rows(books.outputs, counted))
+        return ClippedSum(gradient, norms[:counted], books.losses[:counted], first_rows(books.outputs, counted))
 
     @full_precision()
     def _clipped(
         self, books: _Books, parameters: Mapping[str, Tensor], clipping: Clipping, counted: int | None
-    ) -> tuple[dict[str, Tensor], Factors]:
-        """The sums of what is in the books, clipped, and by which factors."""
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The sums of what is in the books, clipped, and the norms before."""
         contributions = {name: merged(books.by_name[name]) for name in parameters if name in books.by_name}
         books.by_name.clear()
-        norms = {name: one.norms() for name, one in contributions.items()} or _no_norms(parameters, books.losses)
-        factors = Factors.of(norms, parameters, clipping, counted)
-        if bool(factors.broken.any()):
-            contributions = {name: one.without(factors.broken) for name, one in contributions.items()}
+        found = {name: one.norms() for name, one in contributions.items()} or _no_norms(parameters, books.losses)
+        factors = Factors.of({name: one.values for name, one in found.items()}, parameters, clipping, counted)
+        missing = [one.lost for one in found.values() if one.lost is not None]
+        norms, alone = factors.norms, uncertain(missing, factors.broken, clipping, parameters)
+        apart: dict[str, Tensor] = {}
+        if alone is not None:
+            if self.keeper is None:
+                apart, norms = self._written_out(contributions, parameters, clipping, alone[:counted], norms)
+            else:  # whole gradients are what a keeper is there to avoid
+                norms = norms.masked_fill(alone, torch.inf)
+            contributions = {name: one.without(alone) for name, one in contributions.items()}
         gradient = {}
         for name, parameter in parameters.items():
             dtype = accumulation_dtype(parameter.dtype)
             one = contributions.pop(name, None)
             total = None if one is None else one.weighted_sum(factors.by_name[name]).to(dtype)
+            if total is not None and name in apart:
+                total = total + apart[name]
             if self.keeper is not None and name in self.keeper.names:
                 self.keeper.add(name, total)
             else:
                 gradient[name] = torch.zeros_like(parameter, dtype=dtype).detach() if total is None else total
             del one, total
-        return gradient, factors
+        return gradient, norms
+
+    def _written_out(
+        self,
+        contributions: Mapping[str, Contribution],
+        parameters: Mapping[str, Tensor],
+        clipping: Clipping,
+        alone: Tensor,
+        norms: Tensor,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The clipped sums of single examples, whose gradients are written out one after the other, and all norms."""
+        sums: dict[str, Tensor] = {}
+        norms = norms.clone()
+        for index in alone.nonzero().flatten().tolist():
+            with self._buffers.lent_meanwhile():
+                rows = {
+                    name: contributions[name].only(index).rows() if name in contributions else torch.zeros_like(p)[None]
+                    for name, p in parameters.items()
+                }
+                clipped, norms[index : index + 1] = clip_scaled(rows, clipping)
+            sums = {name: sums[name] + one if sums else one for name, one in clipped.items()}
+        return sums, norms
 
     def _run(
         self,
@@ -263,6 +294,7 @@ class _Books:
         return receive
 
 
-def _no_norms(parameters: Mapping[str, Tensor], losses: Tensor) -> dict[str, Tensor]:
+def _no_norms(parameters: Mapping[str, Tensor], losses: Tensor) -> dict[str, Norms]:
     """Norms of zero for a loss that depends on no parameter."""
-    return {name: torch.zeros_like(losses, dtype=accumulation_dtype(losses.dtype)) for name in list(parameters)[:1]}
+    zeros = torch.zeros_like(losses, dtype=accumulation_dtype(losses.dtype))
+    return {name: Norms(zeros) for name in list(parameters)[:1]}

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_dp.engines.ghost.buffers import Buffers
-from lightning_dp.engines.ghost.contribution import ROUNDING, Channels, Contribution, Factored, Written
+from lightning_dp.engines.ghost.contribution import ROUNDING, Channels, Contribution, Factored, Norms, Written
+from lightning_dp.engines.ghost.lost import of_rows
 from lightning_dp.mechanism.clip import accumulation_dtype, per_example_norms
 
 PROBES = 3
@@ -61,7 +62,9 @@ class Projection:
 def _written_out(rows: Tensor, basis: Tensor) -> Channels:
     """What is known of gradients that are written out, ``(B, p, n)``."""
     squares = per_example_norms({"": rows.flatten(0, 1)}).view(rows.shape[:2]).square()
-    return Channels(squares, torch.zeros_like(squares), torch.bmm(rows.transpose(0, 1), basis))
+    examples, count = len(rows), rows.shape[2]
+    components = torch.bmm(rows.transpose(0, 1), basis)
+    return Channels(squares, torch.zeros_like(squares), components, lambda scale: of_rows(count, scale, examples))
 
 
 class _Projected:
@@ -70,14 +73,14 @@ class _Projected:
     def __init__(self, projection: Projection, of_weight: Contribution, channels: Channels) -> None:
         self._projection, self._of_weight, self._channels = projection, of_weight, channels
 
-    def norms(self) -> Tensor:
+    def norms(self) -> Norms:
         """Norms, rounded up where most of a gradient is in the span and drops out, see ``gram_norms``."""
         squares, components = self._channels.squares, self._channels.components
         within = torch.bmm(components, self._projection.within.transpose(1, 2)).square().sum(2).t()
         outside = (squares - components.square().sum(2).t()).clamp(min=0)
         allowance = ROUNDING * torch.finfo(squares.dtype).eps * squares + self._channels.errors
-        total: Tensor = (self._projection.scale.square() * (outside + allowance) + within).sum(1).sqrt()
-        return total
+        values = (self._projection.scale.square() * (outside + allowance) + within).sum(1).sqrt()
+        return Norms(values, self._channels.lost(self._projection.scale))
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         return self._projection.way_back(self._of_weight.weighted_sum(factors), False)[self._projection.name]
@@ -87,6 +90,9 @@ class _Projected:
 
     def without(self, broken: Tensor) -> Contribution:
         return _Projected(self._projection, self._of_weight.without(broken), self._channels.without(broken))
+
+    def only(self, index: int) -> Contribution:
+        return Written(self._projection.way_back(self._of_weight.only(index).rows(), True)[self._projection.name])
 
 
 def find_projection(

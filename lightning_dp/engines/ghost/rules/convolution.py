@@ -19,10 +19,12 @@ from lightning_dp.engines.ghost.contribution import (
     Channels,
     Contribution,
     Factored,
+    Norms,
     Written,
     gram,
     gram_norms,
 )
+from lightning_dp.engines.ghost.lost import of_channels
 from lightning_dp.engines.ghost.registry import Arguments, Reader, function_rule, rule
 from lightning_dp.engines.ghost.rules.linear import of_positions
 from lightning_dp.mechanism.clip import accumulation_dtype
@@ -122,8 +124,8 @@ class Convolution:
         if not cheaper:
             return Written(rows(samples, g))
 
-        def norms(x: Tensor, g: Tensor) -> Tensor:
-            return gram_norms(self._gram_of_patches(x, g, weight), gram(_rows_of(g)))
+        def norms(x: Tensor, g: Tensor) -> Norms:
+            return gram_norms(self._gram_of_patches(x, g, weight), gram(_rows_of(g)), weight[0].numel(), g.shape[2])
 
         def channels(basis: Tensor) -> Channels | None:
             return None if saved is None else self._channels(samples, g, weight, saved.view_as(g), basis)
@@ -206,7 +208,9 @@ class Convolution:
         by_channel = _rows_of(g).transpose(1, 2)  # (B, p, T)
         squares = torch.bmm(by_channel, of_patches).mul_(by_channel).sum(2).clamp(min=0)
         sizes = torch.linalg.vector_norm(of_patches.flatten(1), dim=1)
-        errors = ROUNDING * torch.finfo(squares.dtype).eps * sizes[:, None] * by_channel.square().sum(2)
+        lengths, rounding = by_channel.square().sum(2), ROUNDING * torch.finfo(squares.dtype).eps
+        errors = rounding * sizes[:, None] * lengths
+        missing = partial(of_channels, sizes, lengths, weight[0].numel(), by_channel.shape[2], rounding)
         summed = x.flatten(0, 1).sum(1, keepdim=True)
         ones = torch.full((1, 1, *weight.shape[2:]), rows.shape[1] ** -0.5, dtype=g.dtype, device=g.device)
         convolve = _CONVOLUTIONS[len(self.stride)]
@@ -214,7 +218,7 @@ class Convolution:
         first = torch.bmm(by_channel, of_ones).squeeze(2)
         with_weight = torch.linalg.vecdot(by_channel, _rows_of(output).transpose(1, 2))
         second = (with_weight - first * along[:, 0]) / along[:, 1]
-        return Channels(squares, errors, torch.stack([first, second], dim=2).transpose(0, 1))
+        return Channels(squares, errors, torch.stack([first, second], dim=2).transpose(0, 1), missing)
 
     def _weight_gradient(self, x: Tensor, g: Tensor, weight: Tensor, groups: int) -> Tensor:
         gradient: Tensor = torch.ops.aten.convolution_backward(
@@ -250,7 +254,7 @@ class _Reshaped:
     def __init__(self, of_matrix: Contribution, shape: tuple[int, ...]) -> None:
         self._of_matrix, self._shape = of_matrix, shape
 
-    def norms(self) -> Tensor:
+    def norms(self) -> Norms:
         return self._of_matrix.norms()
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
@@ -262,3 +266,6 @@ class _Reshaped:
 
     def without(self, broken: Tensor) -> Contribution:
         return _Reshaped(self._of_matrix.without(broken), self._shape)
+
+    def only(self, index: int) -> Contribution:
+        return _Reshaped(self._of_matrix.only(index), self._shape)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Operation, Output
-from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
+from lightning_dp.engines.ghost.contribution import Contribution, Factored, Norms, Written, gram, gram_norms
 from lightning_dp.engines.ghost.registry import rule
 
 
@@ -64,7 +64,7 @@ def embedding(layer: nn.Embedding, x: Tensor) -> tuple[Operation, Tensor]:
     return Embedding(layer.padding_idx), x
 
 
-def _norms(tokens: Tensor, g: Tensor) -> Tensor:
+def _norms(tokens: Tensor, g: Tensor) -> Norms:
     of_gradients = gram(g)
     same = tokens.unsqueeze(1) == tokens.unsqueeze(2)
-    return gram_norms(same.to(of_gradients.dtype), of_gradients)
+    return gram_norms(same.to(of_gradients.dtype), of_gradients, 0, g.shape[2])

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Operation, Output
-from lightning_dp.engines.ghost.contribution import Contribution, Factored, Written, gram, gram_norms
+from lightning_dp.engines.ghost.contribution import Contribution, Factored, Norms, Written, gram, gram_norms
+from lightning_dp.engines.ghost.lost import of_outer
 from lightning_dp.engines.ghost.registry import MATRIX, Arguments, function_rule, rule
-from lightning_dp.mechanism.clip import accumulation_dtype
+from lightning_dp.mechanism.clip import row_norms
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,11 @@ def _total(a: Tensor, g: Tensor) -> Tensor:
     return g.flatten(0, 1).t() @ a.flatten(0, 1).to(g.dtype)
 
 
-def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
-    dtype = accumulation_dtype(g.dtype)
-    norms: Tensor = torch.linalg.vector_norm(a, dim=(1, 2), dtype=dtype) * torch.linalg.vector_norm(
-        g, dim=(1, 2), dtype=dtype
-    )
-    return norms
+def _outer_norms(a: Tensor, g: Tensor) -> Norms:
+    a, g = a.flatten(1), g.flatten(1)
+    of_a, of_g = row_norms(a), row_norms(g)
+    return Norms(of_a * of_g, of_outer(of_a, a.shape[1], of_g, g.shape[1]))
 
 
-def _gram_norms(a: Tensor, g: Tensor) -> Tensor:
-    return gram_norms(gram(a), gram(g))
+def _gram_norms(a: Tensor, g: Tensor) -> Norms:
+    return gram_norms(gram(a), gram(g), a.shape[2], g.shape[2])
