@@ -50,10 +50,13 @@ class Draws:
         """This rank's part of the step's draw, micro-batch by micro-batch."""
         return pieces(self._units, self.at(step)[0], physical_batch_size, self._key, step)
 
-    def seeds(self, step: int, examples: Indices) -> list[int]:
-        """What seeds the generators before each of these examples is read: a function of key, step and index alone."""
+    def seeds(self, step: int, examples: Indices) -> tuple[list[int], int]:
+        """What seeds the generators before each of these examples is read, and before all of them are together.
+
+        The first are functions of key, step and index alone, the last of key and step.
+        """
         found: list[int] = self._key.seeds(Stream.READING, step, examples).tolist()
-        return found
+        return found, self._key.seed_of_step(Stream.READING, step)
 
     def forget(self, before: int | None = None) -> None:
         """Drop what is kept of the draws: of the steps before one, or of all."""

@@ -14,10 +14,12 @@ from lightning_dp.batches.axis import BatchAxis, from_front, to_front
 from lightning_dp.batches.containers import close_containers, open_containers
 from lightning_dp.batches.microbatch import Apart, BatchAxisError
 from lightning_dp.errors import PreflightError
-from lightning_dp.loading.own_generators import own_generators, reseed
-from lightning_dp.loading.reading import read
+from lightning_dp.loading.own_generators import NEAR, own_generators, put_back, reseed, seeded_as_torch_is
+from lightning_dp.loading.reading import read, together
 from lightning_dp.loading.row_wise import draws_nothing, is_row_wise
 from lightning_dp.mechanism.seeded_globals import globals_put_back, seed_globals
+
+_ALL_BITS = 2**64 - 1
 
 
 class Drawn(NamedTuple):
@@ -27,11 +29,13 @@ class Drawn(NamedTuple):
         indices: dataset indices, unit by unit.
         seeds: 64 bits for each, a function of the run's key, the step and the index.
         each: how many examples each unit has.
+        common: 64 bits for the whole step, by which draws what is vouched for.
     """
 
     indices: list[int]
     seeds: list[int]
     each: int = 1
+    common: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,12 @@ class Examples(Dataset[Any]):
         several = callable(getattr(dataset, "__getitems__", None)) and (self._quiet or vouched)
         self._read_at_once = several or (self._quiet and self.known_collate)
         self.collate_at_once = self.known_collate or "collate_fn" in row_wise
+        self._found: list[Any] | None = None
+        self._again = self._restless = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Generators are found again in each worker."""
+        return {**self.__dict__, "_found": None}
 
     @property
     def seeded(self) -> bool:
@@ -88,16 +98,26 @@ class Examples(Dataset[Any]):
         """The micro-batch: of ``collate_fn``, or :class:`OneByOne`."""
         if not self.seeded:
             return self.together(read(self.dataset, drawn.indices), drawn.each)
-        with globals_put_back() if get_worker_info() is None else nullcontext():
-            return self._seeded(drawn)
+        here = get_worker_info() is None
+        while True:
+            if self._found is None:
+                self._found = own_generators(self.dataset, self.collate_fn)
+            generators = self._found
+            with globals_put_back() if here else nullcontext(), put_back(generators) if here else nullcontext():
+                found = self._seeded(drawn, generators)
+            near = own_generators(self.dataset, self.collate_fn, most=NEAR)
+            if self._restless or {*map(id, near)} <= {*map(id, generators)}:
+                self._again = False
+                return found
+            # One was made on the way, as at the first __getitem__, and has drawn for one example after the other: once more.
+            self._restless, self._again, self._found = self._again, True, None
 
-    def _seeded(self, drawn: Drawn) -> Any:
-        generators = own_generators(self.dataset, self.collate_fn)
+    def _seeded(self, drawn: Drawn, generators: list[Any]) -> Any:
         if self._read_at_once:
-            self._seed(drawn.seeds[0], generators)
+            self._seed(drawn.common, generators)
             found = read(self.dataset, drawn.indices)
             if self.collate_at_once and not self.each:
-                return self.collate_fn(found)
+                return self._at_once(found, drawn, generators)
             if type(found) is list and len(found) == len(drawn.indices):
                 return self._one_by_one(found, drawn, generators)
         records = []
@@ -119,15 +139,23 @@ class Examples(Dataset[Any]):
             return self.put(ones, drawn.each)
         if self.each:
             return self._one_by_one(records, drawn, generators)
-        return self.collate_fn(records)
+        return self._at_once(records, drawn, generators)
+
+    def _at_once(self, found: Any, drawn: Drawn, generators: list[Any]) -> Any:
+        if not self.known_collate:  # vouched for: what it draws depends on nobody
+            self._seed(drawn.common ^ _ALL_BITS, generators)
+        return self.collate_fn(found)
 
     def together(self, found: Any, each: int = 1) -> Any:
         """A batch of what was read, its examples collated as in training but with no seeds."""
-        if self.collate_at_once and not self.each:
-            return self.collate_fn(found)
-        if type(found) is not list:
+        if type(found) is not list or (self.collate_at_once and not self.each):
             return self.collate_fn(found)
         return self.put([self.collate_fn(found[at : at + each]) for at in range(0, len(found), each)], each)
+
+    def as_of_the_user(self, records: list[Any]) -> Any:
+        """A batch of these records as the user's loader would make it, for looks: generators draw as torch's seed says."""
+        with seeded_as_torch_is(self.dataset, self.collate_fn):
+            return self.together(records) if self.each else self.collate_fn(together(self.dataset, records))
 
     def put(self, ones: list[Any], rows: int) -> Any:
         """Batches of one, put together where they are alike."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from lightning_dp.batches.units import Units, group, ungroup
 from lightning_dp.batches.views import Views
 from lightning_dp.lightning_internals import before_transfer, overridden, transfer
 from lightning_dp.loading.examples import OneByOne
-from lightning_dp.loading.own_generators import GENERATORS, own_generators, reseed
+from lightning_dp.loading.own_generators import own_generators, put_back, reseed, seeded_as_torch_is
 from lightning_dp.loading.row_wise import TRANSFER_HOOKS
 from lightning_dp.loading.rows import check_all_came
 from lightning_dp.mechanism.seeded_globals import globals_put_back, seed_globals
@@ -71,86 +71,100 @@ class ExampleForm:
     hooks: Changes | None = None
     row_wise: tuple[str, ...] = ()
 
-    def groups(self, batch: Any, units: int, each: int, seeds: Callable[[], list[int]]) -> Iterator[Alike]:
+    def groups(
+        self, batch: Any, units: int, each: int, seeds: Callable[[], list[int]], common: Callable[[], int]
+    ) -> Iterator[Alike]:
         """A micro-batch of a step on the device, as the engines take it: in groups of examples that are alike.
 
-        Hooks of the user's see one example (or unit) at a time, with all generators seeded for it, unless they are vouched for.
+        Hooks of the user's see one example (or unit) at a time, with all generators seeded for it, unless they are vouched
+        for. Those see many at once, with generators that are seeded for the step.
 
         Args:
             batch: of the private loader.
             units: how many examples (or units) it is of.
             each: how many examples each has.
             seeds: 64 bits for each of the units, by which its hooks draw.
+            common: 64 bits for the step, by which hooks draw that are vouched for.
 
         Raises:
             DroppedExamplesError: some examples are missing.
         """
         given = batch.groups if isinstance(batch, OneByOne) else [Alike(batch, list(range(units)))]
+        written = [name for name in TRANSFER_HOOKS if self._is_written(name)]
+        alone = any(name not in self.row_wise for name in written)
         for alike in given:
             if isinstance(alike.batch, Apart):
-                with globals_put_back(self.device):
-                    yield Alike(self._apart(alike.batch, seeds()), alike.places)
+                with self._drawing() as seed:
+                    apart = Alike(self._apart(alike.batch, seed, seeds()), alike.places)
+                yield apart
                 continue
-            examples = len(alike.places) * each
-            written = [name for name in TRANSFER_HOOKS if self._is_written(name)]
-            alone = any(name not in self.row_wise for name in written)
             if alone:
-                with globals_put_back(self.device):
-                    ones = self._one_by_one(alike, each, seeds())
+                with self._drawing() as seed:
+                    ones = self._one_by_one(alike, each, seed, seeds())
                 yield from _of(put_together(ones, each, self.axis), alike)
                 continue
-            with globals_put_back(self.device) if written else nullcontext():
+            with self._drawing() if written else nullcontext(_nothing) as seed:
                 if written:
-                    seed_globals(seeds()[alike.places[0]], self.device)
+                    seed(common())
                 opened = self.opened(self._moved(alike.batch))
-            check_all_came(opened, examples)
+            check_all_came(opened, len(alike.places) * each)
             if self.hooks is None or not self.hooks.needed:
                 yield Alike(opened, alike.places)
                 continue
-            check_batch_axis(opened, examples)
+            check_batch_axis(opened, len(alike.places) * each)
             own, ones = seeds(), []
-            with globals_put_back(self.device):
+            with self._drawing() as seed:
                 for place, number in enumerate(alike.places):
-                    seed_globals(own[number], self.device)
+                    seed(own[number])
                     ones.append(self.hooks.applied(take(opened, list(range(place * each, (place + 1) * each)))))
             yield from _of(put_together(ones, each, self.axis), alike)
 
-    def _one_by_one(self, alike: Alike, each: int, seeds: list[int]) -> list[Any]:
+    def _owners(self) -> list[Any]:
+        """Whose hooks a batch goes through."""
+        trainer: Any = self.module.trainer
+        return [self.module, getattr(trainer, "datamodule", None), *trainer.callbacks]
+
+    @contextmanager
+    def _drawing(self) -> Iterator[Callable[[int], None]]:
+        """Gives what seeds all that hooks draw from, and puts it back when it closes."""
+        own = own_generators(*self._owners())
+
+        def seed(number: int) -> None:
+            seed_globals(number, self.device)
+            if own:
+                reseed(own, number)
+
+        with globals_put_back(self.device), put_back(own):
+            yield seed
+
+    def _one_by_one(self, alike: Alike, each: int, seed: Callable[[int], None], seeds: list[int]) -> list[Any]:
         opened, ones = self.opened(alike.batch), []
         check_all_came(opened, len(alike.places) * each)
         check_batch_axis(opened, len(alike.places) * each)
-        generators = own_generators(*self._owners())
         for place, number in enumerate(alike.places):
             one = self.closed(take(opened, list(range(place * each, (place + 1) * each))))
-            seed_globals(seeds[number], self.device)
-            reseed(generators, seeds[number])
+            seed(seeds[number])
             moved = self.opened(self._moved(one))
             ones.append(moved if self.hooks is None else self.hooks.applied(moved))
         return ones
 
-    def _owners(self) -> list[Any]:
-        """The hooks of the user's that a batch goes through, and whatever they hold."""
-        data = getattr(self.module.trainer, "datamodule", None)
-        of = {name: data if data is not None and overridden(name, data) else self.module for name in TRANSFER_HOOKS}
-        return [getattr(type(owner), name) for name, owner in of.items()] + [
-            part for owner in of.values() for part in vars(owner).values() if isinstance(part, GENERATORS)
-        ]
+    def _apart(self, batch: Apart, seed: Callable[[int], None], seeds: list[int]) -> Apart:
+        found = []
+        for element, own in zip(batch.elements, seeds, strict=True):
+            seed(own)
+            one = self._moved(element.content)
+            found.append(Element(one if self.hooks is None else self.hooks.applied_to_one(one)))
+        return Apart(found)
 
     def _is_written(self, name: str) -> bool:
         """Whether a transfer hook is the user's own."""
         data = getattr(self.module.trainer, "datamodule", None)
         return overridden(name, self.module) or (data is not None and overridden(name, data))
 
-    def _apart(self, batch: Apart, seeds: list[int]) -> Apart:
-        found = []
-        for element, seed in zip(batch.elements, seeds, strict=True):
-            seed_globals(seed, self.device)
-            one = self._moved(element.content)
-            found.append(Element(one if self.hooks is None else self.hooks.applied_to_one(one)))
-        return Apart(found)
-
     def to_engine(self, batch: Any, drawn: int | None = None) -> Any:
         """A collated batch on the device, as the engines take it, its hooks run at once: for looks, see :meth:`groups`.
+
+        Generators that hooks hold draw what follows from torch's seed.
 
         Args:
             batch: of ``collate_fn``, or of the engines after :meth:`closed`.
@@ -159,13 +173,14 @@ class ExampleForm:
         Raises:
             DroppedExamplesError: some of them are missing.
         """
-        if isinstance(batch, Apart):
-            moved = [self._moved(element.content) for element in batch.elements]
-            return Apart([Element(one if self.hooks is None else self.hooks.applied_to_one(one)) for one in moved])
-        batch = self.opened(self._moved(batch))
-        if drawn is not None:
-            check_all_came(batch, drawn)
-        return batch if self.hooks is None else self.hooks.applied(batch)
+        with seeded_as_torch_is(*self._owners()):
+            if isinstance(batch, Apart):
+                moved = [self._moved(element.content) for element in batch.elements]
+                return Apart([Element(one if self.hooks is None else self.hooks.applied_to_one(one)) for one in moved])
+            batch = self.opened(self._moved(batch))
+            if drawn is not None:
+                check_all_came(batch, drawn)
+            return batch if self.hooks is None else self.hooks.applied(batch)
 
     def with_views(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
         """``(B, ...)`` with its K views, ``(B, K, ...)``; as it is where none are wanted.
@@ -214,6 +229,10 @@ class ExampleForm:
         """A batch after what Lightning does to it between loader and training_step."""
         batch = self.module.trainer.precision_plugin.convert_input(batch)
         return transfer(self.module, before_transfer(self.module, batch), self.device)
+
+
+def _nothing(seed: int) -> None:
+    """Nothing draws."""
 
 
 def _of(found: list[Alike], within: Alike) -> Iterator[Alike]:

@@ -22,7 +22,7 @@ from lightning_dp.loading.draws import Draws
 from lightning_dp.loading.examples import Drawn, Examples, as_it_is, first_of
 from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.held_records import HeldRecords
-from lightning_dp.loading.reading import order, record, together
+from lightning_dp.loading.reading import order, record
 from lightning_dp.loading.worker_init import WorkerInit
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.plan.privacy_plan import PrivacyPlan
@@ -231,9 +231,7 @@ class PoissonLoader:
 
     def collated(self, records: list[Any]) -> Any:
         """A batch of some of the records that :meth:`evenly_spaced` gave, as the user's loader would make it."""
-        if self.examples.each:
-            return self.examples.together(records)
-        return self.examples.collate_fn(together(self.dataset, records))
+        return self.examples.as_of_the_user(records)
 
     def leave_out(self, numbers: Collection[int], unread: Collection[int]) -> None:
         """Never draw examples (or users) with these numbers, nor look at the records ``unread``: a replay's neighbour."""
@@ -282,8 +280,8 @@ class _Schedule:
     def __iter__(self) -> Iterator[Drawn]:
         for step in self.steps:
             for piece in self._draws.pieces(step, self.physical_batch_size):
-                seeds = self._draws.seeds(step, piece.examples) if self._seeded else []
-                yield Drawn(piece.examples.tolist(), seeds, len(piece.examples) // len(piece.units))
+                seeds, common = self._draws.seeds(step, piece.examples) if self._seeded else ([], 0)
+                yield Drawn(piece.examples.tolist(), seeds, len(piece.examples) // len(piece.units), common)
 
 
 class _MicroBatchSource:

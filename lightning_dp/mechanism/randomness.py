@@ -107,6 +107,10 @@ class RandomKey:
         start = int.from_bytes(self.derive(stream, step, size=8), "big")
         return splitmix64(start, indices.astype(np.uint64) + np.uint64(1))
 
+    def seed_of_step(self, stream: Stream, step: int) -> int:
+        """64 bits for what is drawn for a whole step, whoever is in it; none of :meth:`seeds` is the same."""
+        return int(self.seeds(stream, step, np.array([-1]))[0])
+
     def __repr__(self) -> str:
         return f"RandomKey({self.mode})"
 

@@ -60,7 +60,10 @@ class Planned:
                 found: list[int] = self.key.seeds(Stream.HOOKS, batch.step, first).tolist()
                 return found
 
-            for alike in self.form.groups(micro_batch, size, each, seeds):
+            def common() -> int:
+                return self.key.seed_of_step(Stream.HOOKS, batch.step)
+
+            for alike in self.form.groups(micro_batch, size, each, seeds, common):
                 of_group = of_unit[alike.places].reshape(-1)
                 rows = self.form.with_views(alike.batch, of_group, seed)
                 yield self.form.in_units(rows, len(alike.places), each), len(alike.places)
