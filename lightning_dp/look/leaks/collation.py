@@ -72,10 +72,10 @@ def check_not_left_out(planned: Planned, indices: list[int]) -> None:
 
 
 def check_collate_repeats_itself(collate: ToBatch, records: list[Any], at_once: int) -> None:
-    """Refuse a ``collate_fn`` that draws from a generator of its own.
+    """Refuse a ``collate_fn`` that draws from what is not found to be a generator, or keeps count.
 
-    A few records are collated twice with all global generators seeded alike. With a seed of its own, what ``collate_fn`` draws
-    for a row follows from how many rows came before it: removing one example would change the rows of all later ones.
+    A few records are collated twice with all generators seeded alike, global ones and those that it holds. What it draws
+    otherwise follows from how many rows came before: removing one example would change the rows of all later ones.
 
     Args:
         collate: the loader's, and the way to the device.
@@ -88,11 +88,11 @@ def check_collate_repeats_itself(collate: ToBatch, records: list[Any], at_once: 
     company = records[: min(len(records), at_once, COMPANY)]
     if _contents(collate, company, 0) != _contents(collate, company, 0):
         raise PreflightError(
-            "collate_fn or a batch transfer hook made other rows of the same examples the second time, with the global random "
-            "generators of torch, NumPy and Python seeded alike: expected it to draw from those. What a generator of its own "
-            "draws for a row follows from how many rows came before it, so one example would change the rows of others. Let it "
-            "draw from torch's global generator, without a seed of its own (as in transformers' data collators with "
-            "seed=None), or draw in the dataset."
+            "collate_fn or a batch transfer hook made other rows of the same examples the second time, with the random "
+            "generators of torch, NumPy and Python seeded alike, global ones and those that it holds: expected it to draw from "
+            "those. What it draws or counts otherwise follows from how many rows came before, so one example would change the "
+            "rows of others. Let it draw from torch's global generator (as in transformers' data collators with seed=None), "
+            "from one that is an attribute of its own, or in the dataset."
         )
 
 
