@@ -17,6 +17,7 @@ from lightning_dp.lightning_internals import has_no_loader_yet
 from lightning_dp.loading.columns import with_batch_size
 from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader
+from lightning_dp.loading.repeated_reads import check_reads
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through
 from lightning_dp.look.agreed import Agreed, agree, check_still_agreed
 from lightning_dp.look.batch_size.physical import default_physical_batch_size, settle_physical_batch_size
@@ -121,6 +122,7 @@ class Fit:
         trainer, module, settings = self._trainer, self._trainer.lightning_module, Settings.of(self._asked)
         world, before = world_of(trainer.strategy), self._planned
         loader = on_every_rank(world, lambda: check_loader(with_batch_size(dataloader)), PreflightError)
+        on_every_rank(world, lambda: check_reads(loader, settings.privacy.row_wise), PreflightError)
         if before is not None and has_no_loader_yet(trainer):
             raise PreflightError(
                 "several training loaders: expected exactly one. Each would need a budget of its own; join the datasets "

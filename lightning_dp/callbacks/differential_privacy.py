@@ -84,7 +84,7 @@ class DifferentialPrivacy(Callback):
         privacy_unit: who is protected, if one person has several examples: the field with the user (``"user_id"``), a file,
             or the users themselves. Users are then drawn, and counted in ``expected_batch_size`` and ``dataset_size``.
         max_examples_per_unit: the most examples of a user in a step, chosen at random; ``None`` for 32.
-        row_wise: what you vouch for: ``"collate_fn"``, ``"__getitems__"``, ``"on_before_batch_transfer"``,
+        row_wise: what you vouch for: ``"collate_fn"``, ``"__getitem__"``, ``"__getitems__"``, ``"on_before_batch_transfer"``,
             ``"transfer_batch_to_device"`` or ``"on_after_batch_transfer"`` makes each row of its own example alone. It is then
             given many at once, which is faster, and the statement says so. All others see one example at a time.
         public_state: names of attributes of the module, such as ``["teacher"]``, that hooks may change by what they learn in

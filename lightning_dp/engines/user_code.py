@@ -6,11 +6,14 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from torch import nn
+
+from lightning_dp.errors import PreflightError
 
 _PACKAGE = Path(__file__).parents[1]
 _ORDINARY = tuple(f"{_PACKAGE / part}/" for part in ("models", "data"))
@@ -72,6 +75,28 @@ def library_that_calls() -> str | None:
         if _is_nobodys_package(file):
             return None
     return None
+
+
+@contextmanager
+def no_end_of_the_data(what: str) -> Iterator[None]:
+    """Refuse ``StopIteration`` from code of the user's: a loop of Lightning or torch takes it for the end of the data.
+
+    Args:
+        what: whose code runs, for the message.
+
+    Raises:
+        PreflightError: it was raised, with the line.
+    """
+    try:
+        yield
+    except StopIteration as error:
+        line = line_of_error(error)
+        raise PreflightError(
+            f"{what} raised StopIteration{'' if line is None else f' ({line})'}: expected it to return. A run that ends, or an "
+            "epoch that is cut short, when an example is seen tells that it is there. Leave broken examples out of the dataset "
+            "before training; give a loss of zero where there is nothing to learn; end training by max_steps, or by a "
+            "validation metric."
+        ) from error
 
 
 def layer_of_error(error: BaseException) -> nn.Module | None:

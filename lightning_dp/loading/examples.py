@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, get_worker_info
@@ -14,8 +15,10 @@ from lightning_dp.batches.axis import BatchAxis, from_front, to_front
 from lightning_dp.batches.containers import close_containers, open_containers
 from lightning_dp.batches.microbatch import Apart, BatchAxisError
 from lightning_dp.errors import PreflightError
+from lightning_dp.loading.kept_by_data import KeptByData
 from lightning_dp.loading.own_generators import NEAR, own_generators, put_back, reseed, seeded_as_torch_is
 from lightning_dp.loading.reading import read, together
+from lightning_dp.loading.repeated_reads import OFTEN, check_repeats, out_of_reach
 from lightning_dp.loading.row_wise import draws_nothing, is_row_wise
 from lightning_dp.mechanism.seeded_globals import globals_put_back, seed_globals
 
@@ -79,12 +82,14 @@ class Examples(Dataset[Any]):
         several = callable(getattr(dataset, "__getitems__", None)) and (self._quiet or vouched)
         self._read_at_once = several or (self._quiet and self.known_collate)
         self.collate_at_once = self.known_collate or "collate_fn" in row_wise
+        owners = (dataset,) if self.collate_at_once else (dataset, collate_fn)
+        self._kept = None if "__getitem__" in row_wise else KeptByData(*owners)
         self._found: list[Any] | None = None
-        self._again = self._restless = False
+        self._again = self._restless = self._all_found = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Generators are found again in each worker."""
-        return {**self.__dict__, "_found": None}
+        return {**self.__dict__, "_found": None, "_all_found": False}
 
     @property
     def seeded(self) -> bool:
@@ -107,7 +112,7 @@ class Examples(Dataset[Any]):
                 found = self._seeded(drawn, generators)
             near = own_generators(self.dataset, self.collate_fn, most=NEAR)
             if self._restless or {*map(id, near)} <= {*map(id, generators)}:
-                self._again = False
+                self._again, self._all_found = False, True
                 return found
             # One was made on the way, as at the first __getitem__, and has drawn for one example after the other: once more.
             self._restless, self._again, self._found = self._again, True, None
@@ -122,9 +127,17 @@ class Examples(Dataset[Any]):
                 return self._one_by_one(found, drawn, generators)
         records = []
         ones: list[Any] = []
+        kept = self._kept
+        if kept is not None:
+            kept.look()
+        repeated: Callable[[], None] = _nothing
         for place, (index, seed) in enumerate(zip(drawn.indices, drawn.seeds, strict=True)):
-            self._seed(seed, generators)
-            found = read(self.dataset, [index])
+            again = partial(self._read_again, seed, generators)
+            found = again(index)
+            if kept is not None:
+                kept.check(index, again)
+                if place == 0 and seed % OFTEN == 0 and self._all_found:
+                    repeated = partial(check_repeats, index, out_of_reach(found), partial(again, index))
             if type(found) is not list or len(found) != 1:  # columns, of which only collate_fn makes a batch
                 if drawn.each > 1:
                     found = read(self.dataset, drawn.indices[place : place + drawn.each])
@@ -134,7 +147,10 @@ class Examples(Dataset[Any]):
             records.append(found[0])
             if not self.collate_at_once and len(records) == drawn.each:
                 ones.append(self._alone(records))
+                if kept is not None:
+                    kept.check(index, partial(self._collated_again, again))
                 records = []
+        repeated()
         if ones:
             return self.put(ones, drawn.each)
         if self.each:
@@ -145,6 +161,14 @@ class Examples(Dataset[Any]):
         if not self.known_collate:  # vouched for: what it draws depends on nobody
             self._seed(drawn.common ^ _ALL_BITS, generators)
         return self.collate_fn(found)
+
+    def _read_again(self, seed: int, generators: list[Any], index: int) -> Any:
+        """An example, or columns with one row, read with a seed."""
+        self._seed(seed, generators)
+        return read(self.dataset, [index])
+
+    def _collated_again(self, again: Callable[[int], Any], index: int) -> Any:
+        return self._alone(again(index))
 
     def together(self, found: Any, each: int = 1) -> Any:
         """A batch of what was read, its examples collated as in training but with no seeds."""
@@ -195,6 +219,10 @@ class Examples(Dataset[Any]):
         seed_globals(seed)
         if generators:
             reseed(generators, seed)
+
+
+def _nothing() -> None:
+    """Where no read is repeated."""
 
 
 def as_it_is(batch: Any) -> Any:

@@ -18,6 +18,7 @@ from lightning_dp.batches.containers import close_containers, open_containers, o
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element, check_batch_axis, take
 from lightning_dp.batches.units import Units, group, ungroup
 from lightning_dp.batches.views import Views
+from lightning_dp.engines.user_code import no_end_of_the_data
 from lightning_dp.lightning_internals import before_transfer, overridden, transfer
 from lightning_dp.loading.examples import OneByOne
 from lightning_dp.loading.own_generators import own_generators, put_back, reseed, seeded_as_torch_is
@@ -35,6 +36,9 @@ class Changes(Protocol):
 
     def applied(self, batch: Any) -> Any:
         """A batch of the engines, after each of its examples has been changed."""
+
+    def alone(self, run: Callable[[], Any]) -> Any:
+        """What ``run``, a batch transfer hook on one example, gives; what it leaves on module and data module is undone."""
 
     def applied_to_one(self, batch: Any) -> Any:
         """A batch of one example, as training_step takes it, after it has been changed."""
@@ -144,7 +148,7 @@ class ExampleForm:
         for place, number in enumerate(alike.places):
             one = self.closed(take(opened, list(range(place * each, (place + 1) * each))))
             seed(seeds[number])
-            moved = self.opened(self._moved(one))
+            moved = self.opened(self._moved_alone(one))
             ones.append(moved if self.hooks is None else self.hooks.applied(moved))
         return ones
 
@@ -152,7 +156,7 @@ class ExampleForm:
         found = []
         for element, own in zip(batch.elements, seeds, strict=True):
             seed(own)
-            one = self._moved(element.content)
+            one = self._moved_alone(element.content)
             found.append(Element(one if self.hooks is None else self.hooks.applied_to_one(one)))
         return Apart(found)
 
@@ -225,10 +229,14 @@ class ExampleForm:
         """The same with one view of each example, where there are any."""
         return self if self.views is None else replace(self, views=replace(self.views, k=1))
 
+    def _moved_alone(self, one: Any) -> Any:
+        return self._moved(one) if self.hooks is None else self.hooks.alone(lambda: self._moved(one))
+
     def _moved(self, batch: Any) -> Any:
         """A batch after what Lightning does to it between loader and training_step."""
         batch = self.module.trainer.precision_plugin.convert_input(batch)
-        return transfer(self.module, before_transfer(self.module, batch), self.device)
+        with no_end_of_the_data("a batch transfer hook"):
+            return transfer(self.module, before_transfer(self.module, batch), self.device)
 
 
 def _nothing(seed: int) -> None:

@@ -39,7 +39,11 @@ def own_generators(*owners: Any, most: int = MOST) -> list[Any]:
         owners: where to begin.
         most: so many objects are looked into.
     """
-    found: list[Any] = []
+    return generators_in(reachable(*owners, most=most))
+
+
+def reachable(*owners: Any, most: int = MOST) -> list[Any]:
+    """Generators, containers, objects, classes and functions reachable from these; nothing that is only a value."""
     seen: dict[int, Any] = {}
     todo = deque(owners)
     while todo and len(seen) < most:
@@ -47,12 +51,14 @@ def own_generators(*owners: Any, most: int = MOST) -> list[Any]:
         if isinstance(one, _LEAVES) or id(one) in seen:
             continue
         seen[id(one)] = one  # kept, so that its number stays its own
-        if isinstance(one, GENERATORS):
-            if not isinstance(one, random.SystemRandom):
-                found.append(one)
-        else:
+        if not isinstance(one, GENERATORS):
             todo += _held(one)
-    return found
+    return list(seen.values())
+
+
+def generators_in(found: Sequence[Any]) -> list[Any]:
+    """The generators among these."""
+    return [one for one in found if isinstance(one, GENERATORS) and not isinstance(one, random.SystemRandom)]
 
 
 def reseed(generators: Sequence[Any], seed: int) -> None:

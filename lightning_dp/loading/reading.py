@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
+from lightning_dp.engines.user_code import no_end_of_the_data
+
 
 def read(dataset: Any, indices: Sequence[int]) -> Any:
     """What ``collate_fn`` is given for these indices.
@@ -22,7 +24,8 @@ def read(dataset: Any, indices: Sequence[int]) -> Any:
     """
     several = getattr(dataset, "__getitems__", None)
     given = [int(index) for index in indices]
-    return several(given) if callable(several) else [dataset[index] for index in given]
+    with no_end_of_the_data(f"dataset={type(dataset).__name__}"):
+        return several(given) if callable(several) else [dataset[index] for index in given]
 
 
 def item(dataset: Any, index: int) -> Any:

@@ -11,7 +11,7 @@ from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.validate import shown
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-ROW_WISE = ("__getitems__", "collate_fn", *TRANSFER_HOOKS)
+ROW_WISE = ("__getitem__", "__getitems__", "collate_fn", *TRANSFER_HOOKS)
 """What ``row_wise`` may name."""
 
 

@@ -14,9 +14,9 @@ from lightning_dp.engines.backward import plain_gradient
 from lightning_dp.engines.explain import ALONE, OUT_OF_MEMORY, explain
 from lightning_dp.engines.loop import as_leaf
 from lightning_dp.engines.protocol import LossFunction
+from lightning_dp.engines.writes import line_that_changes
 from lightning_dp.errors import PreflightError
 from lightning_dp.step.contents import Contents, written
-from lightning_dp.step.writes import line_that_changes
 
 MORE = (2, 3, 4, 8, 16)
 """Rows with which a training_step is tried that fails on one: some code needs a few, such as ``a, b = x.split(4)``."""

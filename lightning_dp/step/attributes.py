@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from lightning_dp.engines.late import Late
 from lightning_dp.errors import PreflightError
 from lightning_dp.lightning_internals import KEPT_BY_LIGHTNING, either
-from lightning_dp.step.same import same, snapshot
+from lightning_dp.mechanism.same import same, snapshot
 
 TORCH_KEEPS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"})
 """Entries of a module's ``__dict__`` that are torch's: parameters and buffers are watched elsewhere."""

@@ -119,6 +119,14 @@ class BatchHooks:
             ones.append(self._form.opened(one))
         return _together(ones, hooks[0].name)
 
+    def alone(self, run: Callable[[], Any]) -> Any:
+        """What a batch transfer hook makes of one example; nothing that it leaves reaches the next.
+
+        Raises:
+            PreflightError: it has set something of the data module or the Trainer.
+        """
+        return self._capture.state.alone(run, "a batch transfer hook")
+
     def applied_to_one(self, batch: Any) -> Any:
         """A batch of one example, as training_step takes it, after the hooks have changed it."""
         self._run(self._to_be_run(), batch)

@@ -9,11 +9,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.mechanism.same import snapshot
 from lightning_dp.step.contents import Contents
 from lightning_dp.step.kept_state import reach_of
 from lightning_dp.step.places import DictPlace, Place
 from lightning_dp.step.reach import functions_of, is_users_class, names_in
-from lightning_dp.step.same import snapshot
 from lightning_dp.step.trainer_state import optimizer_tensors, trainer_reach
 
 

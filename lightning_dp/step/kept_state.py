@@ -10,13 +10,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_dp.engines.user_code import Line
+from lightning_dp.engines.writes import line_that_changes
 from lightning_dp.errors import PreflightError
 from lightning_dp.step.attributes import left_on
 from lightning_dp.step.contents import Contents
 from lightning_dp.step.places import DictPlace, OpaquePlace, Place
 from lightning_dp.step.reach import Reach
 from lightning_dp.step.trainer_state import optimizer_tensors, trainer_reach
-from lightning_dp.step.writes import line_that_changes
 
 T = TypeVar("T")
 
@@ -46,7 +46,12 @@ class KeptState:
         kept = {} if trainer is None else optimizer_tensors(trainer)
         return Contents.of({**reach.tensors, **kept}, reach.arrays)
 
-    def unsteered(self, run: Callable[[], T]) -> T:
+    def alone(self, run: Callable[[], T], what: str) -> T:
+        """Run something else on one example, which leaves nothing either, and steers nothing."""
+        with self.put_back_after(what):
+            return self.unsteered(run, what, strictly=True)
+
+    def unsteered(self, run: Callable[[], T], what: str = "training_step", *, strictly: bool = False) -> T:
         """Run a pass through training_step, which may not steer training: what it sees is one example.
 
         Under manual optimization, whose training_step runs once more without data for all that it commands, what a pass
@@ -77,15 +82,18 @@ class KeptState:
             put_back(differ())
             raise
         names = put_back(differ())
-        if names and module.automatic_optimization:
+        if names and (strictly or module.automatic_optimization):
             line = line_that_changes(run, lambda: bool(differ()))
             put_back(differ())
-            raise _steers(names, line)
+            raise _steers(what, names, line)
         return outcome
 
     @contextmanager
-    def put_back_after(self) -> Iterator[None]:
+    def put_back_after(self, what: str = "training_step") -> Iterator[None]:
         """Put back, when it closes, whatever a pass through training_step has left in Python.
+
+        Args:
+            what: is passed through, for messages.
 
         Raises:
             PreflightError: an iterator has moved on, which cannot be undone.
@@ -96,10 +104,11 @@ class KeptState:
             yield
         finally:
             left = [place for place in places if place.differs()]
+            named = [name for place in left for name in (_names(place) if place.where == "self" else [place.where])]
             for place in left:
                 place.put_back()
         if left:
-            self._tell(left, reach.libraries)
+            self._tell(what, left, named, reach.libraries)
 
     def _reached(self) -> Reach:
         """Everything within reach now; walked to anew only if something has changed."""
@@ -107,21 +116,21 @@ class KeptState:
             self._reach = reach_of(self._module)
         return self._reach
 
-    def _tell(self, left: list[Place], libraries: list[str]) -> None:
+    def _tell(self, what: str, left: list[Place], named: list[str], libraries: list[str]) -> None:
         for place in left:
             if isinstance(place, OpaquePlace):
                 raise PreflightError(
-                    f"training_step moves {name_of(place.where)} on, an iterator: expected it to read nothing that another "
+                    f"{what} moves {name_of(place.where)} on, an iterator: expected it to read nothing that another "
                     "example's pass has moved. It runs once for each example. Let the dataset bring what it needs."
                 )
         within = tuple(f"{name}{end}" for name in libraries for end in ".[")
-        left = [place for place in left if place.where not in libraries and not place.where.startswith(within)]
-        names = sorted({name_of(place.where) for place in left} - self._told)
+        own = [name for name in named if name not in libraries and not name.startswith(within)]
+        names = sorted({name_of(name) for name in own} - self._told)
         self._told.update(names)
         if names:
             rank_zero_warn(
-                f"training_step changes {', '.join(names[:5])}: put back after each example, so that no later one depends on "
-                "it: expected a training_step that reads weights and its batch. A count or an average over examples stays "
+                f"{what} changes {', '.join(names[:5])}: put back after each example, so that no later one depends on it: "
+                "expected it to read weights and its batch. A count or an average over examples stays "
                 "what it was at the start; log it, or move it from public values in on_train_batch_end."
             )
 
@@ -134,9 +143,9 @@ def _names(place: Place) -> list[str]:
     return [f"{place.named}{name}" for name in place.moved()]
 
 
-def _steers(names: list[str], line: Line | None) -> PreflightError:
+def _steers(what: str, names: list[str], line: Line | None) -> PreflightError:
     return PreflightError(
-        f"training_step sets {', '.join(names[:5])}{'' if line is None else f' ({line})'}: expected it to leave the course of "
+        f"{what} sets {', '.join(names[:5])}{'' if line is None else f' ({line})'}: expected it to leave the course of "
         "training alone. It runs once for each example, and a rate or a number of steps that it takes from one would leave "
         "with the weights, past every clip norm. Give rates to a scheduler of configure_optimizers, or set them in "
         "on_train_batch_start from public numbers such as trainer.global_step; end training by max_steps, or by a validation "

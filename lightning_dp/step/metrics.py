@@ -19,7 +19,7 @@ from torchmetrics import Metric, MetricCollection, SumMetric
 
 from lightning_dp.engines.late import Late
 from lightning_dp.errors import PreflightError
-from lightning_dp.step.same import same, snapshot
+from lightning_dp.mechanism.same import same, snapshot
 
 AnyMetric = Metric | MetricCollection
 METHODS = ("forward", "update", "compute", "reset")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from lightning_dp.step.same import same
+from lightning_dp.mechanism.same import same
 
 _ABSENT = object()
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dp.engines.user_code import line_of_error, line_of_the_caller
+from lightning_dp.engines.user_code import line_of_the_caller, no_end_of_the_data
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.loader import check_sample
 from lightning_dp.step.objective import Objective
@@ -41,14 +41,8 @@ class PrivateStep:
         planned = self.run.planned
         sample = planned.hooks.sample_behind(batch)
         check_sample(sample, planned.ledger.steps, self.tally.unused_samples)
-        try:
+        with no_end_of_the_data("training_step"):
             output = self.objective.training_step(self.open_step(self.run, sample, rest, self.tally))
-        except StopIteration as error:  # which a loop takes for the end of the data
-            line = line_of_error(error)
-            raise PreflightError(
-                f"training_step raised StopIteration{'' if line is None else f' ({line})'}: expected a loss for every example. "
-                "A run that ends when an example is drawn tells that it is there. Return a loss, a zero one if need be."
-            ) from error
         planned.logs.say_once_that_logs_are_private(self.run.log_train_metrics)
         return output
 

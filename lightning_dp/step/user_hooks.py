@@ -14,11 +14,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.engines.user_code import Line, line_of_error
+from lightning_dp.engines.user_code import Line, no_end_of_the_data
 from lightning_dp.errors import PreflightError
 from lightning_dp.lightning_internals import overridden
 from lightning_dp.loading.placeholder import emptied_object, without_content
 from lightning_dp.mechanism.instead import Instead
+from lightning_dp.mechanism.same import same
 from lightning_dp.step.attributes import hide, left_hidden, left_on
 from lightning_dp.step.callback_state import CallbackState
 from lightning_dp.step.hook_state import HookState, attribute_of, names_read_by_steps
@@ -26,7 +27,6 @@ from lightning_dp.step.kept_state import name_of
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.metrics import outermost_metrics, states_hidden
 from lightning_dp.step.reach import names_in
-from lightning_dp.step.same import same
 from lightning_dp.step.withheld import withheld
 
 HOOKS = {
@@ -114,10 +114,10 @@ class UserHooks:
             return hook(*args, **options)
         before = HookState(module, self._public)
         try:
-            outcome = hook(*args, **options)
-        except BaseException as error:  # half-way, with what it has left so far from private values
+            with no_end_of_the_data(f"{type(owner).__name__}.{name}"):
+                outcome = hook(*args, **options)
+        except BaseException:  # half-way, with what it has left so far from private values
             before.put_back(*before.changed())
-            _no_end(owner, name, error)
             raise
         places, tensors = before.changed()
         skips = name == "on_train_batch_start" and type(outcome) is int and outcome == SKIP
@@ -183,11 +183,8 @@ class UserHooks:
             options = {key: _without_loss(arg) for key, arg in options.items()}
         module = self._logs.module
         code = getattr(getattr(command, "__func__", command), "__code__", None)
-        try:
+        with no_end_of_the_data(f"{type(module).__name__}.{name}"):
             outcome = command(*args, **options)
-        except BaseException as error:
-            _no_end(module, name, error)
-            raise
         private = set() if code is None else set(left_on(module)) & set(names_in(code))
         if code is not None and private and name != "lr_scheduler_step":
             line = Line(code.co_filename, code.co_firstlineno, code.co_name)
@@ -267,17 +264,6 @@ def _without_loss(argument: Any) -> Any:
 
 def _is_users(function: Any) -> bool:
     return str(getattr(function, "__module__", "")).split(".")[0] not in _LIGHTNINGS
-
-
-def _no_end(owner: Any, name: str, error: BaseException) -> None:
-    """A loop takes StopIteration for the end of the data."""
-    if isinstance(error, StopIteration):
-        line = line_of_error(error)
-        raise PreflightError(
-            f"{type(owner).__name__}.{name} raised StopIteration{'' if line is None else f' ({line})'}: expected a hook that "
-            "returns. Lightning would end the epoch, and how many steps there are must not depend on private examples. End "
-            "training by max_steps, or by a validation metric."
-        ) from error
 
 
 def _depends(owner: Any, name: str, hook: Any, names: list[str], failure: Exception | None) -> PreflightError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.errors import PreflightError
-from lightning_dp.step.same import same
+from lightning_dp.mechanism.same import same
 from tests.conftest import Regressor, loader, trainer
 
 SEEN: list[float] = []
