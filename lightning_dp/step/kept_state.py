@@ -14,11 +14,12 @@ from lightning_dp.engines.writes import line_that_changes
 from lightning_dp.errors import PreflightError
 from lightning_dp.step.attributes import left_on
 from lightning_dp.step.contents import Contents
-from lightning_dp.step.places import DictPlace, OpaquePlace, Place
+from lightning_dp.step.places import DictPlace, GeneratorPlace, OpaquePlace, Place
 from lightning_dp.step.reach import Reach
 from lightning_dp.step.trainer_state import optimizer_tensors, trainer_reach
 
 T = TypeVar("T")
+_STEP = "training_step"
 
 
 class KeptState:
@@ -51,7 +52,7 @@ class KeptState:
         with self.put_back_after(what):
             return self.unsteered(run, what, strictly=True)
 
-    def unsteered(self, run: Callable[[], T], what: str = "training_step", *, strictly: bool = False) -> T:
+    def unsteered(self, run: Callable[[], T], what: str = _STEP, *, strictly: bool = False) -> T:
         """Run a pass through training_step, which may not steer training: what it sees is one example.
 
         Under manual optimization, whose training_step runs once more without data for all that it commands, what a pass
@@ -89,7 +90,7 @@ class KeptState:
         return outcome
 
     @contextmanager
-    def put_back_after(self, what: str = "training_step") -> Iterator[None]:
+    def put_back_after(self, what: str = _STEP) -> Iterator[None]:
         """Put back, when it closes, whatever a pass through training_step has left in Python.
 
         Args:
@@ -104,7 +105,10 @@ class KeptState:
             yield
         finally:
             left = [place for place in places if place.differs()]
-            named = [name for place in left for name in (_names(place) if place.where == "self" else [place.where])]
+            told = [
+                place for place in left if what == _STEP or not isinstance(place, GeneratorPlace)
+            ]  # hooks' are seeded
+            named = [name for place in told for name in (_names(place) if place.where == "self" else [place.where])]
             for place in left:
                 place.put_back()
         if left:
