@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.axis import BatchAxis, is_shared
 from lightning_dp.batches.microbatch import Apart, Element, Shared, is_list_of_values
+from lightning_dp.batches.simple import flattened
 
 _VALUES = (str, bytes, int, float, complex)
 
@@ -52,7 +53,7 @@ def put_together(ones: Sequence[Any], rows: int = 1, axis: BatchAxis = 0) -> lis
     found: dict[Any, list[tuple[Any, list[Any], list[int], list[list[Any]]]]] = {}
     order: list[tuple[Any, list[int], list[list[Any]]]] = []
     for place, one in enumerate(ones):
-        leaves, structure = pytree.tree_flatten(one, is_leaf=is_list_of_values)
+        leaves, structure = flattened(one, is_leaf=is_list_of_values)
         shared = _shared_places(one, axis)
         kinds = tuple(
             "shared" if at in shared or isinstance(leaf, Shared) else _kind(leaf, rows)
@@ -86,7 +87,7 @@ def _kind(leaf: Any, rows: int) -> Any:
     """What must be the same for two leaves to be joined; ``None`` for a leaf that cannot be."""
     if isinstance(leaf, Tensor):
         clear = leaf.ndim > 0 and leaf.shape[0] == rows
-        return (leaf.dtype, tuple(leaf.shape[1:]), str(leaf.device), leaf.layout) if clear else None
+        return (leaf.dtype, leaf.shape[1:], leaf.device, leaf.layout) if clear else None
     if is_list_of_values(leaf):
         return type(leaf) if len(leaf) == rows else None
     return (type(leaf), repr(leaf)) if leaf is None or isinstance(leaf, _VALUES) else None

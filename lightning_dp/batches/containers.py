@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.batches.simple import is_simple, mapped
+
 _PLAIN = (str, bytes, int, float, type(None))
 
 
@@ -115,7 +117,7 @@ def open_containers(nest: Any) -> Any:
         >>> pytree.tree_map(lambda leaf: leaf + 1, opened).put_together()
         {'x': 2.0}
     """
-    if isinstance(nest, ContainerParts):
+    if isinstance(nest, ContainerParts) or is_simple(nest):
         return nest
     if _is_node(nest):
         children, structure = _one_level(nest)
@@ -137,6 +139,8 @@ def close_containers(nest: Any) -> Any:
     if isinstance(nest, ContainerParts):
         opened = dataclasses.replace(nest, parts=tuple(close_containers(part) for part in nest.parts))
         return opened.put_together()
+    if is_simple(nest):
+        return mapped(lambda part: part, nest)
     if _is_node(nest):
         children, structure = _one_level(nest)
         return pytree.tree_unflatten([close_containers(child) for child in children], structure)

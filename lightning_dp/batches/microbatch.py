@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.batches.simple import is_simple, mapped
+
 
 @dataclass(frozen=True)
 class Element:
@@ -143,6 +145,8 @@ def batch_of_one(batch: Any, index: int) -> Any:
     examples. See :func:`check_batch_axis` for what a batch may hold. Tensors are copies, so that a training_step that
     writes into its batch writes into nobody else's, and finds the example unchanged if it is run again.
     """
+    if is_simple(batch):
+        return mapped(lambda part: part[index : index + 1].clone(), batch)
 
     def one(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -150,6 +154,11 @@ def batch_of_one(batch: Any, index: int) -> Any:
         return leaf[index : index + 1] if is_list_of_values(leaf) else leaf
 
     return pytree.tree_map(one, batch, is_leaf=is_list_of_values)
+
+
+def rows(batch: Any, first: int, count: int) -> Any:
+    """``count`` examples of ``batch``, from the ``first`` on, as a batch of their own. See :func:`batch_of_one`."""
+    return batch_of_one(batch, first) if count == 1 else take(batch, list(range(first, first + count)))
 
 
 def padded(batch: Any, examples: int, to: int) -> Any:
@@ -183,6 +192,8 @@ def padded(batch: Any, examples: int, to: int) -> Any:
 
 def take(batch: Any, indices: list[int]) -> Any:
     """The examples of ``batch`` at ``indices``, as a batch. See :func:`batch_of_one`."""
+    if is_simple(batch):
+        return mapped(lambda part: part[indices], batch)
 
     def some(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):

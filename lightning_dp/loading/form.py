@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from lightning_dp.batches.alike import Alike, put_together
 from lightning_dp.batches.axis import BatchAxis, from_front, to_front
 from lightning_dp.batches.containers import close_containers, open_containers, own_copy
-from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element, check_batch_axis, take
+from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element, check_batch_axis, rows
 from lightning_dp.batches.units import Units, group, ungroup
 from lightning_dp.batches.views import Views
 from lightning_dp.engines.user_code import no_end_of_the_data
@@ -120,7 +121,7 @@ class ExampleForm:
             with self._drawing() as seed:
                 for place, number in enumerate(alike.places):
                     seed(own[number])
-                    ones.append(self.hooks.applied(take(opened, list(range(place * each, (place + 1) * each)))))
+                    ones.append(self.hooks.applied(rows(opened, place * each, each)))
             yield from _of(put_together(ones, each, self.axis), alike)
 
     def _owners(self) -> list[Any]:
@@ -142,11 +143,14 @@ class ExampleForm:
             yield seed
 
     def _one_by_one(self, alike: Alike, each: int, seed: Callable[[int], None], seeds: list[int]) -> list[Any]:
-        opened, ones = self.opened(alike.batch), []
+        batch, ones = alike.batch, []
+        if not any(map(self._is_written, _ON_THE_WAY)):  # Lightning moves all that is sent as it is; so it goes at once
+            batch = move_data_to_device(batch, self.device)
+        opened = self.opened(batch)
         check_all_came(opened, len(alike.places) * each)
         check_batch_axis(opened, len(alike.places) * each)
         for place, number in enumerate(alike.places):
-            one = self.closed(take(opened, list(range(place * each, (place + 1) * each))))
+            one = self.closed(rows(opened, place * each, each))
             seed(seeds[number])
             moved = self.opened(self._moved_alone(one))
             ones.append(moved if self.hooks is None else self.hooks.applied(moved))
@@ -237,6 +241,9 @@ class ExampleForm:
         batch = self.module.trainer.precision_plugin.convert_input(batch)
         with no_end_of_the_data("a batch transfer hook"):
             return transfer(self.module, before_transfer(self.module, batch), self.device)
+
+
+_ON_THE_WAY = ("on_before_batch_transfer", "transfer_batch_to_device")
 
 
 def _nothing(seed: int) -> None:

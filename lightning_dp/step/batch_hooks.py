@@ -108,9 +108,11 @@ class BatchHooks:
 
     def applied(self, batch: Any) -> Any:
         """A micro-batch on the device after the hooks of the step under way have changed each of its examples."""
-        counts = {len(leaf) for leaf in pytree.tree_leaves(batch, is_leaf=is_list_of_values) if _has_rows(leaf)}
         hooks = self._to_be_run()
-        if not hooks or len(counts) != 1:  # whose is what is unclear, and is refused later
+        if not hooks:
+            return batch
+        counts = {len(leaf) for leaf in pytree.tree_leaves(batch, is_leaf=is_list_of_values) if _has_rows(leaf)}
+        if len(counts) != 1:  # whose is what is unclear, and is refused later
             return batch
         ones = []
         for index in range(counts.pop()):
