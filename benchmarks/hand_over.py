@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 uv run python benchmarks/hand_over.py
 
 A Trainer trains a small network with the callback, and the time for which the engine waits for its micro-batches is added up:
-reading, seeding, collating, transfer hooks, and putting examples together. Cases take turns, and time is processor time, so that
-load moves little; the first is tensors with torch's own functions, which nothing has to be kept apart for. Then the digits
-recipe's whole step, with a ``collate_fn`` of one's own and vouched for, as a multiple of the step without one.
+reading, seeding, collating, transfer hooks, and putting examples together. Cases take turns, and time is processor time, so
+that load moves little; the first is tensors with torch's own functions, which nothing has to be kept apart for. Then the
+digits recipe's whole step, with a ``collate_fn`` of one's own and vouched for, as a multiple of the step without one.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from lightning_dp.look.epochs import Progress, planned_steps
 from lightning_dp.look.layerwise_check import start_layerwise
 from lightning_dp.look.leaks.examples_apart import check_examples_stay_apart
 from lightning_dp.look.loader import check_loader, check_not_nested
+from lightning_dp.look.looked_at import looked_at
 from lightning_dp.look.planning import warn_spent
 from lightning_dp.look.same_data import check_same_data_on_every_rank
 from lightning_dp.look.trainer import check_trainer
@@ -265,7 +266,8 @@ class Fit:
             rank_zero_info(selection.describe())
             settle_physical_batch_size(planned, speed.physical_batch_size, selection.engine, loss_function)
         with full_parameters(module, world):
-            check_examples_stay_apart(planned, partial(objective.losses, planned))
+            company = check_examples_stay_apart(planned, partial(objective.losses, planned))
+        rank_zero_info(looked_at(planned, selection, most, company))
         layers = start_layerwise(planned, selection, make_loss)
         journal = self._account.open(self._trainer, agreed.ledger, agreed.report, agreed.facts)
         agreed.report.start(self._trainer, selection.engine.name, planned.loader.physical_batch_size, journal)

@@ -177,7 +177,10 @@ def one_at_a_time(net: Net, x: Tensor, y: Tensor) -> Tensor:
 
 def test_a_step_that_takes_single_examples_only_is_trained_and_told(caplog: pytest.LogCaptureFixture) -> None:
     fit(one_at_a_time)
-    assert "could not be looked at: Boolean value of Tensor with more than one value is ambiguous" in caplog.text
+    assert (
+        "not whether a batch couples them, since Boolean value of Tensor with more than one value is ambiguous"
+        in caplog.text
+    )
     assert "test_coupling.py:" in caplog.text
 
 
@@ -284,7 +287,10 @@ def test_rows_that_change_with_their_company_are_told_where_pairs_are_collated_a
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     fit_sequences(padded, masked=True, size=2)
-    assert "could not be looked at: collate_fn makes other rows of an example in other company" in caplog.text
+    assert (
+        "not whether a batch couples them, since collate_fn makes other rows of an example in other company"
+        in caplog.text
+    )
 
 
 class Discriminating(Gan):

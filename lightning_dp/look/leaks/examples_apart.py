@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,22 @@ def of_training_step(module: pl.LightningModule, capture: StepCapture) -> Losses
     return lambda form: [(example_loss(form, capture, rest), trainable(module))]
 
 
-def check_examples_stay_apart(planned: Planned, losses: Losses) -> None:
+@dataclass(frozen=True)
+class Company:
+    """What was seen of examples in one another's company.
+
+    Attributes:
+        examples: how many were in one batch.
+        reduction: how the loss of a batch follows from theirs.
+        unseen: why it was not looked at whether a batch couples them; empty if it was.
+    """
+
+    examples: int
+    reduction: Reduction
+    unseen: str = ""
+
+
+def check_examples_stay_apart(planned: Planned, losses: Losses) -> Company:
     """Try ``collate_fn``, padding and losses on a few examples, evenly spaced in the dataset. Nothing of it is kept.
 
     No more examples are worked on at once than in a micro-batch of the run. In micro-batches of one, nothing that is
@@ -70,11 +85,15 @@ def check_examples_stay_apart(planned: Planned, losses: Losses) -> None:
         planned: the run; of its views one of each example is enough here.
         losses: of training_step; under manual optimization one for each private optimizer.
 
+    Returns:
+        What was looked at for the loss of which least was seen, on this rank.
+
     Raises:
         PreflightError: one example enters another's row or gradient.
     """
     planned = replace(planned, form=planned.form.with_one_view())
-    reductions = on_every_rank(planned.world, lambda: _reductions(planned, losses(planned.form)), PreflightError)
+    found = on_every_rank(planned.world, lambda: _companies(planned, losses(planned.form)), PreflightError)
+    reductions = [company.reduction for company in found]
     if Reduction.SUM in reductions:
         rank_zero_info(
             "lightning_dp: training_step adds up the losses of its examples. The private gradient is the sum divided by the "
@@ -87,22 +106,23 @@ def check_examples_stay_apart(planned: Planned, losses: Losses) -> None:
             "over its own tokens, without class weights) and counts the same. To weight examples, multiply the loss by "
             "their weights instead of dividing by the sum of weights."
         )
+    return next((company for company in found if company.unseen), found[0])
 
 
-def _reductions(planned: Planned, losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]]) -> list[Reduction]:
+def _companies(planned: Planned, losses: Sequence[tuple[LossFunction, Mapping[str, Tensor]]]) -> list[Company]:
     module, loader = planned.module, planned.loader
     if loader.examples.each:
-        return []
+        return [Company(0, Reduction.UNKNOWN, "each is collated by itself")]
     check_every_example_has_a_row(planned)
     if loader.physical_batch_size == 1:
-        return []
+        return [Company(0, Reduction.UNKNOWN, "micro-batches hold one (physical_batch_size=1)")]
     with undone(module) as before, torch.enable_grad(), uncompiled(), full_precision():  # a look is not worth a graph
         found = [_look(planned, loss, as_real_pairs(parameters)) for loss, parameters in losses]
         check_nothing_written(module, before)
-    return found
+    return found or [Company(0, Reduction.UNKNOWN, "no loss is private")]
 
 
-def _look(planned: Planned, loss_function: LossFunction, parameters: Mapping[str, Tensor]) -> Reduction:
+def _look(planned: Planned, loss_function: LossFunction, parameters: Mapping[str, Tensor]) -> Company:
     module, loader, form = planned.module, planned.loader, planned.form
     at_once = loader.physical_batch_size
     records = loader.evenly_spaced(PROBES if at_once >= PROBES else PROBES // 2)
@@ -117,7 +137,7 @@ def _look(planned: Planned, loss_function: LossFunction, parameters: Mapping[str
         check_padding_is_masked(collate, records, module, loss_function, parameters, at_once)
     examples = PROBES if len(records) == PROBES else PROBES // 2
     if len(records) < examples:
-        return Reduction.UNKNOWN  # a dataset of three
+        return Company(0, Reduction.UNKNOWN, f"there are no {examples} of them")
 
     def batch_of(rows: list[int]) -> Any:
         batch = with_seed(collate, [records[row] for row in rows], 0)
@@ -125,20 +145,16 @@ def _look(planned: Planned, loss_function: LossFunction, parameters: Mapping[str
 
     try:
         if examples <= at_once:
-            whole = batch_of(list(range(examples)))
-            return check_loss_keeps_examples_apart(module, loss_function, parameters, partial(take, whole), examples)
-        if _same_in_every_pair(batch_of, examples):
-            return check_loss_keeps_examples_apart(module, loss_function, parameters, batch_of, examples)
+            batch_of = partial(take, batch_of(list(range(examples))))
+        if examples <= at_once or _same_in_every_pair(batch_of, examples):
+            reduction = check_loss_keeps_examples_apart(module, loss_function, parameters, batch_of, examples)
+            return Company(examples, reduction)
         reason = "collate_fn makes other rows of an example in other company"
     except PreflightError:
         raise
     except Exception as error:  # a step that takes single examples only, or no room for several at once
         reason = explain(error, module)
-    rank_zero_info(
-        f"lightning_dp: whether the loss of a batch couples its examples could not be looked at: {reason}. In training every "
-        "example is a batch of its own."
-    )
-    return Reduction.UNKNOWN
+    return Company(0, Reduction.UNKNOWN, reason)
 
 
 def _same_in_every_pair(batch_of: BatchOf, examples: int) -> bool:
