@@ -64,6 +64,7 @@ WHERE: dict[str, tuple[Callable[[], Any], str]] = {
     "_saved_tensors_hooks_enable": (lambda: torch._C._autograd, "ghost keeps what it needs"),
     "_saved_tensors_hooks_get_disabled_error_message": (lambda: torch._C._autograd, "ghost keeps what it needs"),
     "_shutdown_workers": (lambda: _MultiProcessingDataLoaderIter, "workers end with a fit"),
+    "_swap_tensor_impl": (lambda: torch._C, "no tensor under vmap is swapped with one that stays"),
     "_update_count": (SumMetric, "a metric's twin starts without a result"),
     "_update_signature": (SumMetric, "a metric's twin can be copied"),
     "_version": (lambda: torch.zeros(1), "writes into a tensor in place are seen"),

@@ -76,7 +76,10 @@ def gradients_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
     finally:
         for tensor, gradient in before:
-            tensor.grad = gradient
+            fits = gradient is None or (gradient.shape, gradient.dtype) == (tensor.shape, tensor.dtype)
+            tensor.grad = (
+                gradient if fits else None
+            )  # whoever gave it other memory is refused, and that is the error to see
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from lightning_dp.engines.draws import can_be_drawn_into, drawn_for_all, empty_for_all
 from lightning_dp.engines.late import Late, at_hand
 from lightning_dp.engines.recurrent import can_be_unrolled, unrolled
+from lightning_dp.engines.swaps import SWAPS
 from lightning_dp.engines.user_code import Line, line_of_the_caller
 
 
@@ -145,7 +146,7 @@ def answered_for_all(witness: Tensor) -> Iterator[None]:
     answering = _Answering(witness)
     token = _answering.set(answering)
     try:
-        with answering, drawn_for_all():
+        with answering, drawn_for_all(), SWAPS.open():
             yield
     finally:
         _answering.reset(token)

@@ -31,6 +31,18 @@ CAUSES = {
 """What torch says, in part and in lower case → what it means."""
 
 
+WRITES = (
+    "inplace arithmetic",
+    "in-place operation",
+    "doesn't match the broadcast shape",
+    "because there exists a tensor",
+    "mutating directly with `.data`",
+    "to the memory of a tensor that all examples share",
+    "with one that all examples share",
+)
+"""What torch, or an engine, says of a write into a tensor that does not depend on the example while what is written does."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()

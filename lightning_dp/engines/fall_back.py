@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_dp.engines.explain import ALONE, OUT_OF_MEMORY, explain
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.select import EngineError, Selection
+from lightning_dp.engines.shared_writes import refusing_writes, tells_of_a_write
 from lightning_dp.plan.clipping import Clipping
 
 PATIENCE = 3
@@ -34,7 +35,8 @@ class FallBack(Engine):
         selection: of the run. It remembers which engine is given up.
         module: the user's, for messages.
         passed_on: errors that are nobody's limit, but say what is wrong with the training step.
-        undone: a context in which nothing that happens to the module is kept.
+        undone: a context in which nothing that happens to the module is kept; it may refuse what has happened.
+        within_reach: gives the tensors of which it is compared whether training_step has written into them.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class FallBack(Engine):
         module: nn.Module,
         passed_on: tuple[type[Exception], ...] = (),
         undone: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        within_reach: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
+        self._within_reach = within_reach
         self._selection, self._module, self._undone = selection, module, undone
         self._passed_on: tuple[type[BaseException], ...] = (*passed_on, BatchAxisError, *OUT_OF_MEMORY)
         self.name, self.sum_dtype = selection.engine.name, selection.engine.sum_dtype
@@ -62,9 +66,10 @@ class FallBack(Engine):
 
         Raises:
             EngineError: the engine was asked for by name and cannot run this.
+            SharedWriteError: an engine has met a write into a tensor that was there before training_step.
             Exception: what the training step itself raises for a batch of one, and want of memory, which is no engine's limit.
         """
-        selection, put_back = self._selection, _draws()
+        selection, put_back, given = self._selection, _draws(), loss_function
         engines = [selection.engine, *selection.slower]
         if selection.engine.keeper is not None:
             del engines[1:]  # the others need all parameters, and the ranks go layer by layer together
@@ -72,7 +77,7 @@ class FallBack(Engine):
             if selection.failures.get(engine.name, 0) >= PATIENCE and place + 1 < len(engines):
                 continue
             try:
-                found = engine.clipped_sum(loss_function, parameters, batch, examples, clipping, counted=counted)
+                found = engine.clipped_sum(given, parameters, batch, examples, clipping, counted=counted)
             except self._passed_on:
                 raise
             except Exception as error:
@@ -82,10 +87,12 @@ class FallBack(Engine):
                 if engine.keeper is not None:
                     raise
                 reason = explain(error, self._module)
+                if tells_of_a_write(error):  # into a tensor of its own, or into one that the next example would read
+                    given = refusing_writes(loss_function, batch, self._within_reach())
                 if place + 1 == len(engines):
                     put_back()
                     with self._undone():
-                        _raise_if_its_own(loss_function, parameters, batch, examples, clipping, counted)
+                        _raise_if_its_own(given, parameters, batch, examples, clipping, counted)
                     raise EngineError(
                         f"engine={engine.name!r} cannot run this training_step any more: {reason}. Nothing of this step is "
                         "released. Use engine='auto', which takes another engine where one cannot, or change that line."

@@ -17,6 +17,7 @@ from lightning_dp.engines.protocol import Engine
 from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.engines.uncompiled import compiled_parts
 from lightning_dp.engines.vmap import VmapEngine
+from lightning_dp.errors import PreflightError
 from lightning_dp.validate import shown
 
 EngineName = Literal["auto", "ghost", "vmap", "loop"]
@@ -94,6 +95,7 @@ def select_engine(
 
     Raises:
         EngineError: the engine asked for cannot trace the training_step.
+        PreflightError: what training_step does no engine can make right, such as a write into what all examples share.
         Exception: what the training_step itself raises when even a batch of one fails is passed on as it is, and so is want
             of memory.
     """
@@ -104,7 +106,7 @@ def select_engine(
         engine = make_engine(name, module)
         try:
             check(engine)
-        except (BatchAxisError, *OUT_OF_MEMORY):
+        except (PreflightError, BatchAxisError, *OUT_OF_MEMORY):
             raise
         except Exception as error:
             if engine.is_reference:
@@ -119,7 +121,7 @@ def select_engine(
         engine = make_engine(candidate, module)
         try:
             check(engine)
-        except (BatchAxisError, *OUT_OF_MEMORY):
+        except (PreflightError, BatchAxisError, *OUT_OF_MEMORY):
             raise
         except Exception as refusal:
             if engine.is_reference:

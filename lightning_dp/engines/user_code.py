@@ -149,6 +149,16 @@ def _is_another_package(file: str) -> bool:
     return file.startswith(_PACKAGES) and not (_is_machinery(file) or file.startswith(known))
 
 
+def is_of_this_package(file: str) -> bool:
+    """Whether ``file`` is of this package, its ordinary models and data left out."""
+    return _is_machinery(file)
+
+
+def is_of_torch(file: str) -> bool:
+    """Whether ``file`` is of torch."""
+    return file.startswith(tuple(f"{root}/torch/" for root in _PACKAGES))
+
+
 def _is_skipped(file: str) -> bool:
     """Whether ``warnings.warn`` leaves out frames of ``file`` when it counts."""
     return "importlib" in file and "_bootstrap" in file

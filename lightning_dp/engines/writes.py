@@ -31,7 +31,9 @@ def line_that_changes(call: Callable[[], object], changed: Callable[[], bool]) -
         if found:
             sys.settrace(before)
             return None
-        at[:] = [Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)]
+        here = frame if event != "return" else _users(frame.f_back)  # what follows a return is the caller's line again
+        if here is not None:
+            at[:] = [Line(here.f_code.co_filename, here.f_lineno, here.f_code.co_name)]
         return trace
 
     before = sys.gettrace()
@@ -44,3 +46,10 @@ def line_that_changes(call: Callable[[], object], changed: Callable[[], bool]) -
     if not found and at and changed():
         found.append(at[0])
     return found[0] if found else None
+
+
+def _users(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame of the user's from here outwards."""
+    while frame is not None and not is_file_of_the_users(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame

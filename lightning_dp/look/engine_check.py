@@ -8,16 +8,19 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dp.batches.axis import has_lists
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
 from lightning_dp.batches.units import of_two
 from lightning_dp.engines.agreement import check_agreement, tolerance_of
+from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.plain import check_nothing_is_lost
 from lightning_dp.engines.protocol import Engine, LossFunction
 from lightning_dp.engines.select import EngineName, Selection, select_engine
+from lightning_dp.engines.shared_writes import refusing_writes, tells_of_a_write
 from lightning_dp.engines.uncompiled import uncompiled
+from lightning_dp.errors import PreflightError
 from lightning_dp.loading.rows import rows_in
 from lightning_dp.look.leaks.collation import check_not_left_out
 from lightning_dp.look.leaks.transforms import check_rows_stay_apart
@@ -26,6 +29,7 @@ from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.planned import Planned
+from lightning_dp.step.refused_writes import undone_unless_written
 from lightning_dp.step.undone import undone
 
 CHECKED_EXAMPLES = 2
@@ -62,15 +66,34 @@ def check_engines(
         one, clipping = batch_of_one(on_device, 0), planned.loader.plan.clipping_rule
 
         def check(engine: Engine) -> None:
-            if not engine.is_reference:
-                check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(module))
-            engine.clipped_sum(loss_function, given, on_device, examples, clipping)
-            if not engine.is_reference:
-                check_agreement(engine, loss_function, given, on_device, examples, module)
+            try:
+                if not engine.is_reference:
+                    check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(module))
+                engine.clipped_sum(loss_function, given, on_device, examples, clipping)
+                if not engine.is_reference:
+                    check_agreement(engine, loss_function, given, on_device, examples, module)
+            except Exception as error:
+                if not engine.is_reference and tells_of_a_write(error):
+                    watched = refusing_writes(loss_function, on_device, before.tensors.values())
+                    _refuse_writes(watched, given, on_device, examples, module)
+                raise
 
         selection = select_engine(engine_name, check, module, planned.loader.plan.resolution)
         check_nothing_written(module, before)
     return selection
+
+
+def _refuse_writes(
+    watched: LossFunction, parameters: Mapping[str, Tensor], batch: Any, examples: int, module: nn.Module
+) -> None:
+    """Raise what ``watched`` has to say of a pass of the loop. What else that raises is left to the engine ``loop``."""
+    try:
+        with undone_unless_written(module):
+            LoopEngine().clipped_sum(watched, parameters, batch, examples, torch.inf)
+    except PreflightError:
+        raise
+    except Exception:
+        pass
 
 
 def _first_examples(planned: Planned, count: int) -> tuple[Any, int]:

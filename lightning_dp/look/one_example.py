@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -14,9 +14,9 @@ from lightning_dp.engines.backward import plain_gradient
 from lightning_dp.engines.explain import ALONE, OUT_OF_MEMORY, explain
 from lightning_dp.engines.loop import as_leaf
 from lightning_dp.engines.protocol import LossFunction
-from lightning_dp.engines.writes import line_that_changes
 from lightning_dp.errors import PreflightError
-from lightning_dp.step.contents import Contents, written
+from lightning_dp.step.contents import Contents, WriteError, check_nothing_written
+from lightning_dp.step.refused_writes import with_line
 
 MORE = (2, 3, 4, 8, 16)
 """Rows with which a training_step is tried that fails on one: some code needs a few, such as ``a, b = x.split(4)``."""
@@ -46,24 +46,28 @@ def check_one_example(
         Exception: what training_step itself raises, with a note, if it cannot take several examples either.
     """
     one, leaves = batch_of_one(batch, 0), {name: as_leaf(parameter) for name, parameter in parameters.items()}
+    run = partial(loss_function, leaves, one)
     try:
         plain_gradient(loss_function, leaves, one)
+        check_nothing_written(module, before)
+    except WriteError as error:
+        raise with_line(error, module, before, run) from None
     except PreflightError:
         raise
     except Exception as error:
         raise_explained(error, module, lambda rows: plain_gradient(loss_function, leaves, take(batch, [0] * rows)))
-    changed = before.changed()
-    if not changed:
-        _move(leaves)
-        moved = before.again()
-        with suppress(Exception):
-            loss_function(leaves, one)
-        changed = moved.changed()
-    if changed:
-        now = before.again(changed)
-        raise written(
-            module, changed, line_that_changes(lambda: loss_function(leaves, one), lambda: bool(now.changed()))
-        )
+    _move(leaves)
+    moved = before.again()
+    try:
+        try:
+            run()
+        except WriteError:
+            raise
+        except Exception:
+            pass
+        check_nothing_written(module, moved)
+    except WriteError as error:
+        raise with_line(error, module, moved, run) from None
 
 
 def raise_explained(error: Exception, module: nn.Module, with_rows: Callable[[int], object]) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,19 +86,39 @@ class Contents:
                 found += [name for (name, *_), differs in zip(here, different.tolist(), strict=True) if differs]
         return found + [name for name, before in self.copied.items() if not _same_array(self.arrays[name], before)]
 
+    def put_back(self) -> None:
+        """Write what there are copies of into the tensors and arrays that hold something else now."""
+        with torch.no_grad():
+            for name in self.changed():
+                if name in self.copies and _alike(self.tensors[name], self.copies[name]):
+                    _here(self.tensors[name]).copy_(self.copies[name])
+                elif name in self.copies and not hasattr(self.tensors[name], "to_local"):
+                    self.tensors[name].data = self.copies[name].clone()  # it was given memory of another kind
+                elif name in self.copied and self.arrays[name].flags.writeable:
+                    np.copyto(self.arrays[name], self.copied[name])
+
     @contextmanager
     def put_back_on_error(self) -> Iterator[None]:
         """While open, an error leaves what there are copies of as it was: whoever catches it may save the module."""
         try:
             yield
         except BaseException:
-            with torch.no_grad():
-                for name in self.changed():
-                    if name in self.copies and self.tensors[name].shape == self.copies[name].shape:
-                        _here(self.tensors[name]).copy_(self.copies[name])
-                    elif name in self.copied and self.arrays[name].flags.writeable:
-                        np.copyto(self.arrays[name], self.copied[name])
+            self.put_back()
             raise
+
+
+class WriteError(PreflightError):
+    """The refusal of a training_step that writes into tensors or arrays within reach of its module.
+
+    Args:
+        message: says which, and what to do.
+        names: of the tensors and arrays.
+        line: where, if that is known.
+    """
+
+    def __init__(self, message: str, names: Sequence[str] = (), line: Line | None = None) -> None:
+        super().__init__(message)
+        self.names, self.line = list(names), line
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -116,20 +137,24 @@ def check_nothing_written(module: nn.Module, before: Contents, line: Line | None
         line: where, if that is known.
 
     Raises:
-        PreflightError: see the message.
+        WriteError: see the message.
     """
     changed = before.changed()
     if changed:
         raise written(module, changed, line)
 
 
-def written(module: nn.Module, names: Sequence[str], line: Line | None = None) -> PreflightError:
+def written(module: nn.Module, names: Sequence[str], line: Line | None = None) -> WriteError:
     """The refusal of a training_step that writes into these tensors or arrays."""
+    return WriteError(_text(module, names, line), names, line)
+
+
+def _text(module: nn.Module, names: Sequence[str], line: Line | None) -> str:
     where = "" if line is None else f" ({line})"
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     if found := [name for name in names if name in parameters]:
-        return PreflightError(
+        return (
             f"training_step writes into {', '.join(found[:5])}{where}: expected parameters, also frozen ones, that stay as "
             "they are while it runs. It runs once for each example: the write would take place as often, and whatever it took "
             "from an example would leave with the weights, without noise. Move updates of teachers and target networks, and "
@@ -139,18 +164,26 @@ def written(module: nn.Module, names: Sequence[str], line: Line | None = None) -
             "embeddings, or scale the rows that are looked up."
         )
     if found := [name for name in names if name in buffers]:
-        return PreflightError(
+        return (
             f"training_step changes the buffers {', '.join(found[:5])}{where}: expected buffers that stay as they are. What a "
             "buffer learns from private examples leaves with the checkpoint, without noise. Update it outside training_step "
             "from public values, as in on_train_batch_end, or switch the tracking off. (Of spectral norms, the one of "
             "torch.nn.utils.parametrizations is looked after.)"
         )
-    own = [f"self.{name}" if " " not in name else name for name in names[:5]]
-    return PreflightError(
+    own = [f"self.{name}" if " " not in name and _is_of(module, name) else name for name in names[:5]]
+    return (
         f"training_step writes into the tensor {', '.join(own)}{where}: expected it to stay as it is. "
         "training_step runs once for each example, and no later example may depend on what one has left there. Make a new "
         "tensor in each training_step, use self.log or a torchmetrics object, or do it in on_train_batch_end from public "
         "values."
+    )
+
+
+def _is_of(module: nn.Module, name: str) -> bool:
+    """Whether a name is of the module's, and not of a global that its code reads."""
+    first = re.split(r"[.\[]", name)[0]
+    return first in module.__dict__ or any(
+        first in table for table in (module._buffers, module._parameters, module._modules)
     )
 
 
@@ -159,6 +192,11 @@ def _here(tensor: Tensor) -> Tensor:
     whole: Any = tensor.detach()
     part: Tensor = whole.to_local() if hasattr(whole, "to_local") else whole
     return part
+
+
+def _alike(now: Tensor, before: Tensor) -> bool:
+    now = _here(now)
+    return (now.shape, now.dtype, now.device) == (before.shape, before.dtype, before.device)
 
 
 def _can_be_copied(tensor: Tensor) -> bool:
@@ -177,7 +215,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _same_bits(now: Tensor, before: Tensor) -> bool:
     now = _here(now)
-    if (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device) or not _has_bits(now):
+    if not _alike(now, before) or not _has_bits(now):
         return False
     return torch.equal(_bits(now), _bits(before))
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_dp.batches.microbatch import batch_of_one
 from lightning_dp.engines.accumulate import Accumulated, accumulate
 from lightning_dp.engines.fall_back import FallBack
+from lightning_dp.engines.loop import as_leaf
 from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
@@ -19,10 +21,11 @@ from lightning_dp.layers.batch_norm import check_batch_norms_rest
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.randomness import RandomKey, Stream
-from lightning_dp.step.contents import check_nothing_written
+from lightning_dp.step.contents import Contents, WriteError, check_nothing_written, tensors_of
 from lightning_dp.step.engine_comparison import EngineComparison
 from lightning_dp.step.forked_rng import forked_rng
 from lightning_dp.step.planned import Run
+from lightning_dp.step.refused_writes import undone_unless_written, with_line
 from lightning_dp.step.sample_release import release_sample
 from lightning_dp.step.tally import Tally
 from lightning_dp.step.undone import undone
@@ -87,25 +90,55 @@ class OpenStep:
         due, given = comparison.is_due, as_real_pairs(parameters)
         if due:
             micro_batches = comparison.passed(micro_batches, loss_function, given)
-        with before.put_back_on_error():
-            with self.seeded():
-                total = accumulate(
-                    FallBack(selection, module, (PreflightError,), partial(undone, module)),
-                    loss_function,
-                    given,
-                    micro_batches,
-                    plan.clipping_rule,
-                    pad_to=run.pad_to,
-                    apart=() if run.layers is None else run.layers.names,
-                )
-                if run.layers is not None:
-                    run.layers.finish()
-            if due:
-                comparison.check()
-            check_nothing_written(module, before)
+        engine = FallBack(
+            selection,
+            module,
+            (PreflightError,),
+            partial(undone_unless_written, module),
+            lambda: tensors_of(module).values(),
+        )
+        seen: list[tuple[Any, int]] = []
+        try:
+            with before.put_back_on_error():
+                with self.seeded():
+                    total = accumulate(
+                        engine,
+                        loss_function,
+                        given,
+                        _remembered(micro_batches, seen),
+                        plan.clipping_rule,
+                        pad_to=run.pad_to,
+                        apart=() if run.layers is None else run.layers.names,
+                    )
+                    if run.layers is not None:
+                        run.layers.finish()
+                if due:
+                    comparison.check()
+                check_nothing_written(module, before)
+        except WriteError as error:
+            raise self._with_line(error, before, loss_function, given, seen) from None
         self.tally.not_finite += total.not_finite
         self.tally.never_moved.look(total.gradient, total.examples)
         return total
+
+    def _with_line(
+        self,
+        error: WriteError,
+        before: Contents,
+        loss_function: LossFunction,
+        parameters: Mapping[str, Tensor],
+        seen: list[tuple[Any, int]],
+    ) -> WriteError:
+        """The refusal with the line that writes, if one of the last examples makes the write when it runs once more."""
+        leaves = {name: as_leaf(parameter) for name, parameter in parameters.items()}
+        for batch, size in seen if self.run.layers is None else ():
+            for index in range(min(size, ASKED_AGAIN)):
+                with undone(self.run.planned.module), self.seeded():
+                    call = partial(loss_function, leaves, batch_of_one(batch, index))
+                    found = with_line(error, self.run.planned.module, before, call)
+                if found.line is not None:
+                    return found
+        return error
 
     def release(self, gradient: Mapping[str, Tensor], *, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
         """Charge for the sample at its first release, and give the noisy gradient that may be used and published.
@@ -133,6 +166,17 @@ class OpenStep:
             parts=parts,
         )
         return released
+
+
+ASKED_AGAIN = 8
+"""At most so many examples run once more to find the line of a write. Where that is rare, the refusal has none."""
+
+
+def _remembered(micro_batches: MicroBatches, last: list[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
+    """The micro-batches as they are, the last of which stays in ``last``."""
+    for batch, size in micro_batches:
+        last[:] = [(batch, size)]
+        yield batch, size
 
 
 Opens = Callable[[Run, LogicalBatch, tuple[Any, ...], Tally], OpenStep]
