@@ -23,6 +23,10 @@ LEAST = 1e-3
 """Contributions shorter than this part of the sensitivity are compared as if they were as long: they are mostly rounding."""
 
 
+LONGER = 1e-3
+"""By this part a contribution may be longer than the sensitivity: far more than float32 rounds, far less than a mistake."""
+
+
 def compare_contributions(
     engine: Engine,
     loss_function: LossFunction,
@@ -35,7 +39,7 @@ def compare_contributions(
     """Compare what an engine and the engine ``loop`` add to the sum for one example.
 
     Nothing is compared where one of them cannot run the example (the step itself says so then). Where they differ and plain
-    passes with two seeds differ too, the example's gradient is random, and nothing is said.
+    passes with two seeds differ too, the example's gradient is random, and all that is said is whether it was clipped.
 
     Args:
         engine: the engine to be compared.
@@ -47,7 +51,7 @@ def compare_contributions(
         seed: of torch's, NumPy's and Python's global generators in each pass. The caller puts them back.
 
     Raises:
-        DisagreementError: they differ by more than rounding.
+        DisagreementError: they differ by more than rounding, or the engine's is longer than an example's may be.
     """
 
     def contribution(one: Engine, seed: int) -> dict[str, Tensor]:
@@ -63,6 +67,12 @@ def compare_contributions(
             raise
         except Exception:
             return
+        length = _length(ours)
+        if length > (1 + LONGER) * clipping.sensitivity:
+            raise DisagreementError(
+                f"engine {engine.name!r} gives a clipped gradient of norm {length:.4g}, and its norm is to be at most "
+                f"{clipping.sensitivity:.4g}"
+            )
         size, off = _length(plain), _distance(ours, plain)
         least = LEAST * clipping.sensitivity if math.isfinite(clipping.sensitivity) else 0.0
         if not math.isfinite(size) or off <= tolerance * max(size, least):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy, PreflightError
-from lightning_dp.engines.select import EngineError
 from lightning_dp.step.contents import Contents, tensors_of
 from lightning_dp.step.undone import undone
 from tests.conftest import Regressor, loader, trainer
@@ -120,14 +119,14 @@ def test_a_write_at_a_later_step_is_refused_before_that_step_is_released(write: 
 
     AtStepTwo.write = write  # type: ignore[method-assign]  # one of many
     module = AtStepTwo()
-    with pytest.raises(PreflightError, match=message):
+    with pytest.raises(PreflightError, match=rf"{message}.*test_writes\.py:\d+ in"):
         trainer(DifferentialPrivacy(noise_multiplier=1.0, engine="loop")).fit(module, loader())
     assert module.global_step == 2
 
 
 @pytest.mark.filterwarnings("ignore:engine 'ghost' cannot run some:UserWarning")
-@pytest.mark.parametrize(("engine", "error"), [("auto", PreflightError), ("ghost", EngineError), ("vmap", EngineError)])
-def test_memory_of_a_tensor_under_vmap_is_given_to_no_other(engine: Any, error: type[Exception]) -> None:
+@pytest.mark.parametrize("engine", ["auto", "ghost", "vmap"])
+def test_memory_of_a_tensor_under_vmap_is_given_to_no_other(engine: Any) -> None:
     """A frozen parameter whose ``.data`` was one would be used after vmap is over: a segmentation fault."""
 
     class Assigned(Late):
@@ -135,11 +134,10 @@ def test_memory_of_a_tensor_under_vmap_is_given_to_no_other(engine: Any, error: 
 
     module = Assigned()
     before = {name: tensor.clone() for name, tensor in module.teacher.state_dict().items()}
-    with pytest.raises(error, match=r"writes into teacher|assigns what depends on .*test_writes\.py"):
+    with pytest.raises(PreflightError, match=r"writes into teacher\.0\.weight.*test_writes\.py"):
         trainer(DifferentialPrivacy(noise_multiplier=1.0, engine=engine)).fit(module, loader())
     assert module.global_step == 2
-    if error is EngineError:
-        torch.testing.assert_close(module.teacher.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(module.teacher.state_dict(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("engine", ["auto", "ghost", "vmap", "loop"])
