@@ -21,7 +21,6 @@ from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import Engine, LossFunction
 from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.engines.select import Selection
-from lightning_dp.lightning_internals import put_back_random_states, random_states
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.mechanism.grid import SHORTER
 from lightning_dp.step.open_step import MicroBatches, OpenStep
@@ -158,7 +157,8 @@ def leaving(trainer: pl.Trainer) -> dict[str, Leaf]:
 class _OneByOne(LoopEngine):
     """The loop, which notes every example's clipped gradient."""
 
-    def __init__(self, numbers: list[int], notes: Sum) -> None:
+    def __init__(self, numbers: list[int], notes: Sum, *, in_place_of_others: bool) -> None:
+        super().__init__(in_place_of_others=in_place_of_others)
         self._numbers, self._notes, self.sum = iter(numbers), notes, dict[str, Tensor]()
 
     @override
@@ -180,15 +180,9 @@ class WatchedStep(OpenStep):
 
     Attributes:
         recording: where it is noted.
-        salt: for other random numbers.
     """
 
     recording: Recording = field(default_factory=Recording)
-    salt: tuple[int, ...] = ()
-
-    @override
-    def seeded(self, *counters: int) -> Any:
-        return super().seeded(*counters, *self.salt)
 
     @override
     def clipped_sum(
@@ -200,29 +194,26 @@ class WatchedStep(OpenStep):
     ) -> Accumulated:
         planned, step = self.run.planned, self.recording.steps[-1]
         notes, kept = Sum(selection.engine.name), list[tuple[Any, int]]()
-        on_cuda = planned.world.device.type == "cuda"
-        states = random_states(on_cuda)
 
         def passing() -> Iterator[tuple[Any, int]]:
             for micro_batch in micro_batches:
                 kept.append(micro_batch)
                 yield micro_batch
 
-        def alone(salt: tuple[int, ...] = ()) -> tuple[_OneByOne, Sum]:
+        def alone(micro_batches: list[tuple[Any, int]]) -> tuple[_OneByOne, Sum]:
             found = Sum("loop")
-            engine = _OneByOne(step.drawn, found)
-            other = replace(self, tally=Tally(), salt=salt)
+            engine = _OneByOne(step.drawn, found, in_place_of_others=not selection.engine.is_reference)
+            other = replace(self, tally=Tally())
             with undone(planned.module):
-                put_back_random_states(states)
-                OpenStep.clipped_sum(other, _only(self._rounded(engine)), loss_function, parameters, kept)
+                OpenStep.clipped_sum(other, _only(self._rounded(engine)), loss_function, parameters, micro_batches)
             return engine, found
 
         if selection.engine.is_reference:
-            engine = _OneByOne(step.drawn, notes)
+            engine = _OneByOne(step.drawn, notes, in_place_of_others=False)
             total = super().clipped_sum(_only(self._rounded(engine)), loss_function, parameters, passing())
         else:
             total = super().clipped_sum(selection, loss_function, parameters, passing())
-            engine, found = alone()
+            engine, found = alone(kept)
             notes.contributions, notes.norms = found.contributions, found.norms
         numbers = iter(step.drawn)
         notes.inputs = {next(numbers): row(batch_of_one(batch, at)) for batch, size in kept for at in range(size)}
@@ -237,7 +228,7 @@ class WatchedStep(OpenStep):
             each = math.sqrt(coordinates) / units + 1.0 - SHORTER
             notes.rounding = len(step.drawn) * each * self.recording.clip_norm
         if notes.off > notes.rounding + 1e-6 * self.recording.clip_norm:
-            again = alone(salt=(17,))[1].contributions
+            again = alone([(batch.with_other_draws(), size) for batch, size in kept])[1].contributions
             notes.is_random = any(
                 not torch.equal(again[number][name], part)
                 for number, parts in notes.contributions.items()

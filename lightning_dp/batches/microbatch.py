@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_dp.batches.seeded import content_of
 from lightning_dp.batches.simple import is_simple, mapped
 
 
@@ -82,6 +83,7 @@ def check_batch_axis(batch: Any, examples: int) -> None:
         >>> import torch
         >>> check_batch_axis({"image": torch.zeros(4, 3), "name": ["a", "b", "c", "d"]}, 4)
     """
+    batch = content_of(batch)
     for where, leaf in unclear_parts(batch, examples):
         if leaf is batch and holds_no_tensor(batch) and not _is_value(batch):
             break  # texts, say
@@ -119,6 +121,7 @@ def check_batch_axis(batch: Any, examples: int) -> None:
 
 def unclear_parts(batch: Any, examples: int) -> list[tuple[str, Any]]:
     """The parts of ``batch``, by their places, of which :func:`check_batch_axis` does not know whose they are."""
+    batch = content_of(batch)
     leaves = pytree.tree_leaves_with_path(batch, is_leaf=is_list_of_values)
 
     def is_clear(leaf: Any) -> bool:

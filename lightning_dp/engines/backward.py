@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_dp.engines.drawing import Draws
 from lightning_dp.engines.protocol import LossFunction, scalar_loss
 
 _until_backward: ContextVar[ExitStack | None] = ContextVar("_until_backward", default=None)
@@ -36,7 +37,7 @@ def backward_follows() -> bool:
 
 
 def plain_gradient(
-    loss_function: LossFunction, leaves: Mapping[str, Tensor], example: Any
+    loss_function: LossFunction, leaves: Mapping[str, Tensor], example: Any, draws: Draws = nullcontext
 ) -> tuple[Tensor, Any, dict[str, Tensor]]:
     """Loss, outputs, and gradient of one example, by ``loss.backward()``.
 
@@ -47,6 +48,7 @@ def plain_gradient(
         loss_function: the loss of a batch of one.
         leaves: by name, leaf tensors that require a gradient. Their ``.grad`` and their hooks are left as they are.
         example: a batch of one.
+        draws: a context in which both passes run.
 
     Returns:
         The loss without its graph, the outputs, and for each leaf a dense gradient (zero if the loss does not depend on it).
@@ -54,6 +56,7 @@ def plain_gradient(
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(hooks_at_rest(leaves.values()))
         stack.enter_context(gradients_kept(leaves.values()))
+        stack.enter_context(draws())
         token = _until_backward.set(stack)
         try:
             loss, outputs = loss_function(leaves, example)

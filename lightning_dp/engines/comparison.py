@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from lightning_dp.batches.seeded import Seeded
 from lightning_dp.engines.agreement import DisagreementError
 from lightning_dp.engines.explain import OUT_OF_MEMORY
 from lightning_dp.engines.loop import LoopEngine
@@ -31,38 +28,35 @@ def compare_contributions(
     engine: Engine,
     loss_function: LossFunction,
     parameters: Mapping[str, Tensor],
-    example: Any,
+    example: Seeded,
     clipping: Clipping,
     tolerance: float,
-    seed: int,
 ) -> None:
     """Compare what an engine and the engine ``loop`` add to the sum for one example.
 
-    Nothing is compared where one of them cannot run the example (the step itself says so then). Where they differ and plain
-    passes with two seeds differ too, the example's gradient is random, and all that is said is whether it was clipped.
+    Nothing is compared where one of them cannot run the example (the step itself says so then). An example draws the
+    same in both. Where they differ and a plain pass with other draws differs too, the engine may draw in another order, and
+    all that is said is whether it was clipped.
 
     Args:
         engine: the engine to be compared.
         loss_function: the loss of a batch of one.
         parameters: the trainable parameters.
-        example: a batch of one.
+        example: a batch of one, and what it draws from.
         clipping: the plan's.
         tolerance: how far two contributions that should be the same may differ, as a part of their length.
-        seed: of torch's, NumPy's and Python's global generators in each pass. The caller puts them back.
 
     Raises:
         DisagreementError: they differ by more than rounding, or the engine's is longer than an example's may be.
     """
 
-    def contribution(one: Engine, seed: int) -> dict[str, Tensor]:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002 (the generator that old code draws from)
+    def contribution(one: Engine, example: Seeded) -> dict[str, Tensor]:
         return one.clipped_sum(loss_function, parameters, example, 1, clipping).gradient
 
+    loop = LoopEngine(in_place_of_others=True)
     with uncompiled(), full_precision():
         try:
-            ours, plain = contribution(engine, seed), contribution(LoopEngine(), seed)
+            ours, plain = contribution(engine, example), contribution(loop, example)
         except OUT_OF_MEMORY:
             raise
         except Exception:
@@ -77,10 +71,8 @@ def compare_contributions(
         least = LEAST * clipping.sensitivity if math.isfinite(clipping.sensitivity) else 0.0
         if not math.isfinite(size) or off <= tolerance * max(size, least):
             return
-        if (
-            _distance(contribution(LoopEngine(), seed + 1), plain) > 0.0
-        ):  # it draws, and engines may draw in another order
-            return
+        if _distance(contribution(loop, example.with_other_draws()), plain) > 0.0:
+            return  # it draws, and engines may draw in another order
     raise DisagreementError(
         f"engine {engine.name!r} and a plain backward pass of the same example give clipped gradients that differ by {off:.2g} "
         f"where the plain one has norm {size:.2g}"

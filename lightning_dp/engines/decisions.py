@@ -60,6 +60,8 @@ class _Answering(TorchFunctionMode):
         kwargs = kwargs or {}
         if Late in types:
             args, kwargs = at_hand((args, kwargs))
+        if "generator" in kwargs or func in _WITH_GENERATOR:
+            self._check_generator((*args, kwargs.get("generator")))
         if func in _VALUES:
             return self._value(func, args, kwargs)
         if can_be_unrolled(func, args, kwargs):
@@ -77,6 +79,14 @@ class _Answering(TorchFunctionMode):
         if settled is not None:
             args, kwargs = settled(self._settled, *args, **kwargs)
         return func(*args, **kwargs)
+
+    def _check_generator(self, given: tuple[Any, ...]) -> None:
+        """Of a generator of the user's own, the numbers of several examples would come in the order of their places."""
+        if any(isinstance(one, torch.Generator) and one is not torch.default_generator for one in given):
+            rows = self._rows(self._witness)
+            groups = [[place] for place in range(1 if rows is None else len(rows))]
+            if len(groups) > 1:
+                part_ways(groups, "draws from a torch.Generator", single=True)
 
     def _value(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The Python value that ``func`` gives for every example, if it is one."""
@@ -180,6 +190,9 @@ torch would crash."""
 
 _WITH_SPARSE_GRADIENTS = {F.embedding: 6, F.embedding_bag: 7}
 """What may bring a sparse gradient, and the place of the argument that asks for it. vmap cannot, and noise is dense anyway."""
+
+_WITH_GENERATOR = {torch.poisson, torch.binomial}
+"""What takes a generator by its place too."""
 
 _VALUES = {
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.__complex__, Tensor.__contains__,

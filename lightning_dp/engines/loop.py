@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.microbatch import batch_of_one, check_batch_axis
 from lightning_dp.engines.backward import plain_gradient
+from lightning_dp.engines.drawing import Alone, Drawing
 from lightning_dp.engines.groups import check_one_structure
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.mechanism.clip import accumulation_dtype, clip_and_sum
@@ -23,11 +25,18 @@ class LoopEngine(Engine):
     It is the backward pass of training without privacy, on the module's own parameters, see :func:`plain_gradient`.
 
     Memory: one gradient of every parameter, whatever the micro-batch. Time: one forward and backward per example.
+
+    Args:
+        in_place_of_others: whether it runs what another engine of the run cannot, or is compared with one. Then an example
+            draws what it draws there, at a cost for each operation. Otherwise it draws from generators seeded for it.
     """
 
     name = "loop"
     is_reference = True
     grows_with_rows = False
+
+    def __init__(self, *, in_place_of_others: bool = False) -> None:
+        self._drawing = Drawing() if in_place_of_others else Alone()
 
     def clipped_sum(
         self,
@@ -45,7 +54,9 @@ class LoopEngine(Engine):
         leaves = {name: as_leaf(parameter) for name, parameter in parameters.items()}
         norms, losses, outputs = [], [], []
         for index in range(examples if counted is None else counted):
-            loss, output, gradients = plain_gradient(loss_function, leaves, batch_of_one(batch, index))
+            loss, output, gradients = self._drawing.one_pass(
+                batch_of_one(batch, index), partial(plain_gradient, loss_function, leaves)
+            )
             rows = {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
             clipped, norm = clip_and_sum(rows, clipping)
             self.note(clipped, norm)

@@ -134,7 +134,7 @@ def select_engine(
             reason = f"would run one by one: training_step {alone[0].what} ({alone[0].line})"
             reasons.setdefault(reason, []).append(candidate)
     texts = [f"{' and '.join(candidates)} {reason}" for reason, candidates in reasons.items()]
-    slower = () if engine.is_reference else (LoopEngine(),)
+    slower = () if engine.is_reference else (LoopEngine(in_place_of_others=True),)
     return Selection(engine, "; ".join(texts) or None, _uncompiled(engine, module), slower)
 
 

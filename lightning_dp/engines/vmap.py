@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from lightning_dp.engines.decisions import PartingError, answered_for_all
+from lightning_dp.engines.drawing import Drawing, Draws
 from lightning_dp.engines.examples import mappable
 from lightning_dp.engines.groups import Groups
 from lightning_dp.engines.loop import LoopEngine
@@ -24,13 +25,14 @@ class VmapEngine(Engine):
     Memory: one gradient of every parameter per example of the micro-batch. The loss function sees batches of one
     (each tensor keeps its first axis, with length 1). Where it decides in Python on an example's *values*
     (``if tensor:``, ``.item()``), examples that decide alike run together, see :mod:`lightning_dp.engines.decisions`.
-    In-place changes of buffers are refused by torch.func. Random layers draw independently for each example.
+    In-place changes of buffers are refused by torch.func. Random layers draw
+    independently for each example, see :mod:`lightning_dp.engines.drawing`.
     """
 
     name = "vmap"
 
     def __init__(self) -> None:
-        self.groups = Groups()
+        self.groups, self._drawing, self._loop = Groups(), Drawing(), LoopEngine(in_place_of_others=True)
 
     @property
     def partings(self) -> list[PartingError]:
@@ -50,10 +52,14 @@ class VmapEngine(Engine):
         """See :class:`lightning_dp.engines.protocol.Engine`."""
 
         def one_by_one(rows: Any, count: int) -> ClippedSum:
-            return LoopEngine().clipped_sum(loss_function, parameters, rows, count, clipping)
+            return self._loop.clipped_sum(loss_function, parameters, rows, count, clipping)
 
         def at_once(rows: Any, count: int, counted: int | None) -> ClippedSum:
-            return _at_once(loss_function, parameters, rows, count, clipping, counted, self.randomness)
+            def run(content: Any, draws: Draws) -> ClippedSum:
+                how = (clipping, counted, self.randomness, draws)
+                return _at_once(loss_function, parameters, content, count, *how)
+
+            return self._drawing.one_pass(rows, run)
 
         return self.groups.clipped_sum(at_once, one_by_one, batch, examples, counted)
 
@@ -66,12 +72,13 @@ def _at_once(
     clipping: Clipping | float,
     counted: int | None,
     randomness: str,
+    draws: Draws,
 ) -> ClippedSum:
     """The clipped sum of examples that decide alike."""
     tensors, example = mappable(batch, examples)
 
     def loss_of_one(params: dict[str, Tensor], rows: list[Tensor]) -> tuple[Tensor, tuple[Tensor, Any]]:
-        with answered_for_all(rows[0]):
+        with answered_for_all(rows[0]), draws():
             loss, outputs = loss_function(params, example(rows))
         return scalar_loss(loss), outputs
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import LossFunction
-from lightning_dp.engines.select import EngineName, Selection, select_engine
+from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.look.engine_check import check_engines
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.step.manual.global_step import global_step
@@ -89,6 +90,6 @@ def manual_objective(
     if loop is not None:  # one engine for all: each draws random numbers in a way of its own
         selections = dict.fromkeys(selections, loop)
     first = next(iter(selections.values()))
-    unseen = loop or select_engine("loop", lambda _: None, module, planned.ledger.plan.resolution)
+    unseen = loop or Selection(LoopEngine(in_place_of_others=True))
     objective = ManualObjective(script, seen, selections, unseen)
     return objective, first, loss_up_to(planned.form, planned.logs, seen[0])

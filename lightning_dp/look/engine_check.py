@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_dp.batches.axis import has_lists
 from lightning_dp.batches.microbatch import Apart, BatchAxisError, batch_of_one, check_batch_axis
+from lightning_dp.batches.seeded import seeded
 from lightning_dp.batches.units import of_two
 from lightning_dp.engines.agreement import check_agreement, tolerance_of
 from lightning_dp.engines.loop import LoopEngine
@@ -26,6 +27,7 @@ from lightning_dp.look.leaks.collation import check_not_left_out
 from lightning_dp.look.leaks.transforms import check_rows_stay_apart
 from lightning_dp.look.one_example import check_one_example
 from lightning_dp.mechanism.complex import as_real_pairs
+from lightning_dp.mechanism.seeded_globals import globals_put_back
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.step.contents import check_nothing_written
 from lightning_dp.step.planned import Planned
@@ -64,12 +66,14 @@ def check_engines(
         with undone(module), uncompiled():  # a look is not worth a graph
             check_one_example(module, loss_function, given, on_device, before)
         one, clipping = batch_of_one(on_device, 0), planned.loader.plan.clipping_rule
+        drawing = seeded(on_device, np.arange(examples, dtype=np.uint64), 0)
 
         def check(engine: Engine) -> None:
             try:
                 if not engine.is_reference:
                     check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(module))
-                engine.clipped_sum(loss_function, given, on_device, examples, clipping)
+                with globals_put_back(planned.world.device):
+                    engine.clipped_sum(loss_function, given, drawing, examples, clipping)
                 if not engine.is_reference:
                     check_agreement(engine, loss_function, given, on_device, examples, module)
             except Exception as error:

@@ -45,3 +45,22 @@ def globals_put_back(device: torch.device | None = None) -> Iterator[None]:
         np.random.set_state(array)  # noqa: NPY002 (likewise)
         if on_device is not None and cuda is not None:
             torch.cuda.set_rng_state(on_device, cuda)
+
+
+@contextmanager
+def torch_seeded(seed: int) -> Iterator[None]:
+    """Torch's global generators, of the CPU and of CUDA devices in use, seeded, and then as they were found.
+
+    Args:
+        seed: 64 bits.
+    """
+    on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    generators = [torch.default_generator, *(torch.cuda.default_generators if on_cuda else ())]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed & _LOW if generator is torch.default_generator else seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -95,7 +95,6 @@ class EngineComparison:
 
     def _compare(self, loss_function: LossFunction, parameters: Mapping[str, Tensor], example: Any) -> None:
         planned = self.run.planned
-        seed = planned.key.torch_seed(Stream.COMPARISONS, self.step, planned.world.rank, 1)
         with undone(planned.module):
             try:
                 compare_contributions(
@@ -105,7 +104,6 @@ class EngineComparison:
                     example,
                     planned.ledger.plan.clipping_rule,
                     tolerance_of(planned.module.trainer.precision_plugin.precision),
-                    seed,
                 )
             except DisagreementError as failure:
                 self._failure = failure

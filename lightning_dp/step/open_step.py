@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,9 +21,9 @@ from lightning_dp.layers.batch_norm import check_batch_norms_rest
 from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.mechanism.seeded_globals import globals_put_back, seed_globals
 from lightning_dp.step.contents import Contents, WriteError, check_nothing_written, tensors_of
 from lightning_dp.step.engine_comparison import EngineComparison
-from lightning_dp.step.forked_rng import forked_rng
 from lightning_dp.step.planned import Run
 from lightning_dp.step.refused_writes import undone_unless_written, with_line
 from lightning_dp.step.sample_release import release_sample
@@ -59,11 +59,17 @@ class OpenStep:
         """The micro-batches on the device, with their views, and how many examples (or users) each holds. Once."""
         return self.run.planned.micro_batches(self.sample)
 
-    def seeded(self, *counters: int) -> AbstractContextManager[None]:
-        """Torch's global generators seeded for this step, on this rank; otherwise with other ``counters``."""
+    @contextmanager
+    def seeded(self, *counters: int) -> Iterator[None]:
+        """The global generators seeded for this step, on this rank; otherwise with other ``counters``. Put back afterwards.
+
+        What an example draws is its own, see :class:`~lightning_dp.batches.seeded.Seeded`.
+        """
         planned = self.run.planned
-        seed = planned.key.torch_seed(Stream.DROPOUT, self.sample.step, planned.world.rank, *counters)
-        return forked_rng(planned.world.device, seed)
+        with globals_put_back(planned.world.device):
+            seed = planned.key.torch_seed(Stream.DROPOUT, self.sample.step, planned.world.rank, *counters)
+            seed_globals(seed, planned.world.device)
+            yield
 
     def clipped_sum(
         self,

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.batches.seeded import seeded
 from lightning_dp.engines.select import Selection
 from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.loader import LogicalBatch, PoissonLoader
@@ -52,6 +53,7 @@ class Planned:
         They are smaller than the loader's where examples are not alike, see :mod:`lightning_dp.batches.alike`.
         """
         seed = int.from_bytes(self.key.derive(Stream.VIEWS, batch.step, size=8), "big")
+        draws = self.key.torch_seed(Stream.DROPOUT, batch.step, 0) & 0xFFFFFFFF
         for (micro_batch, size), (_, examples) in zip(batch.micro_batches(), batch.pieces, strict=True):
             of_unit = examples.reshape(size, -1)
             each = of_unit.shape[1]
@@ -63,10 +65,14 @@ class Planned:
             def common() -> int:
                 return self.key.seed_of_step(Stream.HOOKS, batch.step)
 
+            of_step = self.key.seeds(Stream.DROPOUT, batch.step, of_unit[:, 0])
             for alike in self.form.groups(micro_batch, size, each, seeds, common):
                 of_group = of_unit[alike.places].reshape(-1)
                 rows = self.form.with_views(alike.batch, of_group, seed)
-                yield self.form.in_units(rows, len(alike.places), each), len(alike.places)
+                yield (
+                    seeded(self.form.in_units(rows, len(alike.places), each), of_step[alike.places], draws),
+                    len(alike.places),
+                )
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.microbatch import batch_of_one
 from lightning_dp.engines.decisions import PartingError, answered_for_all
+from lightning_dp.engines.drawing import Drawing, Draws
 from lightning_dp.engines.examples import mappable
 from lightning_dp.engines.ghost.attention import folded_attention
 from lightning_dp.engines.ghost.buffers import Buffers
@@ -63,7 +64,7 @@ class GhostEngine(Engine):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.groups = Groups()
+        self.groups, self._drawing, self._loop = Groups(), Drawing(), LoopEngine(in_place_of_others=True)
         self._per_example: set[nn.Module] = set()
         self._handled: dict[str, str] = {}
         self._buffers = Buffers()
@@ -98,11 +99,19 @@ class GhostEngine(Engine):
         def one_by_one(rows: Any, count: int) -> ClippedSum:
             if self.keeper is not None:  # the loop needs all parameters
                 return joined([at_once(batch_of_one(rows, index), 1, None) for index in range(count)])
-            return LoopEngine().clipped_sum(loss_function, parameters, rows, count, clipping)
+            return self._loop.clipped_sum(loss_function, parameters, rows, count, clipping)
+
+        if self.keeper is not None:
+            self._drawing.always()  # a pass that is made again is one that other ranks do not make
 
         def at_once(rows: Any, count: int, counted: int | None) -> ClippedSum:
             with nullcontext() if self.keeper is None else self.keeper.one_pass():
-                return self._at_once(loss_function, parameters, rows, count, clipping, counted)
+                return self._drawing.one_pass(
+                    rows,
+                    lambda content, draws: self._at_once(
+                        loss_function, parameters, content, count, clipping, counted, draws
+                    ),
+                )
 
         return self.groups.clipped_sum(at_once, one_by_one, batch, examples, counted)
 
@@ -114,12 +123,13 @@ class GhostEngine(Engine):
         examples: int,
         clipping: Clipping | float,
         counted: int | None,
+        draws: Draws,
     ) -> ClippedSum:
         """The clipped sum of examples that decide alike."""
         tensors, example = mappable(batch, examples)
         self._buffers.take_back()  # also what an earlier call that failed half-way left behind
         while True:
-            books = self._run(loss_function, parameters, tensors, example, examples)
+            books = self._run(loss_function, parameters, tensors, example, examples, draws)
             if not books.escaped:
                 break
             self._buffers.take_back()
@@ -189,6 +199,7 @@ class GhostEngine(Engine):
         tensors: list[Tensor],
         example: Any,
         examples: int,
+        draws: Draws,
     ) -> _Books:
         """The forward and the backward pass."""
         books = _Books()
@@ -199,7 +210,7 @@ class GhostEngine(Engine):
 
         def loss_of_one(copies: dict[str, Tensor], rows: list[Tensor], one: Tensor) -> tuple[Tensor, Any]:
             of.witness = one
-            with answered_for_all(one):
+            with answered_for_all(one), draws():
                 loss, outputs = loss_function(copies, example(rows))
             return scalar_loss(loss), outputs
 

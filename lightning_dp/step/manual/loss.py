@@ -15,7 +15,6 @@ from lightning_dp.step.attributes import attributes_put_back
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.manual.commands import Commands, intercepted
 from lightning_dp.step.manual.global_step import counting_steps
-from lightning_dp.step.manual.same_draws import SameDraws
 from lightning_dp.step.manual.values_over_steps import PutBackInTime, ValuesOverSteps
 from lightning_dp.step.user_loss import example_loss
 
@@ -48,7 +47,6 @@ def loss_up_to(
     logs: StepCapture,
     wanted: Wanted,
     values: ValuesOverSteps | None = None,
-    draws: SameDraws | None = None,
 ) -> LossFunction:
     """An example's loss at the step that is wanted.
 
@@ -59,7 +57,6 @@ def loss_up_to(
         logs: takes what that logs and returns.
         wanted: the step.
         values: of the parameters over the steps of the training_step under way; ``None`` before the first.
-        draws: keeps random numbers the same in every pass through the sample; ``None`` if there is one pass only.
 
     Raises:
         PreflightError: from the function, if an example takes another way than the placeholder.
@@ -69,8 +66,6 @@ def loss_up_to(
     time = PutBackInTime(module, ValuesOverSteps(module) if values is None else values, wanted.parameters)
 
     def up_to_the_step(call: Callable[[], Any]) -> dict[str, Any]:
-        if draws is not None:
-            draws.at_start_of_a_call()
         with counting_steps(module, wanted.began_at) as count, attributes_put_back(module, report=False):
 
             def on_step(notes: Commands, stepping: int) -> None:

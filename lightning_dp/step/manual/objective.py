@@ -26,7 +26,6 @@ from lightning_dp.step.manual.commands import check_private_step
 from lightning_dp.step.manual.global_step import global_step
 from lightning_dp.step.manual.late_logs import KnownLoss, in_place_of, log_late
 from lightning_dp.step.manual.loss import Wanted, loss_up_to
-from lightning_dp.step.manual.same_draws import SameDraws
 from lightning_dp.step.manual.script import Script, held_by_optimizers
 from lightning_dp.step.manual.values_over_steps import ValuesOverSteps
 from lightning_dp.step.objective import Losses
@@ -46,7 +45,6 @@ class _Live:
         step: with the sample.
         parameters: for each optimizer those it holds, by name.
         values: of parameters before each of its steps.
-        draws: the random numbers of the first pass through the sample.
         began_at: ``global_step`` at its beginning.
         default_dtype: torch's, outside the precision plugin's context.
         recording: of what it logs.
@@ -62,7 +60,6 @@ class _Live:
     step: OpenStep
     parameters: list[dict[str, nn.Parameter]]
     values: ValuesOverSteps
-    draws: SameDraws
     began_at: int
     default_dtype: torch.dtype
     recording: Recording
@@ -112,14 +109,14 @@ class ManualObjective:
         planned, log = step.run.planned, step.run.log_train_metrics
         module, logs = planned.module, planned.logs
         default_dtype = torch.get_default_dtype()
-        values, draws = ValuesOverSteps(module), SameDraws(planned.world.device)
+        values = ValuesOverSteps(module)
         held, began_at = held_by_optimizers(module), global_step(module)
         with (
             step.seeded(1),
             logs.listening() as recording,
             module.trainer.precision_plugin.train_step_context(),
         ):
-            live = _Live(step, held, values, draws, began_at, default_dtype, recording)
+            live = _Live(step, held, values, began_at, default_dtype, recording)
             self._live[:] = [live]
             try:
                 output = module.training_step(self._script.placeholder, *step.rest)
@@ -178,17 +175,13 @@ class ManualObjective:
         step, parameters, several = live.step, live.parameters[place], len(self._script.private) > 1
         planned = step.run.planned
         wanted = Wanted(step.rest, live.number, place, parameters, live.began_at)
-        draws = live.draws if several else None
-        loss_function = loss_up_to(planned.form, planned.logs, wanted, live.values, draws)
+        loss_function = loss_up_to(planned.form, planned.logs, wanted, live.values)
         selection = self._selections.get((place, frozenset(parameters)), self._unseen)
         with torch.enable_grad(), _outside_the_precision_context(live):
-            if several:
-                live.kept = list(step.micro_batches()) if live.kept is None else live.kept
-                with live.draws.one_pass():
-                    micro_batches = live.draws.counted(live.kept)
-                    total = step.clipped_sum(selection, loss_function, parameters, micro_batches)
-            else:
-                total = step.clipped_sum(selection, loss_function, parameters, step.micro_batches())
+            if several and live.kept is None:
+                live.kept = list(step.micro_batches())
+            micro_batches = step.micro_batches() if live.kept is None else live.kept
+            total = step.clipped_sum(selection, loss_function, parameters, micro_batches)
             gradient = step.release(total.gradient, part=len(live.released), parts=len(self._script.private))
             live.released.append(place)  # at once: whatever happens from here on, the next release has noise of its own
         for group in planned.module.trainer.optimizers[place].param_groups:
