@@ -53,7 +53,7 @@ class Drawing:
         if self._apart:
             self._part(len(batch.seeds))
         while True:
-            draws = RowDraws(batch.seeds) if self._seen else None
+            draws = RowDraws(batch.seeds, batch.common) if self._seen else None
             start = _Start(batch)
             try:
                 with watched(), sdpa_kernel(SDPBackend.MATH) if self._plain_attention else nullcontext():

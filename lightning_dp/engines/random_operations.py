@@ -48,7 +48,10 @@ def calculated(func: Any, given: Arguments, keys_on: Callable[[torch.device], Te
     if values is None or given.get("out") is not None:
         return NotImplemented
     shape = tuple(given["size"]) if given.get("size") is not None else _joint_shape(tensors)
-    dtype = given.get("dtype") or (tensors[0].dtype if tensors else torch.get_default_dtype())
+    dtype = given.get("dtype")
+    if not isinstance(dtype, torch.dtype):
+        usual = torch.int64 if values is _integer else torch.get_default_dtype()
+        dtype = tensors[0].dtype if tensors else usual
     known = dtype in (_REAL if values in (_uniform, _normal, _exponential) else _REAL | _WHOLE)
     if not known or (examples > 1 and (not shape or shape[0] % examples)) or (values is _integer and _is_open(given)):
         return NotImplemented

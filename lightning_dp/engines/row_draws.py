@@ -27,16 +27,19 @@ class RowDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
     are the same in every engine, micro-batch and place; and activation checkpointing, which puts that generator back
     before it computes again, draws the same again.
 
+    What is drawn after ``torch.manual_seed`` in the training step is torch's own, the same for every example, as is meant.
+
     Args:
         seeds: of the examples, ``(B,)`` int64.
+        common: what torch's global generators were seeded with.
 
     Attributes:
         draws: how many numbers were taken from torch's global generator.
     """
 
-    def __init__(self, seeds: Tensor) -> None:
+    def __init__(self, seeds: Tensor, common: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.draws = 0
+        self.draws, self._common = 0, common
         self._seeds = mixed(seeds.clone())
         self._on = {seeds.device: self._seeds}
         self._permutations, self._keys = 0, seeds
@@ -54,10 +57,11 @@ class RowDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
             return func(*args, **kwargs)
         if "attention" in func.name():
             raise FusedAttentionError
-        if given.get("generator") not in (
+        own = given.get("generator") not in (
             None,
             torch.default_generator,
-        ):  # one example: else the engine has parted them
+        )  # of one example: the engine has parted several
+        if own or torch.default_generator.initial_seed() != self._common:
             return self._one_by_one(func, args, kwargs)
         return self._drawn(func, given, args, kwargs)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning_dp.step.manual.same_draws import SameDraws
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import poisson_sample
-from lightning_dp.step.manual.same_draws import SameDraws
 from lightning_dp.step.manual.values_over_steps import PutBackInTime
 from tests.conftest import loader, trainer, weights
 from tests.guarantees.mutations import caught, patched
