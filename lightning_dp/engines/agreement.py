@@ -6,14 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_dp.batches.seeded import seeded
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.mechanism.seeded_globals import globals_put_back
 
 TOLERANCE = 1e-6
 """Largest difference, as a part of the longest gradient, in float64."""
@@ -46,8 +49,8 @@ def check_agreement(
     """Compare ``engine`` with one backward pass per example, on the module in eval mode.
 
     Both run in float64 where the module lets them: parameters, buffers and floating-point inputs are replaced by copies
-    for these calls, the module is not changed. In eval mode random layers are inert, and what the loss draws by itself is the
-    same for every example, so both see the same function.
+    for these calls, the module is not changed. In eval mode random layers are inert, and what an example's loss draws by
+    itself is the same in both.
     Compared are all examples' norms and the sum of the unclipped gradients, parameter by parameter.
 
     Args:
@@ -64,17 +67,13 @@ def check_agreement(
     Raises:
         DisagreementError: they differ by more than rounding.
     """
-
-    def with_same_draws(given: Mapping[str, Tensor], example: Any) -> tuple[Tensor, Any]:
-        torch.manual_seed(0)
-        return loss_function(given, example)
-
-    with uncompiled(), full_precision(), inert(module), _same_draws(engine):
+    batch = seeded(batch, np.arange(examples, dtype=np.uint64), 0)
+    engines: tuple[Engine, ...] = (engine, LoopEngine(in_place_of_others=True))
+    with uncompiled(), full_precision(), inert(module), globals_put_back():
         try:
-            pair = _in_float64(engine, with_same_draws, parameters, batch, examples, module)
+            pair = _in_float64(engines, loss_function, parameters, batch, examples, module)
         except Exception:  # a module that makes float32 tensors of its own; what else is wrong shows in float32 too
-            engines: tuple[Engine, ...] = (engine, LoopEngine())
-            pair = [one.clipped_sum(with_same_draws, parameters, batch, examples, torch.inf) for one in engines]
+            pair = [one.clipped_sum(loss_function, parameters, batch, examples, torch.inf) for one in engines]
             _check_same(pair, TOLERANCE_FLOAT32)
             return "float32"
         _check_same(pair, TOLERANCE)
@@ -82,7 +81,7 @@ def check_agreement(
 
 
 def _in_float64(
-    engine: Engine,
+    engines: tuple[Engine, ...],
     loss_function: LossFunction,
     parameters: Mapping[str, Tensor],
     batch: Any,
@@ -100,7 +99,7 @@ def _in_float64(
 
     trainable = {name: double(parameter.detach()) for name, parameter in parameters.items()}
     doubled = pytree.tree_map(double, batch)
-    return [one.clipped_sum(in_double, trainable, doubled, examples, torch.inf) for one in (engine, LoopEngine())]
+    return [one.clipped_sum(in_double, trainable, doubled, examples, torch.inf) for one in engines]
 
 
 def _check_same(pair: list[ClippedSum], tolerance: float) -> None:
@@ -126,17 +125,6 @@ def _check_same(pair: list[ClippedSum], tolerance: float) -> None:
 def double(value: Any) -> Any:
     """A floating-point tensor in float64; anything else as it is."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-@contextmanager
-def _same_draws(engine: Engine) -> Iterator[None]:
-    """Every example gets the same random numbers, and torch's generators are put back afterwards."""
-    usual, engine.randomness = engine.randomness, "same"
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        engine.randomness = usual
 
 
 @contextmanager

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.batches.seeded import Seeded, seeded
 from lightning_dp.engines.agreement import TOLERANCE_FLOAT32, DisagreementError, inert
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.mechanism.seeded_globals import globals_put_back
 
 NOTHING = 1e-5
 """A gradient that is at most this part of the longest counts as none: a bias before a normalisation has 1e-8 by rounding."""
@@ -47,12 +50,12 @@ def check_nothing_is_lost(
         DisagreementError: they differ by more than rounding.
     """
 
-    def summed(one: Engine, seed: int) -> ClippedSum:
-        torch.manual_seed(seed)
-        return one.clipped_sum(loss_function, parameters, example, 1, torch.inf)
+    def summed(one: Engine, drawing: Seeded) -> ClippedSum:
+        return one.clipped_sum(loss_function, parameters, drawing, 1, torch.inf)
 
-    with uncompiled(), inert(module), full_precision():  # a look is not worth a graph
-        plain, again, ours = summed(LoopEngine(), 0), summed(LoopEngine(), 1), summed(engine, 0)
+    drawing, loop = seeded(example, np.arange(1, dtype=np.uint64), 0), LoopEngine(in_place_of_others=True)
+    with uncompiled(), inert(module), full_precision(), globals_put_back():  # a look is not worth a graph
+        plain, again, ours = summed(loop, drawing), summed(loop, drawing.with_other_draws()), summed(engine, drawing)
     size = float(plain.norms[0])
     if not size < torch.inf:
         return

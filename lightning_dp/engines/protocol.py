@@ -50,7 +50,6 @@ class Engine(Protocol):
         brings_layers: whether it can do with parameters that a keeper brings layer by layer.
         keeper: keeps some parameters, brings each when its layer runs, and takes its sums instead of :class:`ClippedSum`;
             ``None`` if the module's parameters are whole.
-        randomness: ``"different"``, or ``"same"`` for every example of a micro-batch.
         sum_dtype: the type of the sums; ``None`` for the accumulation type of each parameter.
     """
 
@@ -59,7 +58,6 @@ class Engine(Protocol):
     grows_with_rows: bool = True
     brings_layers: ClassVar[bool] = False
     keeper: Keeper | None = None
-    randomness: str = "different"
     sum_dtype: torch.dtype | None = None
 
     @property

@@ -56,8 +56,7 @@ class VmapEngine(Engine):
 
         def at_once(rows: Any, count: int, counted: int | None) -> ClippedSum:
             def run(content: Any, draws: Draws) -> ClippedSum:
-                how = (clipping, counted, self.randomness, draws)
-                return _at_once(loss_function, parameters, content, count, *how)
+                return _at_once(loss_function, parameters, content, count, clipping, counted, draws)
 
             return self._drawing.one_pass(rows, run)
 
@@ -71,7 +70,6 @@ def _at_once(
     examples: int,
     clipping: Clipping | float,
     counted: int | None,
-    randomness: str,
     draws: Draws,
 ) -> ClippedSum:
     """The clipped sum of examples that decide alike."""
@@ -82,7 +80,7 @@ def _at_once(
             loss, outputs = loss_function(params, example(rows))
         return scalar_loss(loss), outputs
 
-    per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness=randomness)
+    per_example = vmap(grad_and_value(loss_of_one, has_aux=True), in_dims=(None, 0), randomness="different")
     detached = {name: parameter.detach() for name, parameter in parameters.items()}
     with uncompiled():
         gradients, (losses, outputs) = per_example(detached, tensors)

@@ -53,7 +53,7 @@ class Planned:
         They are smaller than the loader's where examples are not alike, see :mod:`lightning_dp.batches.alike`.
         """
         seed = int.from_bytes(self.key.derive(Stream.VIEWS, batch.step, size=8), "big")
-        draws = self.key.torch_seed(Stream.DROPOUT, batch.step, 0) & 0xFFFFFFFF
+        draws = self.key.seed_of_step(Stream.DROPOUT, batch.step) & 0xFFFFFFFF
         for (micro_batch, size), (_, examples) in zip(batch.micro_batches(), batch.pieces, strict=True):
             of_unit = examples.reshape(size, -1)
             each = of_unit.shape[1]

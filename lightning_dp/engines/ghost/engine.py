@@ -221,9 +221,7 @@ class GhostEngine(Engine):
                 if self.keeper is None or name not in self.keeper.names
             }
             with self._keeping(books, parameters, of), folded_attention(of):
-                losses, outputs = vmap(loss_of_one, in_dims=(0, 0, 0), randomness=self.randomness)(
-                    copies, tensors, witness
-                )
+                losses, outputs = vmap(loss_of_one, in_dims=(0, 0, 0), randomness="different")(copies, tensors, witness)
             if losses.requires_grad:
                 self._backward(books, losses, anchor, copies)
         books.losses = losses.detach()
