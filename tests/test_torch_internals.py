@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,10 @@ WHERE: dict[str, tuple[Callable[[], Any], str]] = {
     "_saved_tensors_hooks_disable": (lambda: torch._C._autograd, "ghost keeps what it needs"),
     "_saved_tensors_hooks_enable": (lambda: torch._C._autograd, "ghost keeps what it needs"),
     "_saved_tensors_hooks_get_disabled_error_message": (lambda: torch._C._autograd, "ghost keeps what it needs"),
+    "_schema": (lambda: torch.ops.aten.bernoulli.p, "random operations are drawn for each example"),
     "_shutdown_workers": (lambda: _MultiProcessingDataLoaderIter, "workers end with a fit"),
     "_swap_tensor_impl": (lambda: torch._C, "no tensor under vmap is swapped with one that stays"),
+    "_urandom": (lambda: random, "whether somebody asks the operating system for random numbers is seen"),
     "_update_count": (SumMetric, "a metric's twin starts without a result"),
     "_update_signature": (SumMetric, "a metric's twin can be copied"),
     "_version": (lambda: torch.zeros(1), "writes into a tensor in place are seen"),
@@ -72,8 +75,9 @@ WHERE: dict[str, tuple[Callable[[], Any], str]] = {
 """Name → what has it, and what is done by it."""
 
 NOT_ATTRIBUTES = {
-    "_C", "_MEM_FORMAT_ENCODING", "_StorageInfo", "_StoragePrefix", "_autograd", "_bootstrap", "_by_layer", "_functorch",
-    "_get_layout", "_getframe", "_pytree", "_simulated_", "_step", "_strip_protocol", "_upon_", "_what",
+    "_C", "_MEM_FORMAT_ENCODING", "_StorageInfo", "_StoragePrefix", "_autograd", "_bootstrap", "_by_layer",
+    "_functorch", "_fused_sdp_choice", "_get_layout", "_getframe", "_pytree", "_sample_dirichlet", "_simulated_",
+    "_standard_gamma", "_step", "_strip_protocol", "_upon_", "_what",
 }  # fmt: skip
 """Modules, Python's own, fsspec's, names in files, and ends of words."""
 

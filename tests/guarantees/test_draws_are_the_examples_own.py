@@ -104,7 +104,7 @@ QUIET = pytest.mark.filterwarnings(
 def test_taking_one_example_away_moves_the_sum_by_at_most_the_clip_norm(
     kind: type[Net], engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one secret key, so that both runs make the same draws. The first example is away: all others change their place."""
+    """With one secret key, so that both runs make the same draws. The last example is away: the others keep their numbers."""
     monkeypatch.setattr(secrets, "token_bytes", lambda size: bytes(range(size)))
     pairs = zip(*(sums(kind, count, engine=engine) for count in (COUNT, COUNT - 1)), strict=True)
     assert max(float((one - other).norm()) for one, other in pairs) <= CLIP * 1.001

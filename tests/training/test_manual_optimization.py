@@ -14,6 +14,7 @@ from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.look import dry_run
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import poisson_sample
+from lightning_dp.mechanism.seeded_globals import seed_globals
 from tests.conftest import loader, regression_data, regressor, sample_of, trainer, weights
 from tests.guarantees.mutations import caught, patched
 from tests.harness import Setting, by_hand
@@ -33,15 +34,16 @@ def gan_by_hand(sigma: float = SIGMA, zeros: bool = True) -> Tensor:
     module, data, key = gan(), regression_data(), RandomKey.from_seed(SEED)
     generator, discriminator = list(module.generator.parameters()), list(module.discriminator.parameters())
     for step in range(STEPS):
-        torch.manual_seed(key.torch_seed(Stream.DROPOUT, step, 0, 1))
+        seed_globals(key.torch_seed(Stream.DROPOUT, step, 0, 1))
         z = torch.randn(BATCH, 3)
         loss = module.adversarial_loss(module.generator(z), 1.0)
         for p, g in zip(generator, torch.autograd.grad(loss, generator), strict=True):
             p.data -= module.lr * g
         drawn = poisson_sample(key.generator(Stream.SAMPLING, step), len(data), BATCH / len(data))
         total = torch.zeros_like(weights(module.discriminator))
-        torch.manual_seed(key.torch_seed(Stream.DROPOUT, step, 0))
-        for index in drawn.tolist():
+        seeds = key.seeds(Stream.DROPOUT, step, drawn)
+        for index, seed in zip(drawn, seeds.tolist(), strict=True):
+            seed_globals(seed)
             image, fake = data[index][0][None], module.generator(torch.randn(1, 3)).detach()
             loss = (module.adversarial_loss(image, 1.0) + module.adversarial_loss(fake, 0.0)) / 2
             total += clipped(torch.autograd.grad(loss, discriminator))
