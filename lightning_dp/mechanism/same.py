@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
+from lightning_dp.mechanism.memory import has_memory
+
 _BY_VALUE = (int, float, complex, str, bytes, range, slice, np.generic, torch.dtype, torch.device, torch.Size)
 _DEPTH = 5
 
@@ -56,7 +58,7 @@ def snapshot(value: Any, depth: int = _DEPTH) -> Any:
     """A copy of containers, tensors and arrays at any depth; everything else is shared."""
     if depth == 0:
         return value
-    if type(value) is Tensor and not _functorch.is_functorch_wrapped_tensor(value):
+    if type(value) is Tensor and not _functorch.is_functorch_wrapped_tensor(value) and has_memory(value):
         return value.detach().clone()
     if type(value) is np.ndarray:
         return value.copy()
@@ -72,7 +74,7 @@ def _same_tensors(one: Tensor, other: Tensor) -> bool:
         return False
     if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
         return False
-    if one.layout != torch.strided or other.layout != torch.strided:
+    if one.layout != torch.strided or other.layout != torch.strided or not (has_memory(one) and has_memory(other)):
         return False
     return bool(torch.equal(one, other)) or bool(
         ((one == other) | ((one != one) & (other != other))).all()  # NaN equals itself here

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_dp.engines.user_code import Line
 from lightning_dp.errors import PreflightError
+from lightning_dp.mechanism.memory import give_memory, has_memory
 from lightning_dp.step.reach import Reach
 
 PIECE = 2**20
@@ -91,6 +92,7 @@ class Contents:
         with torch.no_grad():
             for name in self.changed():
                 if name in self.copies and _alike(self.tensors[name], self.copies[name]):
+                    give_memory(_here(self.tensors[name]))
                     _here(self.tensors[name]).copy_(self.copies[name])
                 elif name in self.copies and not hasattr(self.tensors[name], "to_local"):
                     self.tensors[name].data = self.copies[name].clone()  # it was given memory of another kind
@@ -204,7 +206,8 @@ def _can_be_copied(tensor: Tensor) -> bool:
 
 
 def _has_bits(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_quantized and tensor.dtype.itemsize in {*_BITS, 16}
+    kind = tensor.layout == torch.strided and not tensor.is_quantized and tensor.dtype.itemsize in {*_BITS, 16}
+    return kind and has_memory(tensor)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_dp.mechanism.memory import give_memory, has_memory
 from lightning_dp.step.attributes import attributes_put_back
 from lightning_dp.step.contents import Contents
 from lightning_dp.step.kept_state import reach_of
@@ -72,7 +73,8 @@ class _Kept:
         self._tensor, self._requires_grad = tensor, tensor.requires_grad
         self._gradient = tensor.grad if tensor.is_leaf else None
         self._memory = tensor.detach()
-        self._values = _here(tensor).to("cpu", copy=True)
+        here = _here(tensor)
+        self._values = here.to("cpu", copy=True) if has_memory(here) else None
 
     def put_back_memory(self) -> None:
         tensor, memory = self._tensor, self._memory
@@ -83,8 +85,10 @@ class _Kept:
             tensor.grad = self._gradient
 
     def put_back_values(self) -> None:
-        with torch.no_grad():
-            _here(self._tensor).copy_(self._values)
+        if self._values is not None:
+            with torch.no_grad():
+                give_memory(_here(self._tensor))
+                _here(self._tensor).copy_(self._values)
 
 
 def _here(tensor: Tensor) -> Tensor:

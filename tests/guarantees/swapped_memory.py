@@ -121,6 +121,15 @@ def changes_a_storage(self: Any, x: Tensor) -> None:
     self.queue.untyped_storage().fill_(1)
 
 
+def takes_memory_away(self: Any, x: Tensor) -> None:
+    self.queue.untyped_storage().resize_(0)
+
+
+def takes_memory_of_a_parameter_away(self: Any, x: Tensor) -> None:
+    self.teacher[0].bias.untyped_storage().resize_(4)
+    self.teacher[0].bias.data = torch.zeros(8)
+
+
 def adds_to_what_a_library_keeps(self: Any, x: Tensor) -> None:
     nn.kept_by_a_library.add_(hidden(self, x).detach())  # type: ignore[attr-defined]  # see above
 
@@ -179,6 +188,8 @@ REFUSED: dict[Step, str] = {
     writes_a_number_into_a_buffer: "center",
     writes_out_into_a_buffer: "center",
     changes_a_storage: "self.queue",
+    takes_memory_away: "self.queue",
+    takes_memory_of_a_parameter_away: "teacher.0.bias",
     adds_to_what_a_library_keeps: "a tensor that was there before it ran",
 }
 """What a refusal must name."""
@@ -198,9 +209,9 @@ RUNS: list[tuple[Step, str, int]] = [
     *((step, engine, 1) for step in TRAINED for engine in ENGINES),
     *(
         (step, "auto", 0)
-        for step in (swaps_a_buffer, makes_a_parameter, adds_to_a_tensor, adds_to_what_a_library_keeps)
+        for step in (swaps_a_buffer, makes_a_parameter, takes_memory_away, adds_to_what_a_library_keeps)
     ),
-    *((step, "loop", 1) for step in (swaps_a_parameter, loads_with_assign, changes_a_storage)),
+    *((step, "loop", 1) for step in (swaps_a_parameter, loads_with_assign, takes_memory_away)),
 ]
 """What is run on which engine, from which step on."""
 
