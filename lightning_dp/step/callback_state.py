@@ -13,28 +13,32 @@ from lightning_dp.step.reach import Reach
 
 
 class CallbackState:
-    """The attributes of callbacks as they were when training began.
+    """What callbacks keep for themselves, twice: as it is, and as it would be if all their hooks had run without data.
 
     Args:
-        callbacks: of the user's.
+        callbacks: of the user's, as they are when training begins.
         beside: what is not followed from there, such as the module.
     """
 
     def __init__(self, callbacks: Iterable[Any], beside: Iterable[Any]) -> None:
         self._theirs, self._beside = list(callbacks), list(beside)
-        self._first = self._reach()
-        self._values = _values(self._first.tensors)
+        self._stand_in = self._reach()
+        self._values = _values(self._stand_in.tensors.values())
 
     @contextmanager
-    def as_at_first(self) -> Iterator[None]:
-        """While open, the callbacks hold what they held when training began."""
+    def on_stand_in(self, *, keep: bool) -> Iterator[None]:
+        """While open, the callbacks hold what follows from nobody's data; ``keep`` what they come to hold meanwhile."""
         now = self._reach()
-        values = _values({**self._first.tensors, **now.tensors})
-        _put_back(self._first, self._values)
+        values = _values([*self._stand_in.tensors.values(), *now.tensors.values()])
+        _put_back(self._stand_in, self._values)
         try:
             yield
         finally:
-            _put_back(self._first, self._values)
+            if keep:
+                self._stand_in = self._reach()
+                self._values = _values(self._stand_in.tensors.values())
+            else:
+                _put_back(self._stand_in, self._values)
             _put_back(now, values)
 
     def _reach(self) -> Reach:
@@ -42,11 +46,12 @@ class CallbackState:
         reach.leave_out(self._beside)
         for place, callback in enumerate(self._theirs):
             reach.walk(f"callback {place}", vars(callback))
+            reach.walk(f"callback {place}", type(callback))
         return reach
 
 
-def _values(tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+def _values(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, tensor.detach().clone()) for tensor in tensors]
 
 
 def _put_back(reach: Reach, values: list[tuple[Tensor, Tensor]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.engines.user_code import is_file_of_the_users
 from lightning_dp.mechanism.same import snapshot
 from lightning_dp.step.contents import Contents
 from lightning_dp.step.kept_state import reach_of
@@ -112,6 +114,26 @@ def names_read_by_steps(module: nn.Module) -> set[str]:
             if name not in _BESIDE and not name.startswith(_BETWEEN):
                 for function in functions_of(value):
                     found |= set(names_in(function.__code__))
+    return found
+
+
+def names_used(function: Any, owner: Any) -> set[str]:
+    """Every name that a method may read, by itself or in other methods of its owner and functions of the user's."""
+    found: set[str] = set()
+    todo = [getattr(function, "__func__", function)]
+    done: set[int] = set()
+    while todo:
+        one = todo.pop()
+        code = getattr(one, "__code__", None)
+        if code is None or id(one) in done:
+            continue
+        done.add(id(one))
+        names = set(names_in(code))
+        found |= names
+        called = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+        values = [one.__globals__.get(name) for name in called] + [getattr(type(owner), name, None) for name in names]
+        parts = [part for value in values for part in functions_of(value)]
+        todo += [part for part in parts if is_file_of_the_users(part.__code__.co_filename)]
     return found
 
 

@@ -191,6 +191,12 @@ def outermost_metrics(module: nn.Module) -> list[AnyMetric]:
     return list(found.values())
 
 
+def names_of_trained(module: nn.Module) -> set[str]:
+    """The attributes by which a module knows metrics that have seen private examples."""
+    trained = [path for path, one in module.named_modules() if isinstance(one, Metric) and _is_trained(one)]
+    return {name for path in trained for name in path.split(".")}
+
+
 def metrics_in(value: Any, seen: set[int] | None = None) -> Iterator[Metric | MetricCollection]:
     """Every metric in a nest of containers and metrics, the outer ones first."""
     seen = set() if seen is None else seen

@@ -6,6 +6,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,10 @@ from lightning_dp.mechanism.instead import Instead
 from lightning_dp.mechanism.same import same
 from lightning_dp.step.attributes import hide, left_hidden, left_on
 from lightning_dp.step.callback_state import CallbackState
-from lightning_dp.step.hook_state import HookState, attribute_of, names_read_by_steps
+from lightning_dp.step.hook_state import HookState, attribute_of, names_read_by_steps, names_used
 from lightning_dp.step.kept_state import name_of
 from lightning_dp.step.logs import StepCapture
-from lightning_dp.step.metrics import outermost_metrics, states_hidden
+from lightning_dp.step.metrics import names_of_trained, outermost_metrics, states_hidden
 from lightning_dp.step.reach import names_in
 from lightning_dp.step.withheld import withheld
 
@@ -42,6 +43,24 @@ HOOKS = {
 }
 """Hook → the places of its arguments that are private. (The batch that hooks get is a placeholder.)"""
 
+VALIDATION = (
+    "on_validation_start",
+    "on_validation_epoch_start",
+    "on_validation_batch_start",
+    "validation_step",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_validation_end",
+)
+"""Hooks that work on released weights and on validation data, unless they ask for what is private."""
+
+_METRICS = frozenset({"callback_metrics", "logged_metrics", "progress_bar_metrics"})
+_ASKS = frozenset({"train_dataloader", "datamodule", "callbacks"})
+"""Names by which a hook of validation gets at what is private."""
+
+MOST_REPEATED = 10_000
+"""So many calls of a callback's hooks are made up for on the stand-in."""
+
 COMMANDS = ("optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step")
 """What a module may do in Lightning's place. It runs once, and does not end the run."""
 
@@ -49,6 +68,10 @@ SKIP = -1
 """What ``on_train_batch_start`` returns to leave out the rest of an epoch."""
 
 _LIGHTNINGS = ("lightning", "pytorch_lightning", "lightning_dp")
+
+
+_Call = tuple[Callable[..., Any], list[int], tuple[Any, ...], dict[str, Any]]
+"""A hook, the places of its private arguments, and what it was given."""
 
 
 class UserHooks:
@@ -71,6 +94,8 @@ class UserHooks:
         self._watched: list[tuple[Any, str]] = []
         self._stateful: set[tuple[int, str]] = set()
         self._beside = CallbackState((), ())
+        self._missed: dict[int, list[str]] = {}
+        self._calls: dict[tuple[int, str], _Call] = {}
 
     def watch(self) -> None:
         """Stand between Lightning and the hooks, from here on."""
@@ -80,7 +105,13 @@ class UserHooks:
             self._watch(callback, 2)
         self._watch(module, 0)
         theirs = {id(owner): owner for owner, _ in self._watched if owner is not module}
+        self._missed = {number: [] for number in theirs}
         self._beside = CallbackState(theirs.values(), module.modules())
+        for owner in (*trainer.callbacks, module):
+            for name in VALIDATION:
+                hook = getattr(owner, name, None)
+                if hook is not None and _is_users(hook) and (owner is not module or overridden(name, owner)):
+                    self._stand_before(owner, name, partial(self._in_validation, owner, name, hook))
         for name in COMMANDS:
             if overridden(name, module):
                 self._stand_before(module, name, partial(self._command, name, getattr(module, name)))
@@ -107,14 +138,21 @@ class UserHooks:
             self._watched.append((owner, name))
 
     def _run(
-        self, owner: Any, name: str, hook: Callable[..., Any], private: list[int], *args: Any, **options: Any
+        self,
+        owner: Any,
+        name: str,
+        hook: Callable[..., Any],
+        private: list[int],
+        *args: Any,
+        _noted: list[str] | None = None,
+        **options: Any,
     ) -> Any:
         module = self._logs.module
         if self._logs.is_listening:  # done to an example, see lightning_dp.step.batch_hooks
             return hook(*args, **options)
-        before = HookState(module, self._public)
+        before, own = HookState(module, self._public), self._own(owner)
         try:
-            with no_end_of_the_data(f"{type(owner).__name__}.{name}"):
+            with no_end_of_the_data(f"{type(owner).__name__}.{name}"), self._noting(_noted):
                 outcome = hook(*args, **options)
         except BaseException:  # half-way, with what it has left so far from private values
             before.put_back(*before.changed())
@@ -122,22 +160,23 @@ class UserHooks:
         places, tensors = before.changed()
         skips = name == "on_train_batch_start" and type(outcome) is int and outcome == SKIP
         first = (id(owner), name) not in self._stateful
+        call = (hook, private, args, options)
+        if _noted == [] and first:  # it has asked for nothing private
+            return outcome
         if not (places or tensors or skips) and first:
+            self._miss(owner, name, call)
             return outcome
         self._stateful.add((id(owner), name))
         real = {**before.now(places, tensors), **({_EPOCH: SKIP} if skips else {})}
         after = HookState(module, self._public)
         before.put_back(places, tensors)
         others: dict[str, Any] | None = None
-        call = partial(self._on_stand_in, before, name, hook)
-        if first:
-            others, failure, left = call(
-                [_filled(arg) if at in private else arg for at, arg in enumerate(args)], options
-            )
+        self._make_up(owner, before)
+        if first and private:
+            others, failure, left = self._on_stand_in(before, name, call, _filled, own)
             others = None if failure else others
             before.put_back(*left)
-        given = [_emptied(arg) if at in private else arg for at, arg in enumerate(args)]
-        found, failure, left = call(given, options)
+        found, failure, left = self._on_stand_in(before, name, call, _emptied, own)
         both = {**real, **found, **(others or {})}
         different = [
             where
@@ -160,14 +199,18 @@ class UserHooks:
         return outcome
 
     def _on_stand_in(
-        self, before: HookState, name: str, hook: Callable[..., Any], given: list[Any], options: dict[str, Any]
+        self, before: HookState, name: str, call: _Call, instead: Callable[[Any], Any], own: CallbackState | None
     ) -> tuple[dict[str, Any], Exception | None, Any]:
         """Run a hook without anybody's data: what it leaves, why it failed if it did, and where it has left something."""
+        hook, private, args, options = call
         failure: Exception | None = None
         outcome: Any = None
         try:
-            with self._without_data():
-                outcome = hook(*given, **options)
+            with (
+                self._without_data(keep=instead is _emptied, shared=self._shared() if name in VALIDATION else []),
+                nullcontext() if own is None else own.on_stand_in(keep=False),
+            ):
+                outcome = hook(*(instead(arg) if at in private else arg for at, arg in enumerate(args)), **options)
         except Exception as error:  # it cannot do without the data, or asks for what is withheld
             failure = error
         left = before.changed()
@@ -175,6 +218,48 @@ class UserHooks:
         if name == "on_train_batch_start" and type(outcome) is int and outcome == SKIP:
             found[_EPOCH] = SKIP
         return found, failure, left
+
+    def _noting(self, noted: list[str] | None) -> AbstractContextManager[None]:
+        if noted is None:
+            return nullcontext()
+        return withheld(self._logs.module.trainer, self._logs.loader, self._logs.logged_names, noted=noted)
+
+    def _own(self, owner: Any) -> CallbackState | None:
+        """What a callback keeps that has hooks of validation alone: on the stand-in it is what it was before the hook."""
+        module = self._logs.module
+        return None if owner is module or id(owner) in self._missed else CallbackState([owner], module.modules())
+
+    def _shared(self) -> list[Any]:
+        """The loaders of validation data, which its hooks may read."""
+        return pytree.tree_leaves(self._logs.module.trainer.val_dataloaders)
+
+    def _miss(self, owner: Any, name: str, call: _Call) -> None:
+        """Remember that a callback's hook has run, and not on the stand-in, where it may count."""
+        missed = self._missed.get(id(owner))
+        if missed is not None and len(missed) < MOST_REPEATED:
+            missed.append(name)
+            self._calls[id(owner), name] = call
+
+    def _make_up(self, owner: Any, before: HookState) -> None:
+        """Run on the stand-in what a callback's hooks have run otherwise so far, for what they count there."""
+        missed = self._missed.get(id(owner), [])
+        for name in missed:
+            self._on_stand_in(before, name, self._calls[id(owner), name], _emptied, None)
+        if missed:
+            before.put_back(*before.changed())
+            missed.clear()
+
+    def _in_validation(self, owner: Any, name: str, hook: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """A hook of validation: as a hook of training if it may get at what is private; otherwise it gets at nothing."""
+        module, trainer = self._logs.module, self._logs.module.trainer
+        private, names = {*_ASKS, *left_on(module), *names_of_trained(module)}, names_used(hook, owner)
+        if id(owner) in self._missed or names & private:
+            return self._run(owner, name, hook, [], *args, **options)
+        if names & _METRICS:  # of training, or of validation
+            noted: list[str] = []
+            return self._run(owner, name, hook, [], *args, _noted=noted, **options)
+        with withheld(trainer, self._logs.loader, self._logs.logged_names, shared=self._shared()):
+            return hook(*args, **options)
 
     def _command(self, name: str, command: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """A command of the module's own; the loss that its closure returns is a zero, as the optimizer's is."""
@@ -195,16 +280,17 @@ class UserHooks:
         return outcome
 
     @contextlib.contextmanager
-    def _without_data(self) -> Any:
+    def _without_data(self, *, keep: bool, shared: Sequence[Any]) -> Any:
+        """While open, nothing private is to be found but in ``shared`` loaders; ``keep`` what callbacks count meanwhile."""
         module, said = self._logs.module, io.StringIO()
         with (
             warnings.catch_warnings(),
             isolate_rng(),
             self._logs.muted(),
             left_hidden(module),
-            self._beside.as_at_first(),
+            self._beside.on_stand_in(keep=keep),
             states_hidden(outermost_metrics(module)),
-            withheld(module.trainer, self._logs.loader, self._logs.logged_names),
+            withheld(module.trainer, self._logs.loader, self._logs.logged_names, shared=shared),
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(said),
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -27,7 +27,14 @@ _METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 
 
 @contextmanager
-def withheld(trainer: pl.Trainer, loader: Any, names: Collection[str] | None = None) -> Iterator[None]:
+def withheld(
+    trainer: pl.Trainer,
+    loader: Any,
+    names: Collection[str] | None = None,
+    *,
+    shared: Iterable[Any] = (),
+    noted: list[str] | None = None,
+) -> Iterator[None]:
     """While open, the training data and the numbers logged in training raise at the moment they are read.
 
     So does, for a step, what callbacks of the user's hold: they may keep private numbers. Constants and methods stay readable.
@@ -36,21 +43,19 @@ def withheld(trainer: pl.Trainer, loader: Any, names: Collection[str] | None = N
         trainer: of the fit.
         loader: the private training loader.
         names: of the logged numbers that are withheld; ``None``, for a step, withholds all, and what callbacks hold.
+        shared: loaders whose data sets stay readable, also where they are a part of the same.
+        noted: takes the names of logged numbers that are read, which then do not raise; data are not withheld.
 
     Raises:
         PreflightError: from whoever reads them, with the line.
     """
-    data: list[Any] = [loader, *_below(loader.dataset)]
-    data_module = getattr(trainer, "datamodule", None)
+    open_ones = {id(part) for one in shared for part in _below(one)}
+    data = [one for one in (loader, *_below(loader.dataset)) if id(one) not in open_ones and noted is None]
+    data_module = getattr(trainer, "datamodule", None) if noted is None else None
     connector = connector_of(trainer)
     kinds = [(one, type(one), _guarded(cast(Any, type(one)))) for one in data]
-    kinds.append(
-        (
-            connector,
-            type(connector),
-            _without_metrics(cast(Any, type(connector)), None if names is None else frozenset(names)),
-        )
-    )
+    kind, some = cast(Any, type(connector)), None if names is None else frozenset(names)
+    kinds.append((connector, kind, _without_metrics(kind, some) if noted is None else _noting(kind, some, noted)))
     if data_module is not None:
         kinds.append((data_module, type(data_module), _constants_only(cast(Any, type(data_module)))))
     if names is None:
@@ -152,13 +157,17 @@ _ABSENT = object()
 
 @cache
 def _without_metrics(kind: type, names: frozenset[str] | None) -> type | None:
+    return _noting(kind, names, None)
+
+
+def _noting(kind: type, names: frozenset[str] | None, noted: list[str] | None) -> type | None:
     def metrics(which: str) -> property:
         plain = getattr(kind, which)
 
         def read(self: Any) -> Any:
             if names is None:
                 raise _refuse(f"trainer.{which}")
-            return _Some(which, names, plain.fget(self))
+            return _Some(which, names, plain.fget(self), noted)
 
         return property(read)
 
@@ -168,13 +177,15 @@ def _without_metrics(kind: type, names: frozenset[str] | None) -> type | None:
 class _Some(dict[str, Any]):
     """Logged numbers, of which some raise when they are read."""
 
-    def __init__(self, which: str, names: frozenset[str], found: dict[str, Any]) -> None:
+    def __init__(self, which: str, names: frozenset[str], found: dict[str, Any], noted: list[str] | None) -> None:
         super().__init__(found)
-        self._which, self._names = which, names
+        self._which, self._names, self._noted = which, names, noted
 
     def _check(self, key: Any) -> None:
         if isinstance(key, str) and (key in self._names or key.rsplit("_", 1)[0] in self._names):
-            raise _refuse(f"trainer.{self._which}[{key!r}]")
+            if self._noted is None:
+                raise _refuse(f"trainer.{self._which}[{key!r}]")
+            self._noted.append(key)
 
     def __getitem__(self, key: str) -> Any:
         self._check(key)
@@ -185,17 +196,38 @@ class _Some(dict[str, Any]):
         self._check(key)
         return super().get(key, default)
 
+    def __iter__(self) -> Iterator[str]:  # without it, dict(...) would copy and not ask
+        return super().__iter__()
+
     def values(self) -> Any:
         """As of a dict."""
-        for key in self:
-            self._check(key)
+        self._check_all()
         return super().values()
 
     def items(self) -> Any:
         """As of a dict."""
+        self._check_all()
+        return super().items()
+
+    def copy(self) -> dict[str, Any]:
+        """As of a dict."""
+        self._check_all()
+        return super().copy()
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of a dict."""
+        self._check(key)
+        return super().pop(key, *default)
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.copy()
+
+    def _check_all(self) -> None:
         for key in self:
             self._check(key)
-        return super().items()
 
 
 def _made(kind: type, body: dict[str, Any]) -> type | None:

@@ -235,6 +235,27 @@ def test_what_is_declared_public_may_change_and_the_statement_says_so() -> None:
         DifferentialPrivacy(noise_multiplier=1.0, public_state="center")  # type: ignore[arg-type]  # on purpose
 
 
+class _FailsHalfWay(_Center):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
+        self.mean.add_(outputs["z"].mean())
+        self.center = outputs["loss"]
+        self.trainer.should_stop = True
+        raise RuntimeError("half-way")
+
+
+def test_a_hook_that_fails_half_way_leaves_nothing() -> None:
+    module, fit = _FailsHalfWay(), trainer(DifferentialPrivacy(noise_multiplier=1.0))
+    with pytest.raises(RuntimeError, match="half-way"):
+        fit.fit(module, loader())
+    assert module.mean == 0
+    assert module.center == 0
+    assert not fit.should_stop
+
+
 class _ReadsMetrics(Regressor):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         if batch_idx:
