@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection
 
 from lightning_dp import DifferentialPrivacy, PrivateSingleDeviceStrategy
-from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
+from tests.conftest import Notes, Regressor, loader, regression_data, regressor, trainer, weights
 from tests.nearly import assert_nearly
 
 
@@ -198,7 +198,7 @@ def test_validation_test_and_predict_read_all_examples_in_order() -> None:
 
 
 def test_batch_transfer_hooks_see_micro_batches_and_never_the_logical_one() -> None:
-    seen: list[tuple[str, int]] = []
+    seen = Notes()
 
     class Hooked(Regressor):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
