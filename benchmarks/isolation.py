@@ -2,9 +2,13 @@
 
     uv run python benchmarks/isolation.py
 
-A Trainer trains with the callback, and the time that goes into comparing and putting back state is added up within each step:
-taking the contents of tensors and arrays, comparing them after the passes, and following what Python holds around each pass.
-Prints the part of a step that it is; both come from the same steps, so load moves both.
+A Trainer trains with the callback, and processor time is added up within each step:
+
+- state: taking the contents of tensors and arrays, comparing them after the passes, and following what Python holds;
+- hooks: all that lies around a hook of the module and one of a callback, both of which do next to nothing;
+- comparison of one example with plain backward passes, in the steps that have one: about 2·(log T + γ − 1) of the first T.
+
+Prints the part of a step that each is, the last over a run of 100 steps; all come from the same steps, so load moves all.
 """
 
 from __future__ import annotations
@@ -24,36 +28,48 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.models import DigitsCNN, WideResNet
 from lightning_dp.step.contents import Contents
+from lightning_dp.step.engine_comparison import EngineComparison
 from lightning_dp.step.kept_state import KeptState
+from lightning_dp.step.user_hooks import UserHooks
 
-spent = 0.0
+spent: dict[str, float] = {}
+under_way: list[str] = []
 
 
-def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with its seconds added to ``spent``."""
+@contextmanager
+def counted(name: str) -> Iterator[None]:
+    """Adds processor time to that of ``name``, unless it is a part of something that is counted already."""
+    begun = time.process_time()
+    under_way.append(name)
+    try:
+        yield
+    finally:
+        under_way.pop()
+        if not under_way:
+            spent[name] = spent.get(name, 0.0) + time.process_time() - begun
+
+
+def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with its time added to that of ``name``."""
 
     def call(*args: Any, **options: Any) -> Any:
-        global spent
-        begun = time.perf_counter()
-        try:
+        with counted(name):
             return function(*args, **options)
-        finally:
-            spent += time.perf_counter() - begun
 
     return call
 
 
-def around(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The context of a pass, with the seconds of entering and leaving it added to ``spent``."""
+def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The context of a pass, with the time of entering and leaving it added to that of ``name``."""
 
     @contextmanager
     def call(*args: Any) -> Iterator[None]:
         context = function(*args)
-        timed(context.__enter__)()
+        timed(name, context.__enter__)()
         try:
             yield
         finally:
-            timed(context.__exit__)(None, None, None)
+            timed(name, context.__exit__)(None, None, None)
 
     return call
 
@@ -76,30 +92,60 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Hooked(DigitsCNN):
+    """With a hook that does next to nothing."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the number of the step."""
+        self.number = self.trainer.global_step
+
+
+class Counting(L.Callback):
+    """A callback of a user's own, that does next to nothing."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Note the number of the step."""
+        self.number = trainer.global_step
+
+
 class Parts(L.Callback):
-    """What part of each step goes into the state; of no user's, so that its own hooks are not watched."""
+    """What each step takes, and what goes into each part; of no user's, so that its own hooks are not watched."""
 
     def __init__(self) -> None:
-        self.parts: list[float] = []
+        self.steps: list[float] = []
+        self.parts: list[dict[str, float]] = []
         self._begun = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Begin."""
-        global spent
-        spent, self._begun = 0.0, time.perf_counter()
+        """One step is over, hooks and all, and the next begins."""
+        now = time.process_time()
+        if self._begun:
+            self.steps.append(now - self._begun)
+            self.parts.append(dict(spent))
+        spent.clear()
+        self._begun = now
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """End."""
-        self.parts.append(spent / (time.perf_counter() - self._begun))
+    def part(self, name: str) -> float:
+        """The median part of a step."""
+        return statistics.median(
+            parts.get(name, 0.0) / step for parts, step in zip(self.parts, self.steps, strict=True)
+        )
+
+    def amortised(self, name: str, steps: int = 100) -> float:
+        """Of what only some steps have: the median of those, times how many there are of ``steps``, by the median step."""
+        some = [parts[name] for parts in self.parts if name in parts]
+        often = sum(2 / (step + 2) for step in range(steps)) / steps
+        plain = [step - parts.get(name, 0.0) for parts, step in zip(self.parts, self.steps, strict=True)]
+        return often * statistics.median(some or [0.0]) / statistics.median(plain)
 
 
-for hook in (Parts.on_train_batch_start, Parts.on_train_batch_end):
-    hook.__module__ = "lightning_dp.benchmarks"
+Parts.on_train_batch_start.__module__ = "lightning_dp.benchmarks"
 
 
 TASKS: dict[str, tuple[Callable[[], L.LightningModule], tuple[int, ...], int]] = {
-    "digits": (lambda: DigitsCNN(), (1, 8, 8), 256),
-    "WRN-16-4": (lambda: Module(WideResNet(16, 4)), (3, 32, 32), 32),
+    "digits, 256 in a batch": (lambda: DigitsCNN(), (1, 8, 8), 256),
+    "digits, with hooks": (lambda: Hooked(), (1, 8, 8), 256),
+    "WRN-16-4, 32 in a batch": (lambda: Module(WideResNet(16, 4)), (3, 32, 32), 32),
 }
 """Name → the module, the shape of an image, and the batch size."""
 
@@ -109,22 +155,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10)
     steps = parser.parse_args().steps
-    KeptState.contents = timed(KeptState.contents)  # type: ignore[method-assign]  # to measure it
-    Contents.changed = timed(Contents.changed)  # type: ignore[method-assign]  # likewise
-    KeptState.put_back_after = around(KeptState.put_back_after)  # type: ignore[method-assign]  # likewise
-    print("| | engine | part of a step, median |\n|---|---|---|")
+    state, hooks, comparison = "state", "hooks", "comparison"
+    KeptState.contents = timed(state, KeptState.contents)  # type: ignore[method-assign]  # to measure it
+    Contents.changed = timed(state, Contents.changed)  # type: ignore[method-assign]  # likewise
+    KeptState.put_back_after = around(state, KeptState.put_back_after)  # type: ignore[method-assign]  # likewise
+    UserHooks._run = timed(hooks, UserHooks._run)  # type: ignore[method-assign]  # likewise
+    EngineComparison._compare = timed(comparison, EngineComparison._compare)  # type: ignore[method-assign]  # likewise
+    print("| | engine | state | hooks | comparison |\n|---|---|--:|--:|--:|")
     for name, (make, shape, batch) in TASKS.items():
-        for engine in ("ghost", "vmap", "loop") if name == "digits" else ("ghost",):
+        for engine in ("ghost", "vmap", "loop") if name.startswith("digits") else ("ghost",):
             torch.manual_seed(0)
             parts = Parts()
             data = TensorDataset(torch.rand(4 * batch, *shape), torch.randint(10, (4 * batch,)))
             privacy = DifferentialPrivacy(noise_multiplier=1.0, seed=0, engine=engine)  # type: ignore[arg-type]  # a name
+            more = [Counting()] if "hooks" in name else []
             trainer = L.Trainer(
-                max_steps=steps + 2, callbacks=[privacy, parts], logger=False, enable_checkpointing=False,
+                max_steps=steps + 2, callbacks=[privacy, parts, *more], logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=1,
             )  # fmt: skip
             trainer.fit(make(), DataLoader(data, batch_size=batch))
-            print(f"| {name} | `{engine}` | {statistics.median(parts.parts[2:]):.2%} |")
+            parts.steps, parts.parts = parts.steps[1:], parts.parts[1:]  # the first is not yet warm
+            found = f"{parts.part(state):.1%} | {parts.part(hooks):.1%} | {parts.amortised(comparison):.1%}"
+            print(f"| {name} | `{engine}` | {found} |")
 
 
 if __name__ == "__main__":

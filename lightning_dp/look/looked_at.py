@@ -9,6 +9,9 @@ from lightning_dp.look.engine_check import CHECKED_EXAMPLES, tolerance
 from lightning_dp.look.leaks.examples_apart import Company
 from lightning_dp.step.planned import Planned
 
+MANY = 3
+"""With more shapes than these among the few that are looked at, most examples of a step would run by themselves."""
+
 
 def looked_at(planned: Planned, selection: Selection, most: int, company: Company) -> str:
     """One line for the screen.
@@ -25,6 +28,11 @@ def looked_at(planned: Planned, selection: Selection, most: int, company: Compan
     seen = f"{company.examples} in one batch, which does not couple them"
     if company.unseen:
         seen = f"not whether a batch couples them, since {company.unseen}; each is a batch of its own in training"
+    if company.shapes > MANY:
+        seen += (
+            f"; {company.shapes} shapes among them, of which equal ones run together (padding each to a multiple of 16 in "
+            "collate_fn makes them fewer)"
+        )
     alone = _alone(planned)
     rest = f". One example at a time: {', '.join(alone)}" if alone else ""
     return f"lightning_dp: examples that were looked at: {engine}; {seen}{rest}."

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from lightning_dp import DifferentialPrivacy
@@ -56,3 +57,26 @@ def test_it_says_what_was_seen(name: str, caplog: pytest.LogCaptureFixture) -> N
     assert len(lines) == 1
     assert said in lines[0]
     assert "\n" not in lines[0]
+
+
+def test_it_says_that_examples_of_many_shapes_run_apart(caplog: pytest.LogCaptureFixture) -> None:
+    """And nothing of it once they are padded to a multiple."""
+
+    class Mean(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(torch.stack([batch[0].mean(1)] * 4, -1)).mean()
+
+    def padding_to(multiple: int) -> Any:
+        def pad(rows: list[Any]) -> Any:
+            longest = max(len(x) for x, _ in rows)
+            length = -(-longest // multiple) * multiple
+            return torch.stack([F.pad(x, (0, length - len(x))) for x, _ in rows]), torch.stack([y for _, y in rows])
+
+        return pad
+
+    data = [(torch.randn(2 + index), torch.tensor(0.0)) for index in range(16)]
+    for multiple, many in ((1, True), (32, False)):
+        caplog.clear()
+        private = DifferentialPrivacy(noise_multiplier=1.0)
+        trainer(private, max_steps=1).fit(Mean(), loader(data, 4, collate_fn=padding_to(multiple)))
+        assert ("8 shapes among them, of which equal ones run together" in caplog.text) == many

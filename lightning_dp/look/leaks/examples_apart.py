@@ -67,11 +67,13 @@ class Company:
         examples: how many were in one batch.
         reduction: how the loss of a batch follows from theirs.
         unseen: why it was not looked at whether a batch couples them; empty if it was.
+        shapes: how many shapes they have among them, each collated by itself.
     """
 
     examples: int
     reduction: Reduction
     unseen: str = ""
+    shapes: int = 1
 
 
 def check_examples_stay_apart(planned: Planned, losses: Losses) -> Company:
@@ -135,6 +137,7 @@ def _look(planned: Planned, loss_function: LossFunction, parameters: Mapping[str
     check_collate_forgets_places(collate, records, at_once)
     if form.views is None and loader.examples.collate_at_once:  # one by one, nothing is padded to another
         check_padding_is_masked(collate, records, module, loss_function, parameters, at_once)
+    shapes = 1 if loader.examples.collate_at_once else len({str(_shapes_of(collate, record)) for record in records})
     examples = PROBES if len(records) == PROBES else PROBES // 2
     if len(records) < examples:
         return Company(0, Reduction.UNKNOWN, f"there are no {examples} of them")
@@ -148,13 +151,21 @@ def _look(planned: Planned, loss_function: LossFunction, parameters: Mapping[str
             batch_of = partial(take, batch_of(list(range(examples))))
         if examples <= at_once or _same_in_every_pair(batch_of, examples):
             reduction = check_loss_keeps_examples_apart(module, loss_function, parameters, batch_of, examples)
-            return Company(examples, reduction)
+            return Company(examples, reduction, shapes=shapes)
         reason = "collate_fn makes other rows of an example in other company"
     except PreflightError:
         raise
     except Exception as error:  # a step that takes single examples only, or no room for several at once
         reason = explain(error, module)
-    return Company(0, Reduction.UNKNOWN, reason)
+    return Company(0, Reduction.UNKNOWN, reason, shapes)
+
+
+def _shapes_of(collate: Callable[[list[Any]], Any], record: Any) -> list[torch.Size]:
+    try:
+        contents = row_contents(with_seed(collate, [record], 0))
+    except Exception:  # it is said by the step
+        return []
+    return [] if contents is None else contents[1]
 
 
 def _same_in_every_pair(batch_of: BatchOf, examples: int) -> bool:
