@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from lightning_dp.batches.microbatch import batch_of_one
 from lightning_dp.engines.accumulate import Accumulated, accumulate
 from lightning_dp.engines.fall_back import FallBack
-from lightning_dp.engines.loop import as_leaf
+from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
@@ -136,11 +137,11 @@ class OpenStep:
         seen: list[tuple[Any, int]],
     ) -> WriteError:
         """The refusal with the line that writes, if one of the last examples makes the write when it runs once more."""
-        leaves = {name: as_leaf(parameter) for name, parameter in parameters.items()}
+        loop = LoopEngine()
         for batch, size in seen if self.run.layers is None else ():
             for index in range(min(size, ASKED_AGAIN)):
                 with undone(self.run.planned.module), self.seeded():
-                    call = partial(loss_function, leaves, batch_of_one(batch, index))
+                    call = partial(loop.clipped_sum, loss_function, parameters, batch_of_one(batch, index), 1, math.inf)
                     found = with_line(error, self.run.planned.module, before, call)
                 if found.line is not None:
                     return found
