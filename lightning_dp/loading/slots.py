@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_dp.engines.user_code import is_file_of_the_users
@@ -351,7 +352,7 @@ def slots_of(found: list[Any]) -> Iterable[Slots]:
                 yield from (_OfACell(f"{name} of {one.__qualname__}", cell) for name, cell in cells)
         elif isinstance(one, dict):
             yield _OfADict(names.get(id(one), type(one).__name__), one)
-        elif isinstance(one, (list, deque, set)):
+        elif isinstance(one, (list, deque, set)) and not isinstance(one, Dataset):
             yield _OfAList(names.get(id(one), type(one).__name__), one)
         elif is_users_class(type(one)):
             if isinstance(one, nn.Module):
