@@ -24,3 +24,17 @@ def test_the_code_of_each_step_exists(name: str) -> None:
 
 def test_every_step_of_the_mechanism_is_in_the_table() -> None:
     assert len(NAMED) == 15
+
+
+def test_the_tests_that_hold_isolation_exist() -> None:
+    """Each row that is held by construction or refused names one."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    rows = text[text.index("| what could reach") : text.index("| **what remains**")].splitlines()[2:]
+    held = [row for row in rows if not row.startswith("| **")]
+    for row in held:
+        names = re.findall(r"`((?:tests/)?[\w/]+(?:\.py|/))`", row.split("|")[3])
+        assert names, row
+        for name in names:
+            root = DOCUMENT.parents[1]
+            assert (root / name if "/" in name else root / "tests" / "guarantees" / name).exists(), name
+    assert len(held) >= 14
