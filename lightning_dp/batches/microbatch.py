@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_dp.batches.seeded import content_of
+from lightning_dp.batches.seeded import Seeded, content_of
 from lightning_dp.batches.simple import is_simple, mapped
 
 
@@ -148,6 +148,8 @@ def batch_of_one(batch: Any, index: int) -> Any:
     examples. See :func:`check_batch_axis` for what a batch may hold. Tensors are copies, so that a training_step that
     writes into its batch writes into nobody else's, and finds the example unchanged if it is run again.
     """
+    if isinstance(batch, Seeded):
+        return Seeded(batch_of_one(batch.content, index), batch.seeds[index : index + 1], batch.common)
     if is_simple(batch):
         return mapped(lambda part: part[index : index + 1].clone(), batch)
 
@@ -195,6 +197,8 @@ def padded(batch: Any, examples: int, to: int) -> Any:
 
 def take(batch: Any, indices: list[int]) -> Any:
     """The examples of ``batch`` at ``indices``, as a batch. See :func:`batch_of_one`."""
+    if isinstance(batch, Seeded):
+        return Seeded(take(batch.content, indices), batch.seeds[indices], batch.common)
     if is_simple(batch):
         return mapped(lambda part: part[indices], batch)
 
