@@ -44,7 +44,7 @@ def clipped_per_example() -> Iterator[None]:
 
     def micro_batches(*args: Any) -> Iterator[tuple[Any, int]]:
         for batch, _ in original(*args):
-            rows = ungroup(batch)
+            rows = ungroup(batch.content)
             yield rows, len(rows["inputs"])
 
     with patched((Planned, "micro_batches", micro_batches)):
