@@ -39,6 +39,26 @@ class KeptState:
         self._reach: Reach | None = None
         self._beside: Reach | None = None
         self._told: set[str] = set()
+        self._passing = self._in_order = self._on_course = False
+
+    @contextmanager
+    def passing(self) -> Iterator[Callable[[], None]]:
+        """While open, passes follow each other: what one has put back the next need not compare again.
+
+        Yields:
+            What has to be called whenever anything else has run, such as a data set or a hook.
+        """
+
+        def anything_else_ran() -> None:
+            self._in_order = self._on_course = False
+
+        anything_else_ran()
+        self._passing = True
+        try:
+            yield anything_else_ran
+        finally:
+            self._passing = False
+            anything_else_ran()
 
     def contents(self) -> Contents:
         """What the tensors and arrays hold now."""
@@ -64,8 +84,9 @@ class KeptState:
         module: Any = self._module
         if getattr(module, "_trainer", None) is None:
             return run()
-        if self._beside is None or any(place.differs() for place in self._beside.places):
+        if self._beside is None or not (self._on_course or self._beside.renew()):
             self._beside = trainer_reach(module)
+        self._on_course = False
         places = self._beside.places
 
         def differ() -> list[Place]:
@@ -87,6 +108,7 @@ class KeptState:
             line = line_that_changes(run, lambda: bool(differ()))
             put_back(differ())
             raise _steers(what, names, line)
+        self._on_course = self._passing
         return outcome
 
     @contextmanager
@@ -99,8 +121,8 @@ class KeptState:
         Raises:
             PreflightError: an iterator has moved on, which cannot be undone.
         """
-        reach = self._reached()
-        places = reach.places
+        reach = self._reach if self._in_order and self._reach is not None else self._reached()
+        places, self._in_order = reach.places, False
         try:
             yield
         finally:
@@ -111,12 +133,13 @@ class KeptState:
             named = [name for place in told for name in (_names(place) if place.where == "self" else [place.where])]
             for place in left:
                 place.put_back()
+            self._in_order = self._passing and not reach.in_shards
         if left:
             self._tell(what, left, named, reach.libraries)
 
     def _reached(self) -> Reach:
         """Everything within reach now; walked to anew only if something has changed."""
-        if self._reach is None or self._reach.in_shards or any(place.differs() for place in self._reach.places):
+        if self._reach is None or self._reach.in_shards or not self._reach.renew():
             self._reach = reach_of(self._module)
         return self._reach
 

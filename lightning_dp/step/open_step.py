@@ -107,12 +107,12 @@ class OpenStep:
         seen: list[tuple[Any, int]] = []
         try:
             with before.put_back_on_error():
-                with self.seeded():
+                with self.seeded(), run.planned.logs.state.passing() as anything_else_ran:
                     total = accumulate(
                         engine,
                         loss_function,
                         given,
-                        _remembered(micro_batches, seen),
+                        _remembered(micro_batches, seen, anything_else_ran),
                         plan.clipping_rule,
                         pad_to=run.pad_to,
                         apart=() if run.layers is None else run.layers.names,
@@ -179,10 +179,13 @@ ASKED_AGAIN = 8
 """At most so many examples run once more to find the line of a write. Where that is rare, the refusal has none."""
 
 
-def _remembered(micro_batches: MicroBatches, last: list[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
-    """The micro-batches as they are, the last of which stays in ``last``."""
+def _remembered(
+    micro_batches: MicroBatches, last: list[tuple[Any, int]], read: Callable[[], None]
+) -> Iterator[tuple[Any, int]]:
+    """The micro-batches as they are, the last of which stays in ``last``; ``read`` is called for each."""
     for batch, size in micro_batches:
         last[:] = [(batch, size)]
+        read()
         yield batch, size
 
 

@@ -66,7 +66,11 @@ class DictPlace(Place):
         named: str | None = None,
     ) -> None:
         self.where, self._live, self._ignored, self.named = where, live, ignored, named
-        self._keys, self._values = tuple(live), tuple(live.values())
+        self.take()
+
+    def take(self) -> None:
+        """Hold it to what it holds now."""
+        self._keys, self._values = tuple(self._live), tuple(self._live.values())
 
     @override
     def differs(self) -> bool:
@@ -85,6 +89,13 @@ class DictPlace(Place):
     @override
     def held(self) -> Any:
         return {key: value for key, value in self._live.items() if key not in self._ignored()}
+
+    def changed(self) -> list[Any]:
+        """What it held and no longer does, and what it holds since."""
+        before, live, ignored = dict(zip(self._keys, self._values, strict=True)), self._live, self._ignored()
+        names = [key for key in {**before, **live} if live.get(key, _ABSENT) is not before.get(key, _ABSENT)]
+        names = [key for key in names if key not in ignored]
+        return [table[key] for key in names for table in (before, live) if key in table]
 
     def moved(self) -> dict[str, Any]:
         """What has changed, by name, as it is now."""

@@ -79,6 +79,22 @@ class Reach:
         """Do not follow these."""
         self._seen.update({id(thing): thing for thing in things})
 
+    def renew(self) -> bool:
+        """Hold all places to what they hold now, if nothing has come or gone that would be followed: numbers and texts.
+
+        Returns:
+            Whether that is so. If not, nothing is changed, and it has to be walked anew.
+        """
+        differing = [place for place in self.places if place.differs()]
+        for place in differing:
+            if not isinstance(place, DictPlace):
+                return False
+            if not all(isinstance(value, (*_ATOMS, Instead)) for value in place.changed()):
+                return False
+        for place in differing:
+            place.take()  # type: ignore[attr-defined]  # all are
+        return True
+
     def walk(self, name: str, root: Any) -> None:
         """Follow ``root``, and call what is reached by names that begin with ``name``."""
         pending: deque[tuple[str, Any]] = deque([(name, root)])
