@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from lightning_dp.mechanism.instead import Instead
 from lightning_dp.mechanism.same import same
 
 _ABSENT = object()
@@ -81,10 +82,15 @@ class DictPlace(Place):
             and all(map(is_, live.values(), self._values))
         ):
             return False
-        ignored = self._ignored()
+        ignored = self._beside()
         kept = {key: value for key, value in zip(self._keys, self._values, strict=True) if key not in ignored}
         now = {key: value for key, value in live.items() if key not in ignored}
         return list(now) != list(kept) or not all(map(_one, now.values(), kept.values()))
+
+    def _beside(self) -> set[Any]:
+        """Names that do not count, and those under which an engine has put something of its own for the time being."""
+        pairs = (*zip(self._keys, self._values, strict=True), *self._live.items())
+        return {*self._ignored(), *(key for key, value in pairs if isinstance(value, Instead))}
 
     @override
     def held(self) -> Any:
@@ -100,7 +106,7 @@ class DictPlace(Place):
     def moved(self) -> dict[str, Any]:
         """What has changed, by name, as it is now."""
         before = dict(zip(self._keys, self._values, strict=True))
-        names = [key for key in {**before, **self._live} if key not in self._ignored()]
+        names = [key for key in {**before, **self._live} if key not in self._beside()]
         now = self._live
         return {
             key: now.get(key, _ABSENT) for key in names if not _one(now.get(key, _ABSENT), before.get(key, _ABSENT))
@@ -108,7 +114,7 @@ class DictPlace(Place):
 
     @override
     def put_back(self) -> None:
-        live, ignored = self._live, self._ignored()
+        live, ignored = self._live, self._beside()
         kept = {key: value for key, value in zip(self._keys, self._values, strict=True) if key not in ignored}
         kind: Any = OrderedDict if isinstance(live, OrderedDict) else dict
         for key in [key for key in live if key not in kept and key not in ignored]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_dp import DifferentialPrivacy, PreflightError
-from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, trainer, weights
+from tests.conftest import Notes, Regressor, loader, regression_data, regressor, sample_of, trainer, weights
 
 
 class Items(Dataset[Any]):
@@ -103,7 +103,7 @@ def test_a_list_is_map_style_data() -> None:
 
 
 def test_an_item_that_raises_later_ends_the_run_with_the_budget_of_the_steps_before(tmp_path: Path) -> None:
-    seen: list[int] = []
+    seen = Notes()
 
     def item(index: int) -> Any:
         seen.append(index)

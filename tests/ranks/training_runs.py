@@ -22,7 +22,7 @@ from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, HeldReco
 from lightning_dp.mechanism import gaussian as gaussian_module
 from lightning_dp.ranks import lost_ranks
 from lightning_dp.record.journal import FILE_NAME
-from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, weights
+from tests.conftest import Notes, Regressor, loader, regression_data, regressor, sample_of, weights
 from tests.ranks.ranks import Shift
 
 STEPS = 6
@@ -54,7 +54,7 @@ class Reads(Dataset[Any]):
     """The data of the other tests, with a list of what has been read."""
 
     def __init__(self) -> None:
-        self.data, self.read = regression_data(), []
+        self.data, self.read = regression_data(), Notes()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -89,7 +89,7 @@ def uneven(make_trainer: Any) -> dict[str, Any]:
     )
     data, sampled = Reads(), Sampled()
     make_trainer(callback, sampled, max_steps=12).fit(module, loader(data))
-    return {**outcome(module, callback), "read": data.read, "sampled": sampled.indices}
+    return {**outcome(module, callback), "read": list(data.read), "sampled": sampled.indices}
 
 
 def counted(make_trainer: Any) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torchvision.transforms import RandomErasing
 
 from lightning_dp import DifferentialPrivacy
+from lightning_dp.engines import select
+from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.select import EngineError
 from tests.conftest import Notes, Regressor, loader, regressor, trainer, weights
 
@@ -76,8 +78,11 @@ def trained(construct: str, engine: Any, **options: Any) -> Late:
 
 
 @pytest.mark.parametrize("construct", list(CONSTRUCTS))
-def test_auto_runs_it_with_another_engine_to_the_same_result(construct: str) -> None:
-    expected = trained(construct, "loop")
+def test_auto_runs_it_with_another_engine_to_the_same_result(construct: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples draw what the engine that is replaced would have drawn."""
+    with monkeypatch.context() as patch:
+        patch.setitem(select.ENGINES, "loop", lambda module: LoopEngine(in_place_of_others=True))
+        expected = trained(construct, "loop")
     with pytest.warns(
         UserWarning, match=r"engine 'ghost' cannot run some micro-batches .*test_fall_back\.py"
     ) as warned:

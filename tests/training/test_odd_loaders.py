@@ -247,7 +247,7 @@ COLLATES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a generator of its own": (
         lambda: loader(collate_fn=OwnNumbers()),
         PreflightError,
-        "What it draws or counts otherwise",
+        "reading an example changes OwnNumbers.state",
     ),
     "a seed in each call": (lambda: loader(collate_fn=seeded_anew), PreflightError, "seeded in every call"),
     "a number of the row": (lambda: loader(collate_fn=numbered), PreflightError, "number of the row"),

@@ -12,6 +12,7 @@ from torchmetrics import MeanSquaredError
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
 from lightning_dp.batches.microbatch import padded
+from lightning_dp.batches.seeded import content_of
 from lightning_dp.batches.transforms import ViewTransform
 from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
 from lightning_dp.mechanism.clip import clip_and_sum
@@ -72,7 +73,7 @@ def run(engine: str, static: bool, views: int, **options: Any) -> dict[str, Any]
             inner, selected.watched = selected.clipped_sum, True
 
             def clipped_sum(loss: Any, parameters: Any, batch: Any, *more: Any, **named: Any) -> Any:
-                shapes.append(tuple(batch[0].shape))
+                shapes.append(tuple(content_of(batch)[0].shape))
                 return inner(loss, parameters, batch, *more, **named)
 
             selected.clipped_sum = clipped_sum
