@@ -153,7 +153,7 @@ def floating_point_noise_is_not_mentioned() -> Iterator[None]:
 @contextmanager
 def spent_budget_is_forgotten() -> Iterator[None]:
     """O#778: a resumed run starts with an empty ledger."""
-    fresh = classmethod(lambda cls, plan, state: cls(plan))
+    fresh = classmethod(lambda cls, plan, state, *_: cls(plan))
     with patched((ledger_module.Ledger, "resume", fresh)):
         yield
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset
 
 from lightning_dp import DifferentialPrivacy, PrivateModelParallelStrategy
 from lightning_dp.ranks import lost_ranks
-from tests.conftest import Regressor, loader, regression_data, regressor, trainer
+from tests.conftest import Notes, Regressor, loader, regression_data, regressor, trainer
 from tests.ranks.cluster import launch, on_cluster
 from tests.ranks.sharded import Sharded
 
@@ -63,11 +63,11 @@ class Module(Regressor):
 
     def __init__(self, data: Callable[[int], Any]) -> None:
         super().__init__()
-        self.data, self.steps, self.inside = data, [], False  # type: ignore[var-annotated]  # lists of numbers
+        self.data, self.steps, self.inside = data, Notes(), False
 
     def collate(self, rows: list[Any]) -> Any:
         if self.inside:
-            self.steps[-1] += [number for _, _, number in rows]
+            self.steps[-1].extend(number for _, _, number in rows)
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
     def train_dataloader(self) -> Any:
@@ -75,7 +75,7 @@ class Module(Regressor):
         return loader(self.given, 8, collate_fn=self.collate)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.steps.append([])
+        self.steps.append(Notes())
         self.inside = True
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -132,7 +132,7 @@ def all_of_them(folder: Path) -> dict[str, Any]:
                 error = f"{type(raised).__name__}: {raised}"
         said = [str(one.message) for one in caught if "at every time of reading" in str(one.message)]
         charged = 0 if callback.ledger is None else callback.ledger.steps
-        told[name] = {"error": error, "charged": charged, "sampled": module.steps, "said": said}
+        told[name] = {"error": error, "charged": charged, "sampled": [list(step) for step in module.steps], "said": said}
     return told
 
 
