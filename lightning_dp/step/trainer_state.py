@@ -28,7 +28,7 @@ def trainer_reach(module: pl.LightningModule) -> Reach:
     reach = Reach()
     reach.leave_out([trainer, *module.modules(), *module.parameters(), *module.buffers()])
     _attributes(reach, "the Trainer's ", trainer, besides=("callbacks",))
-    _attributes(reach, "the strategy's ", trainer.strategy)
+    _attributes(reach, "the strategy's ", trainer.strategy, saves=("_checkpoint_io",))
     data = getattr(trainer, "datamodule", None)
     if data is not None:
         _attributes(reach, "the data module's ", data)
@@ -52,17 +52,20 @@ def optimizer_tensors(trainer: Any) -> dict[str, Tensor]:
     }
 
 
-def _attributes(reach: Reach, named: str, owner: Any, besides: tuple[str, ...] = ()) -> None:
+def _attributes(
+    reach: Reach, named: str, owner: Any, besides: tuple[str, ...] = (), saves: tuple[str, ...] = ()
+) -> None:
+    """Note the attributes of an object, but for those with which it ``saves``, and follow them, but for those ``besides``."""
     kept = vars(owner)
-    reach.places.append(DictPlace(named, kept, _beside(kept), named=named))
+    reach.places.append(DictPlace(named, kept, _beside(kept, saves), named=named))
     for name, value in list(kept.items()):
         if name not in besides and not name.startswith("_"):
             reach.walk(f"{named}{name}", value)
 
 
-def _beside(kept: dict[str, Any]) -> Callable[[], set[str]]:
+def _beside(kept: dict[str, Any], saves: tuple[str, ...]) -> Callable[[], set[str]]:
     """Methods that something stands in place of: they come and go."""
-    return lambda: {name for name, value in kept.items() if callable(value)}
+    return lambda: {*saves, *(name for name, value in kept.items() if callable(value))}
 
 
 def _loops(trainer: Any) -> Iterator[tuple[str, Any]]:

@@ -106,7 +106,7 @@ def test_slurm_saves_a_checkpoint_that_has_counted_everything(tmp_path: Path) ->
         os.kill(os.getpid(), signal.SIGKILL)
 
     first = fork(job("1", 50, StopAt(4, requeue), StopAt(7, preempt)), tmp_path)
-    assert wait(first) == -signal.SIGKILL
+    assert wait(first) == -signal.SIGKILL, (tmp_path / "life.log").read_text()[-3000:]
     assert (tmp_path / "hpc_ckpt_1.ckpt").exists(), (tmp_path / "life.log").read_text()[-2000:]
     assert wait(fork(job("1", 9), tmp_path)) == 0, (tmp_path / "life.log").read_text()[-2000:]
     made = len(releases(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -163,6 +164,16 @@ def test_a_hook_may_end_training_by_public_numbers_or_by_what_is_declared() -> N
     trainer(declared, _Callback(_when_low)).fit(Regressor(), loader())
     assert declared.ledger is not None
     assert declared.ledger.steps == 2
+
+
+def test_a_hook_may_save_a_checkpoint(tmp_path: Path) -> None:
+    """Saving reads the loader's state and what is at work while it saves; nothing of it steers."""
+
+    def save(fit: Any, loss: Tensor) -> None:
+        fit.save_checkpoint(tmp_path / "in_a_hook.ckpt")
+
+    trainer(DifferentialPrivacy(noise_multiplier=1.0), _Callback(save), max_steps=2).fit(Regressor(), loader())
+    assert (tmp_path / "in_a_hook.ckpt").exists()
 
 
 class _Keeps(L.Callback):

@@ -132,7 +132,12 @@ def all_of_them(folder: Path) -> dict[str, Any]:
                 error = f"{type(raised).__name__}: {raised}"
         said = [str(one.message) for one in caught if "at every time of reading" in str(one.message)]
         charged = 0 if callback.ledger is None else callback.ledger.steps
-        told[name] = {"error": error, "charged": charged, "sampled": [list(step) for step in module.steps], "said": said}
+        told[name] = {
+            "error": error,
+            "charged": charged,
+            "sampled": [list(step) for step in module.steps],
+            "said": said,
+        }
     return told
 
 
