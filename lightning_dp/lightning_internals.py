@@ -29,7 +29,7 @@ PURPOSES = {
     "_apply_batch_transfer_handler": "a micro-batch is moved to the device through the user's hooks",
     "_average_model": "the average of the weights starts from the initial weights",
     "_callback_metrics": "a validation on the weights as trained leaves no metrics behind",
-    "_collect_rng_states": "several private optimizers see the same random numbers",
+    "_checkpoint_io": "what is at work while a checkpoint is saved steers nothing",
     "_combined_loader": "several training loaders are refused",
     "_compiler_ctx": "a module under torch.compile is told from others",
     "_current_fx_name": "what training_step logs for one example is kept from the loggers",
@@ -51,7 +51,6 @@ PURPOSES = {
     "_root_device": "strategy='private' gets its device",
     "_sampler": "the user's sampler is found inside Lightning's wrapper",
     "_seen_batches_per_dataloader": "a validation on the weights as trained leaves the progress as it was",
-    "_set_rng_states": "several private optimizers see the same random numbers",
     "_sync_module_states": "all ranks start from the same parameters",
     "_tensor_parallel_size": "parameters are shared by all ranks",
 }
@@ -264,6 +263,10 @@ KEPT_BY_LIGHTNING = frozenset(pl.LightningModule().__dict__) | {"log"}
 """Entries of a LightningModule's ``__dict__`` that are Lightning's, or this package's for the time of a pass."""
 
 
+SAVES = ("_checkpoint_io",)
+"""Attributes of a strategy that come and go while it saves a checkpoint."""
+
+
 def current_hook(module: pl.LightningModule) -> str | None:
     """The hook that the module is in."""
     found: str | None = attribute(module, CURRENT_HOOK)
@@ -295,20 +298,6 @@ METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 PROGRESS = ("batch_progress", "_seen_batches_per_dataloader", "restarting")
 """Attributes of a validation loop that a validation moves on."""
-
-
-# ---- random generators
-
-
-def random_states(cuda: bool) -> dict[str, Any]:
-    """The state of all random generators."""
-    found: dict[str, Any] = imported("lightning.fabric.utilities.seed", "_collect_rng_states")(cuda)
-    return found
-
-
-def put_back_random_states(states: dict[str, Any]) -> None:
-    """Undo what was drawn since :func:`random_states`."""
-    imported("lightning.fabric.utilities.seed", "_set_rng_states")(dict(states))
 
 
 # ---- folders

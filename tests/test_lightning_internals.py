@@ -13,7 +13,7 @@ import lightning
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.utilities import cloud_io, distributed, seed
+from lightning.fabric.utilities import cloud_io, distributed
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.overrides import distributed as overrides
@@ -39,7 +39,7 @@ WHERE: dict[str, Callable[[], Any]] = {
     "_apply_batch_transfer_handler": pl.LightningModule,
     "_average_model": WeightAveraging,
     "_callback_metrics": connector,
-    "_collect_rng_states": lambda: seed,
+    "_checkpoint_io": SingleDeviceStrategy,
     "_combined_loader": lambda: trainer().fit_loop,
     "_compiler_ctx": pl.LightningModule,
     "_current_fx_name": pl.LightningModule,
@@ -58,7 +58,6 @@ WHERE: dict[str, Callable[[], Any]] = {
     "_root_device": SingleDeviceStrategy,
     "_sampler": lambda: distributed._DatasetSamplerWrapper(SequentialSampler(range(3))),
     "_seen_batches_per_dataloader": lambda: trainer().fit_loop.epoch_loop.val_loop,
-    "_set_rng_states": lambda: seed,
     "_sync_module_states": lambda: overrides,
     "_tensor_parallel_size": ModelParallelStrategy,
 }
@@ -125,14 +124,6 @@ def test_what_the_names_do() -> None:
     assert single.root_device == torch.device("meta")
     assert {name: type(getattr(connector(), name)) for name in METRICS} == dict.fromkeys(METRICS, dict)
     assert all(hasattr(trainer().fit_loop.epoch_loop.val_loop, name) for name in PROGRESS)
-
-
-def test_random_states_go_back() -> None:
-    torch.manual_seed(3)
-    before = lightning_internals.random_states(cuda=False)
-    first = torch.rand(2)
-    lightning_internals.put_back_random_states(before)
-    assert torch.equal(torch.rand(2), first)
 
 
 def test_self_optimizers_are_the_wrapped_ones() -> None:

@@ -69,8 +69,12 @@ class KeptState:
 
     def alone(self, run: Callable[[], T], what: str) -> T:
         """Run something else on one example, which leaves nothing either, and steers nothing."""
-        with self.put_back_after(what):
-            return self.unsteered(run, what, strictly=True)
+        self._in_order = self._on_course = False
+        try:
+            with self.put_back_after(what):
+                return self.unsteered(run, what, strictly=True)
+        finally:
+            self._in_order = self._on_course = False
 
     def unsteered(self, run: Callable[[], T], what: str = _STEP, *, strictly: bool = False) -> T:
         """Run a pass through training_step, which may not steer training: what it sees is one example.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dp.lightning_internals import SAVES
 from lightning_dp.step.places import DictPlace, Place
 from lightning_dp.step.reach import Reach
 
@@ -28,7 +29,7 @@ def trainer_reach(module: pl.LightningModule) -> Reach:
     reach = Reach()
     reach.leave_out([trainer, *module.modules(), *module.parameters(), *module.buffers()])
     _attributes(reach, "the Trainer's ", trainer, besides=("callbacks",))
-    _attributes(reach, "the strategy's ", trainer.strategy, saves=("_checkpoint_io",))
+    _attributes(reach, "the strategy's ", trainer.strategy, saves=SAVES)
     data = getattr(trainer, "datamodule", None)
     if data is not None:
         _attributes(reach, "the data module's ", data)

@@ -107,7 +107,7 @@ def test_an_item_that_raises_later_ends_the_run_with_the_budget_of_the_steps_bef
 
     def item(index: int) -> Any:
         seen.append(index)
-        if len(seen) > 40:
+        if len(seen) > 90:  # before the first step some are looked at
             raise OSError(f"example {index} cannot be read")
         return example(index)
 
@@ -115,7 +115,7 @@ def test_an_item_that_raises_later_ends_the_run_with_the_budget_of_the_steps_bef
     with pytest.raises(OSError, match=r"example \d+ cannot be read"):
         trainer(private, max_steps=100).fit(regressor(), loader(Items(item)))
     assert private.ledger is not None
-    assert 0 < private.ledger.steps < 4
+    assert 0 < private.ledger.steps < 8
     assert f'"steps": {private.ledger.steps},' in (tmp_path / "privacy.json").read_text()
 
 
