@@ -34,6 +34,11 @@ class Instead:
         functools.update_wrapper(self, function)  # so that its signature is the function's
         self._owner, self._name, self._function, self._before = owner, name, function, before
 
+    @property
+    def before(self) -> Any:
+        """What stood in the object's own ``__dict__``, or ``None``."""
+        return self._before
+
     def __call__(self, *args: Any, **options: Any) -> Any:
         """What the function gives."""
         return self._function(*args, **options)

@@ -49,6 +49,13 @@ def _one(now: Any, before: Any) -> bool:
 _VALUES = (int, float, complex, str, bytes, range, slice, np.generic, torch.dtype, torch.device, torch.Size)
 
 
+def _under(value: Any) -> Any:
+    """What would stand in an object's ``__dict__`` without this package."""
+    while isinstance(value, Instead):
+        value = value.before
+    return value
+
+
 class DictPlace(Place):
     """A dict, or the ``__dict__`` of an object.
 
@@ -88,9 +95,10 @@ class DictPlace(Place):
         return list(now) != list(kept) or not all(map(_one, now.values(), kept.values()))
 
     def _beside(self) -> set[Any]:
-        """Names that do not count, and those under which an engine has put something of its own for the time being."""
-        pairs = (*zip(self._keys, self._values, strict=True), *self._live.items())
-        return {*self._ignored(), *(key for key, value in pairs if isinstance(value, Instead))}
+        """Names that do not count, and those under which only something of this package's own has come or gone."""
+        before, live = dict(zip(self._keys, self._values, strict=True)), self._live
+        ours = [key for table in (before, live) for key, value in table.items() if isinstance(value, Instead)]
+        return {*self._ignored(), *(key for key in ours if _under(before.get(key)) is _under(live.get(key)))}
 
     @override
     def held(self) -> Any:
