@@ -48,7 +48,8 @@ def attributes_put_back(module: nn.Module, *, report: bool = True) -> Iterator[d
         (a cache, the last attention map) is undone and not reported.
 
     Raises:
-        PreflightError: a LightningModule's attribute was deleted.
+        PreflightError: a LightningModule's attribute was deleted, or one of its methods, such as a hook, has another function
+            in its place: that would be called between steps, with what it knows of an example.
     """
     hidden = [(one, _hide(one)) for one in module.modules() if one in _written]
     before = [(path, one, _snapshot(one)) for path, one in module.named_modules()]
@@ -65,6 +66,8 @@ def attributes_put_back(module: nn.Module, *, report: bool = True) -> Iterator[d
     for place, value in changes.items():
         if value is _ABSENT:
             raise _adds_up(place)
+        if callable(getattr(type(module.get_submodule(place[0])), place[1], None)):
+            raise _takes_a_place(place)
 
 
 def left_on(module: nn.Module) -> Collection[str]:
@@ -216,6 +219,14 @@ def _adds_up(place: Place) -> PreflightError:
         "or values that do not depend on the example. It runs for each example on its own, and what it adds up or moves "
         "cannot be put together afterwards; above all, no later training_step may depend on it. Use self.log or a "
         "torchmetrics object, or do it in on_train_batch_end."
+    )
+
+
+def _takes_a_place(place: Place) -> PreflightError:
+    return PreflightError(
+        f"training_step puts something in the place of the method self.{_full_name(place)}: expected it to stay. It "
+        "would be called between steps with what it knows of an example, and no later training_step may depend on that. "
+        "Write the method in the class, and let it read weights, logged metrics and public numbers."
     )
 
 

@@ -49,7 +49,7 @@ def _one(now: Any, before: Any) -> bool:
 _VALUES = (int, float, complex, str, bytes, range, slice, np.generic, torch.dtype, torch.device, torch.Size)
 
 
-def _under(value: Any) -> Any:
+def under(value: Any) -> Any:
     """What would stand in an object's ``__dict__`` without this package."""
     while isinstance(value, Instead):
         value = value.before
@@ -98,7 +98,7 @@ class DictPlace(Place):
         """Names that do not count, and those under which only something of this package's own has come or gone."""
         before, live = dict(zip(self._keys, self._values, strict=True)), self._live
         ours = [key for table in (before, live) for key, value in table.items() if isinstance(value, Instead)]
-        return {*self._ignored(), *(key for key in ours if _under(before.get(key)) is _under(live.get(key)))}
+        return {*self._ignored(), *(key for key in ours if under(before.get(key)) is under(live.get(key)))}
 
     @override
     def held(self) -> Any:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp.lightning_internals import SAVES
-from lightning_dp.step.places import DictPlace, Place
+from lightning_dp.step.places import DictPlace, ListPlace, Place, under
 from lightning_dp.step.reach import Reach
 
 
@@ -20,7 +20,8 @@ def trainer_reach(module: pl.LightningModule) -> Reach:
     """Everything by which rate, length and course of training are set, and what somebody keeps on the Trainer.
 
     Followed are the attributes of the Trainer, its strategy, data module and loops, the loops' counters, optimizers with their
-    groups and state, and learning rate schedulers. What these refer to otherwise (the module, callbacks, loggers, data) is not.
+    groups, state and hooks, and learning rate schedulers; of callbacks, which there are and what stands in place of their
+    methods. What these refer to otherwise (the module, loggers, data) is not.
 
     Args:
         module: attached to its Trainer.
@@ -30,6 +31,12 @@ def trainer_reach(module: pl.LightningModule) -> Reach:
     reach.leave_out([trainer, *module.modules(), *module.parameters(), *module.buffers()])
     _attributes(reach, "the Trainer's ", trainer, besides=("callbacks",))
     _attributes(reach, "the strategy's ", trainer.strategy, saves=SAVES)
+    for what, several in (("callbacks", trainer.callbacks), ("optimizers", trainer.optimizers)):
+        if isinstance(several, list):
+            reach.places.append(ListPlace(f"the Trainer's {what}", several))
+    for callback in trainer.callbacks:
+        reach.places.append(_Methods(f"a method of {type(callback).__name__}", callback))
+    reach.places.append(_Methods("a method of the strategy", trainer.strategy))
     data = getattr(trainer, "datamodule", None)
     if data is not None:
         _attributes(reach, "the data module's ", data)
@@ -37,7 +44,11 @@ def trainer_reach(module: pl.LightningModule) -> Reach:
         _attributes(reach, f"the {name}'s ", loop)
     for number, optimizer in enumerate(trainer.optimizers):
         _attributes(reach, f"optimizer {number}, ", optimizer, besides=("param_groups", "state"))
+        reach.places.append(_Methods(f"a method of optimizer {number}", optimizer))
         reach.walk(f"optimizer {number}, param_groups", optimizer.param_groups)
+        for name, value in list(vars(optimizer).items()):
+            if name.endswith("_hooks"):
+                reach.walk(f"optimizer {number}, {name}", value)
         reach.places.append(_OptimizerState(f"optimizer {number}, state", optimizer))
     for number, config in enumerate(trainer.strategy.lr_scheduler_configs):
         _attributes(reach, f"scheduler {number}, ", config.scheduler)
@@ -91,6 +102,36 @@ def _counters(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _tensors(optimizer: Optimizer) -> list[Tensor]:
     kept = [one for one in optimizer.state.values() if isinstance(one, dict)]
     return [value for one in kept for value in one.values() if isinstance(value, Tensor)]
+
+
+class _Methods(Place):
+    """The functions that stand in an object's ``__dict__``, such as those in the place of its methods."""
+
+    def __init__(self, where: str, live: Any) -> None:
+        self.where, self._live = where, live
+        self._kept = self._functions()
+
+    def _functions(self) -> dict[str, Any]:
+        found = {name: under(value) for name, value in vars(self._live).items() if callable(value)}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @override
+    def differs(self) -> bool:
+        now = self._functions()
+        return now.keys() != self._kept.keys() or any(now[name] is not value for name, value in self._kept.items())
+
+    @override
+    def held(self) -> Any:
+        return self._functions()
+
+    @override
+    def put_back(self) -> None:
+        now = self._functions()
+        for name in now.keys() - self._kept.keys():
+            del vars(self._live)[name]
+        for name, value in self._kept.items():
+            if now.get(name) is not value:
+                vars(self._live)[name] = value
 
 
 class _OptimizerState(Place):

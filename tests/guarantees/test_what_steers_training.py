@@ -84,10 +84,39 @@ def _shelf(module: Any, loss: Tensor) -> None:
     module.trainer.center = loss
 
 
+def _keeps(module: Any, value: float) -> Callable[..., None]:
+    return lambda *_, **__: setattr(module, "kept", value)
+
+
+def _hook_of_a_callback(module: Any, loss: Tensor) -> None:
+    module.trainer.callbacks[-1].on_train_epoch_end = _keeps(module, float(loss))
+
+
+def _method_of_the_optimizer(module: Any, loss: Tensor) -> None:
+    module.trainer.optimizers[0].zero_grad = _keeps(module, float(loss))
+
+
+def _method_of_the_strategy(module: Any, loss: Tensor) -> None:
+    module.trainer.strategy.batch_to_device = _keeps(module, float(loss))
+
+
+def _hook_of_the_optimizer(module: Any, loss: Tensor) -> None:
+    module.trainer.optimizers[0].register_step_post_hook(_keeps(module, float(loss)))
+
+
+def _another_callback(module: Any, loss: Tensor) -> None:
+    module.trainer.callbacks.append(L.Callback())
+
+
 @pytest.mark.parametrize("engine", ["auto", "loop"])
 @pytest.mark.parametrize(
     ("steer", "what"),
     [
+        (_hook_of_a_callback, "sets a method of"),
+        (_method_of_the_optimizer, "sets a method of optimizer 0"),
+        (_method_of_the_strategy, "sets a method of the strategy"),
+        (_hook_of_the_optimizer, r"sets optimizer 0, _optimizer_step_post_hooks\["),
+        (_another_callback, "sets the Trainer's callbacks"),
         (_rate, r"sets optimizer 0, param_groups\[0\]\['lr'\]"),
         (_rate_of_the_trainer, r"sets optimizer 0, param_groups\[0\]\['lr'\]"),
         (_scheduler, "sets scheduler 0, last_epoch"),
@@ -111,6 +140,37 @@ def test_a_step_that_steers_training_is_refused_before_its_release(steer: Any, w
     assert private.ledger.steps == 1
     assert fit.optimizers[0].param_groups[0]["lr"] == 0.5
     assert not fit.should_stop
+
+
+class _TakesAPlace(Regressor):
+    """Puts a function that knows an example where Lightning, or anybody, calls a method of the module."""
+
+    def __init__(self, name: str, value: Any = None) -> None:
+        super().__init__()
+        self.name, self.value, self.carried = name, value, 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step >= 1:
+            setattr(self, self.name, self.value or _keeps(self, 1.0))
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap", "loop"])
+@pytest.mark.parametrize(
+    "name", ["on_train_batch_end", "on_before_zero_grad", "configure_gradient_clipping", "forward"]
+)
+def test_a_step_that_puts_a_function_in_the_place_of_a_method_is_refused(name: str, engine: Any) -> None:
+    private = DifferentialPrivacy(noise_multiplier=1.0, engine=engine)
+    module = _TakesAPlace(name)
+    with pytest.raises(PreflightError, match=f"in the place of the method self.{name}"):
+        trainer(private, max_steps=3).fit(module, loader())
+    assert private.ledger is not None
+    assert private.ledger.steps == 1
+    assert name not in module.__dict__
 
 
 class _Callback(L.Callback):

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_dp.step.manual.same_draws import SameDraws
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_dp import DifferentialPrivacy
+from lightning_dp.engines.drawing import Alone, Drawing
+from lightning_dp.engines.select import EngineError
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import poisson_sample
+from lightning_dp.mechanism.seeded_globals import seed_globals
 from lightning_dp.step.manual.values_over_steps import PutBackInTime
 from tests.conftest import loader, trainer, weights
 from tests.guarantees.mutations import caught, patched
@@ -192,8 +197,10 @@ def by_hand(first: str) -> Tensor:
     order = ("generator", "discriminator") if first == "generator" else ("discriminator", "generator")
     for step in range(STEPS):
         drawn = poisson_sample(key.generator(Stream.SAMPLING, step), ROWS, BATCH / ROWS).tolist()
-        torch.manual_seed(key.torch_seed(Stream.DROPOUT, step, 0))
-        noises = [module.noise(1) for _ in drawn]
+        noises = []
+        for seed in key.seeds(Stream.DROPOUT, step, np.array(drawn)):
+            seed_globals(int(seed), None)
+            noises.append(module.noise(1))
         fakes = [module.generator(noise) for noise in noises]
         for part, name in enumerate(order):
             parameters = list(getattr(module, name).parameters())
@@ -252,7 +259,17 @@ def same_numbers(engine: Any) -> None:
 @pytest.mark.parametrize("engine", ["vmap", "loop"])
 def test_an_example_has_the_same_random_numbers_in_every_pass(engine: str) -> None:
     same_numbers(engine)
-    with caught(patched((SameDraws, "at_start_of_a_call", lambda self: None))):
+
+    def with_other_numbers(plain: Any) -> Any:
+        def one_pass(self: Any, batch: Any, run: Any) -> Any:
+            other = torch.randint(2**62, batch.seeds.shape, generator=torch.Generator().manual_seed(next(count)))
+            return plain(self, replace(batch, seeds=other), run)
+
+        return one_pass
+
+    count = itertools.count()
+    planted = patched(*((kind, "one_pass", with_other_numbers(kind.one_pass)) for kind in (Drawing, Alone)))
+    with planted, pytest.raises((AssertionError, EngineError)):  # refused before training
         same_numbers(engine)
 
 
