@@ -90,25 +90,34 @@ def add_gaussian_noise(parts: Parts, coordinates: int, *, noise_std: float, key:
         >>> torch.equal(one, two)
         True
     """
-    for _, part in parts:
-        if part.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"a part of dtype={part.dtype}: expected torch.float32 or torch.float64. Sum in the accumulation type of "
-                "lightning_dp.mechanism.clip, and store complex parameters as real ones (torch.view_as_real)."
-            )
+    check_floating(parts)
     some = next((part for _, part in parts if part.numel()), None)
     if some is None:
         return
     for block, length, here in in_blocks(parts, coordinates, block_on(some.device)):
         if noise_std == 0:
             continue
-        normal = _standard_normal(some.new_empty(length), key, step, block)
+        normal = standard_normal(some.new_empty(length), key, step, block)
         for part, where in here:
             part.add_(normal[where], alpha=noise_std)
 
 
-def _standard_normal(like: Tensor, key: RandomKey, step: int, block: int) -> Tensor:
-    """As many numbers as ``like`` has, of its type, on its device."""
+def check_floating(parts: Parts) -> None:
+    """Refuse parts that would get no noise, or noise in one half of them.
+
+    Raises:
+        TypeError: a part is neither float32 nor float64.
+    """
+    for _, part in parts:
+        if part.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"a part of dtype={part.dtype}: expected torch.float32 or torch.float64. Sum in the accumulation type of "
+                "lightning_dp.mechanism.clip, and store complex parameters as real ones (torch.view_as_real)."
+            )
+
+
+def standard_normal(like: Tensor, key: RandomKey, step: int, block: int) -> Tensor:
+    """The N(0, 1) numbers of a step's block of coordinates: as many as ``like`` has, of its type, on its device."""
     if like.device.type == "cuda":
         on_device = torch.Generator(device=like.device).manual_seed(key.torch_seed(Stream.NOISE, step, block))
         return torch.randn(like.shape, generator=on_device, dtype=like.dtype, device=like.device)

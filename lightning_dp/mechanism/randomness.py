@@ -26,6 +26,7 @@ class Stream(Enum):
     READING = "reading"
     HOOKS = "hooks"
     COMPARISONS = "comparisons"
+    DIGEST = "digest"
 
 
 class RandomKey:
@@ -73,6 +74,10 @@ class RandomKey:
     def reveal(self) -> bytes:
         """The raw key, for the one purpose of sharing it among the ranks of a run."""
         return self._material
+
+    def digest(self) -> str:
+        """A name of the key that may be saved: it tells two keys apart, and nothing of them can be computed from it."""
+        return self.derive(Stream.DIGEST, size=16).hex()
 
     def derive(self, stream: Stream, *counters: int, size: int = 32) -> bytes:
         """``size`` (at most 64) pseudorandom bytes for this stream at these counters (step, then rank or part)."""

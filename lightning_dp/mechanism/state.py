@@ -9,16 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class MechanismState:
-    """What noise and clipping carry from step to step: today nothing, since every step's noise is drawn anew and C is fixed.
+    """What noise and clipping carry from step to step: nothing where every step's noise is drawn anew and C is fixed.
 
-    It goes through each release, which returns the next one, and is saved in checkpoints. All of it is public: the same on
-    every rank, and computed from nothing but what has been released.
+    It goes through each release, which returns the next one, and its values are saved in checkpoints. All of these are public:
+    the same on every rank, and computed from nothing but what has been released.
 
     Args:
         values: name → a plain value: a number, a string, or a list or dict of these.
+        past: what this process has in memory of earlier noise and could compute again. **Secret**: it is never saved.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
+    past: object = field(default=None, compare=False, repr=False)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -195,8 +195,8 @@ def one_share_without_noise() -> AbstractContextManager[None]:
 @contextmanager
 def one_stream_for_every_share() -> Iterator[None]:
     """The stream's counter leaves the block out, so the shares hold the same noise: their difference holds none."""
-    original = gaussian_module._standard_normal
-    with patched((gaussian_module, "_standard_normal", lambda like, key, step, block: original(like, key, step, 0))):
+    original = gaussian_module.standard_normal
+    with patched((gaussian_module, "standard_normal", lambda like, key, step, block: original(like, key, step, 0))):
         yield
 
 

@@ -1,0 +1,188 @@
+"""Noise that is correlated over the steps, as plain public numbers: a strategy matrix, and what one example can do to it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from lightning_dp.plan.toeplitz import (
+    Series,
+    best_banded,
+    best_lambda,
+    inverse,
+    inverse_square_root,
+    moves_of_groups,
+)
+from lightning_dp.validate import number, shown, whole
+
+NoiseStyle = Literal["independent", "banded", "lambda", "bisr"]
+"""How the noise of a step depends on that of the steps before."""
+
+INDEPENDENT = "independent"
+DEFAULT_BANDS = 4
+MOST_BANDS = 1024
+"""More past noise than anybody has the memory or the time for."""
+
+MOST_STEPS = 10**7
+"""A matrix for more steps takes too long to compute with."""
+
+_TEXT = re.compile(r"(banded|lambda|bisr) for (\d+) steps, momentum (\S+): (\S.*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """The strategy matrix C of noise that is correlated over the steps: what is released is C⁻¹(C·G + Z).
+
+    G has the sums of clipped gradients, one row for each step, and Z is independent Gaussian noise. C is a lower-triangular
+    Toeplitz matrix, banded or with a banded inverse:
+
+    | style | matrix | what is drawn for a step |
+    |---|---|---|
+    | ``banded`` | C has b bands, found for the workload | the noise of the b - 1 steps before, and a new draw |
+    | ``lambda`` | C⁻¹ = I - λ·(shift by one step) | two draws |
+    | ``bisr`` | C⁻¹ = the first p bands of A^(-1/2) | p draws |
+
+    A is the workload: what SGD with momentum makes of the gradients. It has to do with utility alone; any matrix is as private
+    as its sensitivity says.
+
+    Args:
+        style: one of the three.
+        steps: T, for which the matrix was made.
+        momentum: β, for which it was made.
+        matrix: the first column of C (``banded``) or of C⁻¹; what follows is zero.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153); Kalinin, McKenna, Pagh, Lampert 2026 (arXiv 2601.22334); Kalinin,
+    McKenna, Upadhyay, Lampert 2025 (arXiv 2505.12128).
+
+    Example:
+        >>> Correlation.found("lambda", steps=100, momentum=0.9, groups=10).bands
+        2
+    """
+
+    style: str
+    steps: int
+    momentum: float
+    matrix: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_noise(self.style)
+        if self.style == INDEPENDENT:
+            raise ValueError("noise='independent' with a strategy matrix: expected noise that is correlated.")
+        whole("noise_steps", self.steps, 1, MOST_STEPS)
+        check_momentum(self.momentum)
+        for value in self.matrix:
+            number("noise_matrix", value)
+        if not 1 <= len(self.matrix) <= MOST_BANDS or not self.matrix[0] > 0 or not math.isfinite(self.column_norm):
+            raise ValueError(
+                f"noise_matrix={shown(list(self.matrix))}: expected 1 to {MOST_BANDS} finite numbers, the first above 0."
+            )
+
+    @classmethod
+    def found(cls, style: str, *, steps: int, momentum: float, groups: int, bands: int = DEFAULT_BANDS) -> Correlation:
+        """The matrix of least error, by a small search, which is kept.
+
+        Args:
+            style: ``"banded"``, ``"lambda"`` or ``"bisr"``.
+            steps: T.
+            momentum: β of the workload.
+            groups: of which one example takes part in the steps of one.
+            bands: of C or of C⁻¹; ``lambda`` always has two.
+
+        Raises:
+            ValueError: there are more bands than steps.
+        """
+        check_bands(bands)
+        if style != "lambda" and bands > steps:
+            raise ValueError(
+                f"noise_bands={bands} with {steps} steps: expected at most as many bands as steps. Lower noise_bands, or take "
+                "more steps."
+            )
+        if style == "banded":
+            matrix = best_banded(steps, bands, momentum)
+        elif style == "lambda":
+            matrix = (1.0, -best_lambda(steps, groups, momentum))
+        else:
+            matrix = tuple(round(float(value), 12) for value in inverse_square_root(bands, momentum))
+        return cls(style, steps, momentum, matrix)
+
+    @classmethod
+    def read(cls, text: object) -> Correlation | None:
+        """The inverse of ``str``; ``None`` for ``"independent"``.
+
+        Raises:
+            ValueError: it is no such text.
+        """
+        if text == INDEPENDENT:
+            return None
+        found = _TEXT.fullmatch(text) if isinstance(text, str) and len(text) < 40 * MOST_BANDS else None
+        if found is None:
+            raise ValueError(f"noise={shown(text)}: expected 'independent', or the text of a strategy matrix.")
+        style, steps, momentum, matrix = found.groups()
+        try:
+            return cls(style, int(steps), float(momentum), tuple(map(float, matrix.split())))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"noise={shown(text)}: {error}") from None
+
+    def __str__(self) -> str:
+        return f"{self.style} for {self.steps} steps, momentum {self.momentum!r}: {' '.join(map(repr, self.matrix))}"
+
+    @property
+    def bands(self) -> int:
+        """How many bands C, or C⁻¹, has."""
+        return len(self.matrix)
+
+    @property
+    def of_inverse(self) -> bool:
+        """Whether it is C⁻¹ that is banded."""
+        return self.style != "banded"
+
+    @property
+    def column_norm(self) -> float:
+        """The largest norm of a column of C: the sensitivity of one participation, in T steps."""
+        return self.sensitivity(self.steps, self.steps)
+
+    def sensitivity(self, steps: int, groups: int) -> float:
+        """How far one example moves the first ``steps`` rows of C·G, taking part in at most every b-th step; C clips to 1.
+
+        See :func:`lightning_dp.plan.toeplitz.moves_of_groups`.
+
+        Args:
+            steps: t ≥ 1.
+            groups: b.
+
+        Raises:
+            ValueError: no formula for it is known.
+        """
+        longest = self.steps if steps <= self.steps else 1 << (steps - 1).bit_length()
+        return float(_moves(self.matrix, self.of_inverse, longest, min(groups, longest))[steps - 1])
+
+
+@lru_cache(maxsize=128)
+def _moves(matrix: tuple[float, ...], of_inverse: bool, steps: int, groups: int) -> Series:
+    given = np.array(matrix)
+    return moves_of_groups(inverse(given, steps) if of_inverse else given, steps, groups)
+
+
+def check_noise(style: object) -> None:
+    """Raise ``ValueError`` unless ``style`` is a :data:`NoiseStyle`."""
+    if not isinstance(style, str) or style not in get_args(NoiseStyle):
+        raise ValueError(f"noise={shown(style)}: expected one of {', '.join(map(repr, get_args(NoiseStyle)))}.")
+
+
+def check_bands(bands: Any) -> None:
+    """Raise ``ValueError`` unless ``bands`` is a whole number from 1."""
+    whole("noise_bands", bands, 1, MOST_BANDS)
+
+
+def check_momentum(momentum: Any) -> None:
+    """Raise ``ValueError`` unless ``momentum`` lies in [0, 1)."""
+    if not 0 <= number("noise_momentum", momentum) < 1:
+        raise ValueError(f"noise_momentum={momentum}: expected a number in [0, 1), the momentum of the optimizer.")
