@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import ROUND_CEILING, Decimal
 
 from lightning_dp.accounting.epsilon import MOST_MECHANISMS, epsilon_bound, few, pool
@@ -58,12 +58,27 @@ def noise_multiplier_for(
 
     Source: the bounds are those of :func:`lightning_dp.accounting.epsilon_bound`.
     """
-    check_epsilon(epsilon)
-    check_delta(delta)
     check_sampling_probability(sampling_probability)
     if whole("steps", steps, high=MOST_STEPS) < 1:
         raise ValueError(f"steps={steps}: expected at least 1 step to calibrate the noise for.")
-    search = _Search(epsilon, delta, sampling_probability, steps, few(pool(history), MOST_MECHANISMS - 1))
+    return noise_for(epsilon, delta, lambda sigma: Phase(sigma, sampling_probability, steps), history)
+
+
+def noise_for(epsilon: float, delta: float, phase: Callable[[float], Phase], history: Sequence[Phase] = ()) -> float:
+    """:func:`noise_multiplier_for` of any mechanism.
+
+    Args:
+        epsilon: the target, above 0 and finite.
+        delta: δ, in (0, 1).
+        phase: what the accountants compose for the steps to come, given σ: :func:`lightning_dp.accounting.phase.phase_of`.
+        history: phases already spent, if training is resumed.
+
+    Raises:
+        ValueError: as of :func:`noise_multiplier_for`.
+    """
+    check_epsilon(epsilon)
+    check_delta(delta)
+    search = _Search(epsilon, delta, phase, few(pool(history), MOST_MECHANISMS - 1))
     search.check_reachable()
     holds = search.by_rdp()
     return search.confirm(search.by_coarse_prv(holds), holds)
@@ -72,11 +87,13 @@ def noise_multiplier_for(
 class _Search:
     """One calibration: the target, and ε as a function of σ."""
 
-    def __init__(self, epsilon: float, delta: float, q: float, steps: int, history: tuple[Phase, ...]) -> None:
-        self.target, self.delta, self.q, self.steps, self.history = epsilon, delta, q, steps, history
+    def __init__(
+        self, epsilon: float, delta: float, phase: Callable[[float], Phase], history: tuple[Phase, ...]
+    ) -> None:
+        self.target, self.delta, self.phase, self.history = epsilon, delta, phase, history
 
     def phases(self, sigma: float) -> list[Phase]:
-        return [*self.history, Phase(sigma, self.q, self.steps)]
+        return [*self.history, self.phase(sigma)]
 
     def check_reachable(self) -> None:
         taken = sum(phase.steps for phase in self.history)
@@ -87,11 +104,11 @@ class _Search:
                 f"spent ε = {spent:.4g}. Expected a target above that. Raise epsilon, or stop here."
             )
         if epsilon_bound(self.phases(LARGEST_NOISE_MULTIPLIER), self.delta).epsilon > self.target:
-            after = f" after {taken} steps already taken" if taken else ""
+            after, asked = f" after {taken} steps already taken" if taken else "", self.phase(LARGEST_NOISE_MULTIPLIER)
             raise ValueError(
-                f"epsilon={self.target:g} with delta={self.delta:g}, sampling_probability={self.q:.6g}, "
-                f"steps={self.steps}{after}: expected a target that some noise multiplier up to "
-                f"{LARGEST_NOISE_MULTIPLIER:g} reaches, but none does. Raise epsilon or delta, or lower the "
+                f"epsilon={self.target:g} with delta={self.delta:g}, sampling_probability="
+                f"{asked.sampling_probability:.6g}, steps={asked.steps}{after}: expected a target that some noise multiplier "
+                f"up to {LARGEST_NOISE_MULTIPLIER:g} reaches, but none does. Raise epsilon or delta, or lower the "
                 "number of steps or the expected batch size."
             )
 
@@ -113,8 +130,16 @@ class _Search:
         last: tuple[float, float] | None = None
         for _ in range(8):
             try:
-                grid = PrvGrid(self.history, sigma, self.q, self.delta, self.steps, _COARSE * EPSILON_ERROR)
-                estimate = grid.epsilon(self.steps)[0]
+                asked = self.phase(sigma)
+                grid = PrvGrid(
+                    self.history,
+                    asked.noise_multiplier,
+                    asked.sampling_probability,
+                    self.delta,
+                    asked.steps,
+                    _COARSE * EPSILON_ERROR,
+                )
+                estimate = grid.epsilon(asked.steps)[0]
             except PrvFailureError:
                 break
             if estimate <= 0.0:

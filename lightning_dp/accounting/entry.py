@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from secrets import token_hex
 from typing import Any
 
 from lightning_dp.accounting.assumptions import NAMES, NOTHING_ASSUMED, Assumptions
-from lightning_dp.accounting.phase import Phase
+from lightning_dp.accounting.phase import Phase, phase_of
 from lightning_dp.accounting.slack import Slack, slack_of
 from lightning_dp.plan.clipping import DEFAULT_GAMMA
 from lightning_dp.plan.mechanism import EXAMPLE, Mechanism
@@ -19,15 +20,21 @@ REMEDY = "Resume from a checkpoint written by this version, whole and unedited; 
 FIELDS = (
     "steps", "noise_multiplier", "sampling_probability", "clip_norm", "expected_batch_size", "dataset_size", "delta",
     "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", "unit", "row_wise", "public_state",
+    "sampling", "stretch",
 )  # fmt: skip
 """What is written of an entry."""
 
 _NULLABLE = ("max_batch_size", "resolution", "coordinates", "automatic_gamma")
-_BESIDE = ("automatic_gamma", *NAMES)
+_BESIDE = ("automatic_gamma", "stretch", *NAMES)
+_SINCE = {"sampling": "poisson"}
+"""What a mechanism has since later versions, as it was before. In :meth:`Entry.text` only where it is another."""
 _COUNTS = ("steps", "dataset_size", "max_batch_size", "resolution", "coordinates")
-_TEXTS = ("clipping", "unit")
-_AT_FIRST = {"clipping": "flat", "unit": EXAMPLE, "automatic_gamma": None, **NOTHING_ASSUMED.numbers}
+_TEXTS = ("clipping", "unit", "sampling", "stretch")
+_AT_FIRST = {
+    "clipping": "flat", "unit": EXAMPLE, "automatic_gamma": None, "stretch": "", **_SINCE, **NOTHING_ASSUMED.numbers,
+}  # fmt: skip
 """What was not written by versions that knew nothing else, or did not write it down."""
+_LONGEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,8 @@ class Entry:
         delta: δ of the statement that was meant to be made.
         gamma_known: whether γ was written down. At first ledgers wrote none; ``mechanism`` then has the default.
         assumed: what the user vouched for while they were taken. ε does not depend on it, and the statement lists it.
+        stretch: names the randomness that they share, if the mechanism is not memoryless: steps of one mechanism and one
+            stretch are accounted for together, and a resume begins another. Empty for a memoryless mechanism.
     """
 
     mechanism: Mechanism
@@ -47,6 +56,7 @@ class Entry:
     delta: float
     gamma_known: bool = True
     assumed: Assumptions = NOTHING_ASSUMED
+    stretch: str = ""
 
     @classmethod
     def of(cls, plan: PrivacyPlan, steps: int) -> Entry:
@@ -80,6 +90,8 @@ class Entry:
             raise ValueError(
                 f"unit={shown(raw['unit'])} in the ledger's state: expected the name of a privacy unit. {REMEDY}"
             )
+        if not isinstance(raw["stretch"], str) or len(raw["stretch"]) > _LONGEST:
+            raise ValueError(f"stretch={shown(raw['stretch'])} in the ledger's state: expected a name. {REMEDY}")
         try:
             return cls._checked(dict(raw))
         except ValueError as error:
@@ -90,7 +102,7 @@ class Entry:
         steps, delta, q, gamma = (
             raw.pop(name) for name in ("steps", "delta", "sampling_probability", "automatic_gamma")
         )
-        assumed = Assumptions.read({name: raw.pop(name) for name in NAMES})
+        assumed, stretch = Assumptions.read({name: raw.pop(name) for name in NAMES}), raw.pop("stretch")
         automatic = raw["clipping"] == "automatic"
         if gamma is not None and not automatic:
             raise ValueError(f"automatic_gamma={gamma} with clipping={shown(raw['clipping'])}: expected None.")
@@ -101,7 +113,13 @@ class Entry:
                 f"dataset_size={raw['dataset_size']}: expected their ratio."
             )
         check_delta(delta)
-        entry = cls(mechanism, steps, delta, gamma_known=gamma is not None or not automatic, assumed=assumed)
+        if mechanism.memoryless != (stretch == ""):
+            raise ValueError(
+                f"stretch={shown(stretch)} with sampling={raw['sampling']!r}: expected a name exactly where steps are "
+                "accounted for together."
+            )
+        known = gamma is not None or not automatic
+        entry = cls(mechanism, steps, delta, gamma_known=known, assumed=assumed, stretch=stretch)
         entry.phase()
         entry.slack()
         return entry
@@ -124,6 +142,8 @@ class Entry:
             "clipping": step.clipping.style,
             "automatic_gamma": self.gamma,
             "unit": step.unit,
+            "sampling": step.sampling.scheme,
+            "stretch": self.stretch,
             **self.assumed.numbers,
         }
 
@@ -139,16 +159,34 @@ class Entry:
         The form does not change between versions, so that the continuation of a checkpoint can be repeated. γ and what is
         vouched for enter the key beside it (:func:`lightning_dp.record.course.facts_of`).
         """
-        shown_numbers = {name: value for name, value in self.numbers.items() if name not in _BESIDE}
+        shown_numbers = {
+            name: value
+            for name, value in self.numbers.items()
+            if name not in _BESIDE and not (name in _SINCE and value == _SINCE[name])
+        }
         return f"Entry({', '.join(f'{name}={value!r}' for name, value in {**shown_numbers, 'steps': 0}.items())})"
 
     def phase(self) -> Phase:
-        """What the accountant composes."""
-        return Phase(*self.mechanism.event(), self.steps)
+        """What the accountants compose, if these are all the steps of their stretch; see :func:`phases_composed`."""
+        return phase_of(self.mechanism, self.steps)
 
     def slack(self) -> Slack:
         """How far these steps are from what the accountant composes, all together."""
         return slack_of(self.mechanism) * self.steps
+
+
+def phases_composed(entries: Iterable[Entry]) -> tuple[Phase, ...]:
+    """What the accountants compose for all of ``entries``: steps that share their randomness make one phase."""
+    together: dict[object, tuple[Mechanism, int]] = {}
+    for place, entry in enumerate(entries):
+        key = (entry.stretch, entry.mechanism) if entry.stretch else place
+        together[key] = (entry.mechanism, together.get(key, (entry.mechanism, 0))[1] + entry.steps)
+    return tuple(phase_of(mechanism, steps) for mechanism, steps in together.values())
+
+
+def fresh_stretch() -> str:
+    """A name for randomness that begins anew; no two are the same."""
+    return token_hex(8)
 
 
 def check_one_unit(entries: Iterable[Entry], unit: str) -> None:

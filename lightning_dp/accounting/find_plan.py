@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_dp.accounting.calibrate import noise_multiplier_for
+from lightning_dp.accounting.calibrate import noise_for
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.limits import check_slack_is_affordable
+from lightning_dp.accounting.phase import phase_of
 from lightning_dp.accounting.reserve import noise_with_reserve
 from lightning_dp.errors import PreflightError
 from lightning_dp.plan.clipping import Clipping
@@ -136,14 +137,20 @@ def _found(plan: PrivacyPlan, spent: Mapping[str, Any] | None) -> float:
             f"epsilon={epsilon} without an end: expected Trainer(max_steps=...) or Trainer(max_epochs=...). The noise "
             "is found for a planned number of steps; training may still stop earlier, for instance by max_time."
         )
-    last = history.phases[-1] if history.phases else None
-    remaining = plan.steps - history.steps
-    if last is not None and (last.sampling_probability == plan.sampling_probability or remaining == 0):
-        return last.noise_multiplier  # go on as before; the ledger stops the run before it overspends
-    more, q, phases = max(remaining, 1), plan.sampling_probability, history.phases
+    last, remaining = history.last, plan.steps - history.steps
+    if last is not None and (_drawn_alike(last, plan.mechanism) or remaining == 0):
+        return last.noise.noise_multiplier  # go on as before; the ledger stops the run before it overspends
+    more, phases = max(remaining, 1), history.phases
+    ideal = plan.mechanism.but(resolution=None, coordinates=None)  # whatever σ is tried
     return noise_with_reserve(
-        lambda left: noise_multiplier_for(epsilon, left, q, more, history=phases),
+        lambda left: noise_for(
+            epsilon, left, lambda sigma: phase_of(ideal.but(noise_multiplier=sigma), more), history=phases
+        ),
         epsilon,
         plan.delta,
         lambda sigma: ledger_of(plan.but(noise_multiplier=sigma), spent).slack(history.steps + more),
     )
+
+
+def _drawn_alike(a: Mechanism, b: Mechanism) -> bool:
+    return (a.sampling.scheme, a.sampling.probability) == (b.sampling.scheme, b.sampling.probability)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 from lightning_dp.accounting.assumptions import NOTHING_ASSUMED, Assumptions, caveats
-from lightning_dp.accounting.entry import REMEDY, Entry, check_one_unit, merge_entries
+from lightning_dp.accounting.entry import REMEDY, Entry, check_one_unit, fresh_stretch, merge_entries, phases_composed
 from lightning_dp.accounting.epsilon import EpsilonBound
-from lightning_dp.accounting.phase import Phase, merge_phases, same_mechanism
+from lightning_dp.accounting.notes import notes_on
+from lightning_dp.accounting.phase import Phase, merge_phases, phase_of
 from lightning_dp.accounting.reserve import ReservedCurve
 from lightning_dp.accounting.slack import Slack
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.validate import shown
 
@@ -53,6 +54,7 @@ class Ledger:
     Args:
         plan: the public numbers of the steps to come.
         assumed: what the user vouches for in them.
+        stretch: see :meth:`begins`; ``None`` for randomness of their own.
 
     Example:
         >>> plan = PrivacyPlan(noise_multiplier=2.0, clip_norm=1.0, delta=1e-5, dataset_size=1000,
@@ -63,8 +65,9 @@ class Ledger:
         (1, (Phase(noise_multiplier=2.0, sampling_probability=0.1, steps=1),))
     """
 
-    def __init__(self, plan: PrivacyPlan, assumed: Assumptions = NOTHING_ASSUMED) -> None:
+    def __init__(self, plan: PrivacyPlan, assumed: Assumptions = NOTHING_ASSUMED, stretch: str | None = None) -> None:
         self._plan, self._assumed = plan, assumed
+        self._stretch = "" if plan.mechanism.memoryless else stretch or fresh_stretch()
         self._past: tuple[Entry, ...] = ()
         self._charged = 0
         self.witness: Callable[[int], None] | None = None
@@ -73,7 +76,9 @@ class Ledger:
 
     def _start(self) -> None:
         """Set up the accountant for the plan's steps after the past ones."""
-        self._past_phases = tuple(entry.phase() for entry in self._past)
+        mine = [entry for entry in self._past if self._goes_on(entry)]
+        self._begun = sum(entry.steps for entry in mine)
+        self._past_phases = phases_composed(entry for entry in self._past if entry not in mine)
         self._past_steps = sum(entry.steps for entry in self._past)
         planned = self._plan.steps
         foreseen = planned - self._past_steps if planned is not None and planned >= self._past_steps else planned
@@ -81,23 +86,33 @@ class Ledger:
         self._curve = ReservedCurve(
             self._past_phases,
             sum((entry.slack() for entry in self._past), Slack()),
-            self._plan.noise_multiplier,
-            self._plan.sampling_probability,
+            self._plan.mechanism,
             self._plan.delta,
             Entry.of(self._plan, 1).slack(),
             foreseen,
+            self._begun,
         )
         self._surely_affordable: int | None = None
         self._affordable: int | None = None
 
+    def _goes_on(self, entry: Entry) -> bool:
+        """Whether the steps to come share their randomness with these."""
+        return entry.stretch == self._stretch != "" and entry.mechanism == Entry.of(self._plan, 0).mechanism
+
     @classmethod
-    def resume(cls, plan: PrivacyPlan, state: Mapping[str, Any], assumed: Assumptions = NOTHING_ASSUMED) -> Ledger:
+    def resume(
+        cls,
+        plan: PrivacyPlan,
+        state: Mapping[str, Any],
+        assumed: Assumptions = NOTHING_ASSUMED,
+        stretch: str | None = None,
+    ) -> Ledger:
         """A ledger that continues under ``plan`` after the steps recorded in ``state``.
 
         Raises:
             ValueError: the state is of another version, incomplete, or holds an impossible number.
         """
-        ledger = cls(plan, assumed)
+        ledger = cls(plan, assumed, stretch)
         ledger.load_state_dict(state)
         return ledger
 
@@ -109,7 +124,31 @@ class Ledger:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Every step taken so far, as runs of equal σ and q in order."""
-        return merge_phases([*self._past_phases, Entry.of(self._plan, self._charged).phase()])
+        return merge_phases([*self._past_phases, phase_of(self._plan.mechanism, self._begun + self._charged)])
+
+    @property
+    def begun_at(self) -> int:
+        """How many steps had been taken when the randomness of those to come began, if they are not memoryless."""
+        return self._past_steps - self._begun
+
+    @property
+    def last(self) -> Mechanism | None:
+        """What the last step taken was; ``None`` if there was none."""
+        taken = [entry for entry in self._entries() if entry.steps]
+        return taken[-1].mechanism if taken else None
+
+    def begins(self, stretch: str) -> None:
+        """Name the randomness of the steps to come, before the first of them. Nothing for a memoryless mechanism.
+
+        Args:
+            stretch: of steps of the same mechanism and the same name before, these are the continuation; all others draw
+                independently of them.
+        """
+        if self._charged:
+            raise RuntimeError(f"begins() after {self._charged} steps: expected to be called before the first.")
+        if not self._plan.mechanism.memoryless:
+            self._stretch = stretch
+            self._start()
 
     @property
     def steps(self) -> int:
@@ -140,47 +179,8 @@ class Ledger:
     @property
     def notes(self) -> tuple[str, ...]:
         """What changed between phases and a reader of the guarantee should know."""
-        entries = self._entries()
-        notes: list[str] = []
-        if any(not same_mechanism(a.phase(), b.phase()) for a, b in pairwise(entries)):
-            notes.append(
-                "the noise multiplier or the sampling probability changed during training: the phases are "
-                "composed as if chosen in advance, and a change must not depend on what earlier ones released"
-            )
-        for name, meaning in (
-            (
-                "clip_norm",
-                "the clip norm changed during training from {a:g} to {b:g}; ε does not depend on it",
-            ),
-            (
-                "clipping",
-                "the clipping style changed during training from {a} to {b}; ε does not depend on it",
-            ),
-            (
-                "dataset_size",
-                "the dataset size changed during training from {a} to {b}: ε bounds the loss of an example "
-                "present throughout, and assumes that the other examples' coming and going is public",
-            ),
-            (
-                "delta",
-                "δ changed during training from {a:g} to {b:g}: ε is stated for all steps at the last δ",
-            ),
-            (
-                "max_batch_size",
-                "the bound on a step's draw changed during training from {a} to {b}: each stretch is accounted for with "
-                "its own",
-            ),
-            (
-                "resolution",
-                "the clip norm's resolution on the grid of discrete noise changed during training from {a} to {b} (None: "
-                "noise in floating point)",
-            ),
-        ):
-            for a, b in pairwise(entry.numbers[name] for entry in entries):
-                if a != b:
-                    notes.append(meaning.format(a=a, b=b))
         past = [(entry.assumed, entry.steps) for entry in self._past]
-        return (*notes, *_gamma_notes(entries), *caveats(self._assumed, past))
+        return (*notes_on(self._entries()), *caveats(self._assumed, past))
 
     @property
     def affordable_steps(self) -> int | None:
@@ -247,13 +247,25 @@ class Ledger:
         for entry in self._past:
             cut.append(replace(entry, steps=min(entry.steps, total)))
             total -= cut[-1].steps
-        history, last = [entry.phase() for entry in cut[:-1]], cut[-1]
+        last = cut[-1]
+        mine = [
+            entry
+            for entry in cut
+            if last.stretch and (entry.stretch, entry.mechanism) == (last.stretch, last.mechanism)
+        ]
+        history = phases_composed(entry for entry in cut[:-1] if entry not in mine)
+        begun = sum(entry.steps for entry in mine if entry is not last)
         slack = sum((entry.slack() for entry in cut), Slack())
-        sigma, q = last.mechanism.event()
-        return ReservedCurve(history, slack, sigma, q, self._plan.delta, Slack(), last.steps).at(last.steps)
+        curve = ReservedCurve(history, slack, last.mechanism, self._plan.delta, Slack(), last.steps, begun)
+        return curve.at(last.steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Ledger.resume, (self._plan, self.state_dict(), self._assumed)  # plain numbers; curves are computed again
+        return Ledger.resume, (
+            self._plan,
+            self.state_dict(),
+            self._assumed,
+            self._stretch,
+        )  # plain numbers; curves are computed again
 
     def state_dict(self) -> dict[str, Any]:
         """What has been spent and under which public numbers, as plain numbers, lists and strings."""
@@ -284,7 +296,7 @@ class Ledger:
 
     def _current(self) -> Entry:
         """The steps of the current plan that are charged."""
-        return replace(Entry.of(self._plan, self._charged), assumed=self._assumed)
+        return replace(Entry.of(self._plan, self._charged), assumed=self._assumed, stretch=self._stretch)
 
     def _holds(self, steps: int, target: float) -> bool:
         return self._curve.at(steps).epsilon <= target
@@ -324,20 +336,3 @@ class Ledger:
                 fails = middle
             interpolate = fails - holds < width // 2 or not interpolate
         return min(holds, MOST_STEPS)
-
-
-def _gamma_notes(entries: Sequence[Entry]) -> list[str]:
-    """What a reader should know of γ in those stretches that were clipped automatically."""
-    automatic = [entry for entry in entries if entry.mechanism.clipping.style == "automatic"]
-    unknown = sum(entry.steps for entry in automatic if not entry.gamma_known)
-    notes = [
-        f"γ of automatic clipping changed during training from {a:g} to {b:g}; ε does not depend on it"
-        for a, b in pairwise(entry.gamma for entry in automatic if entry.gamma is not None)
-        if a != b
-    ]
-    if unknown:
-        notes.append(
-            f"γ of automatic clipping was not written down for {unknown} steps, so that it may have changed; ε does not depend "
-            "on it"
-        )
-    return notes

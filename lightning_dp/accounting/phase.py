@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_dp.plan.mechanism import check_noise_multiplier, check_sampling_probability
+from lightning_dp.plan.mechanism import Mechanism, check_noise_multiplier, check_sampling_probability
 from lightning_dp.plan.privacy_plan import MOST_STEPS
 from lightning_dp.validate import whole
 
@@ -36,6 +36,26 @@ class Phase:
         check_sampling_probability(self.sampling_probability)
         if whole("steps", self.steps, high=MOST_STEPS) < 0:
             raise ValueError(f"steps={self.steps}: expected a non-negative number. Count the steps that were taken.")
+
+
+def phase_of(mechanism: Mechanism, steps: int) -> Phase:
+    """What the accountants compose for ``steps`` steps of ``mechanism`` whose randomness began with the first of them.
+
+    Everything that counts privacy comes through here: the ledger's past, its curve, calibration and the planner. Where
+    :attr:`~lightning_dp.plan.mechanism.Mechanism.memoryless` is false, what is composed need not be a step, and a part of a
+    round counts as the whole: a release less is post-processing of all of them.
+
+    Guarantee:
+        ε of the phase bounds that of the first ``steps`` steps under :attr:`Mechanism.neighbouring_relation`, and never falls
+        as ``steps`` grows.
+
+    Example:
+        >>> from lightning_dp.plan.mechanism import Mechanism
+        >>> step = Mechanism.of(noise_multiplier=3.0, clip_norm=1.0, dataset_size=1000, expected_batch_size=100)
+        >>> phase_of(step, 50)
+        Phase(noise_multiplier=3.0, sampling_probability=0.1, steps=50)
+    """
+    return Phase(*mechanism.event(), steps)
 
 
 def phases_of(

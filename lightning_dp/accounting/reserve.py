@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve
+from lightning_dp.accounting.curve import MechanismCurve
+from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.slack import Slack
+from lightning_dp.plan.mechanism import Mechanism
 
 SHARES = (0.0, 1e-3, 1e-2, 0.1, 0.5)
 """The parts of δ that may be set aside. The smallest one that suffices is taken."""
@@ -20,20 +22,21 @@ class ReservedCurve:
 
     With share ρ set aside, ε is the accountant's bound at (1 - ρ)δ, and it holds if (1 + e^ε)·τ ≤ ρδ, with τ the
     slack of all steps so far. Where every step runs as the accountant composes it, τ = 0, nothing is set aside and
-    this is :class:`~lightning_dp.accounting.epsilon.EpsilonCurve`.
+    this is :class:`~lightning_dp.accounting.curve.MechanismCurve`.
 
     Args:
         history: phases already spent.
         spent: the slack of those phases.
-        noise_multiplier: σ of the steps to come.
-        sampling_probability: q of the steps to come.
+        mechanism: of the steps to come.
         delta: δ, in (0, 1).
         each: the slack of each step to come.
         max_steps: how many further steps are foreseen, or ``None``.
+        begun: see :class:`~lightning_dp.accounting.curve.MechanismCurve`.
 
     Example:
-        >>> plain = ReservedCurve((), Slack(), 3.0, 0.08192, 1e-5, Slack(), 875).at(100)
-        >>> cut = ReservedCurve((), Slack(), 3.0, 0.08192, 1e-5, Slack(truncation=1e-12), 875).at(100)
+        >>> step = Mechanism.of(noise_multiplier=3.0, clip_norm=1.0, dataset_size=50_000, expected_batch_size=4096)
+        >>> plain = ReservedCurve((), Slack(), step, 1e-5, Slack(), 875).at(100)
+        >>> cut = ReservedCurve((), Slack(), step, 1e-5, Slack(truncation=1e-12), 875).at(100)
         >>> plain.epsilon < cut.epsilon < plain.epsilon + 1e-3
         True
     """
@@ -42,17 +45,17 @@ class ReservedCurve:
         self,
         history: Sequence[Phase],
         spent: Slack,
-        noise_multiplier: float,
-        sampling_probability: float,
+        mechanism: Mechanism,
         delta: float,
         each: Slack,
         max_steps: int | None = None,
+        begun: int = 0,
     ) -> None:
         self._spent, self._each, self._delta = spent, each, delta
-        self._curve_at: Callable[[float], EpsilonCurve] = lambda left: EpsilonCurve(
-            history, noise_multiplier, sampling_probability, left, max_steps
+        self._curve_at: Callable[[float], MechanismCurve] = lambda left: MechanismCurve(
+            history, mechanism, left, max_steps, begun
         )
-        self._curves: dict[float, EpsilonCurve] = {}
+        self._curves: dict[float, MechanismCurve] = {}
         self._curve(0.0)  # which checks the numbers
 
     def at(self, steps: int) -> EpsilonBound:
@@ -88,7 +91,7 @@ class ReservedCurve:
     def _shares(slack: Slack) -> Sequence[float]:
         return SHARES[:1] if slack.total_variation == 0.0 else SHARES[1:]
 
-    def _curve(self, share: float) -> EpsilonCurve:
+    def _curve(self, share: float) -> MechanismCurve:
         if share not in self._curves:
             self._curves[share] = self._curve_at(self._delta * (1.0 - share))
         return self._curves[share]

@@ -10,7 +10,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal
 
 from lightning_dp.accounting.ledger import Ledger
-from lightning_dp.accounting.phase import Phase, same_mechanism
+from lightning_dp.accounting.phase import Phase, phase_of, same_mechanism
 from lightning_dp.plan.clipping import ClippingStyle
 from lightning_dp.plan.mechanism import Mechanism, NoiseKind
 from lightning_dp.plan.privacy_plan import SAMPLING
@@ -195,8 +195,7 @@ _IN_WORDS: dict[NoiseKind, Callable[[Mechanism], str]] = {"floating": _floating,
 
 
 def _is_current(phase: Phase, ledger: Ledger) -> bool:
-    plan = ledger.plan
-    return same_mechanism(phase, Phase(plan.noise_multiplier, plan.sampling_probability, 0))
+    return same_mechanism(phase, phase_of(ledger.plan.mechanism, 0))
 
 
 def _list(phases: Sequence[Phase]) -> str:

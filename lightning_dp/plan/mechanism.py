@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
-from lightning_dp.validate import number, whole
+from lightning_dp.validate import number, shown, whole
 
 MOST_EXAMPLES = 10**15
 """Counts up to here are exact as floating-point numbers, and so is arithmetic with them."""
@@ -17,18 +17,25 @@ EXAMPLE = "example"
 """The privacy unit unless another is named."""
 
 
+SamplingScheme = Literal["poisson"]
+"""How a step's sample is drawn."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Poisson sampling: every example enters a step's sample independently with probability q = B / N.
+    """How a step's sample is drawn, and of how many examples.
+
+    With ``"poisson"`` every example enters a step's sample independently with probability q = B / N.
 
     Args:
         dataset_size: N, the public number of examples.
         expected_batch_size: B, the expected size of a step's sample over all ranks. ``0 < B <= N``.
         max_batch_size: M, the most examples that a step uses over all ranks: a larger draw is cut to a random part of
             this size (truncated Poisson sampling). ``None`` never cuts.
+        scheme: the scheme's name, as the argument ``sampling`` of ``DifferentialPrivacy`` takes it.
 
     Raises:
-        ValueError: a number is outside its range.
+        ValueError: a number is outside its range, or there is no such scheme.
 
     Example:
         >>> Sampling(1000, 100).probability
@@ -38,8 +45,10 @@ class Sampling:
     dataset_size: int
     expected_batch_size: float
     max_batch_size: int | None = None
+    scheme: SamplingScheme = "poisson"
 
     def __post_init__(self) -> None:
+        check_sampling(self.scheme)
         number("expected_batch_size", self.expected_batch_size)
         if whole("dataset_size", self.dataset_size, high=MOST_EXAMPLES) < 1:
             raise ValueError(
@@ -188,10 +197,11 @@ class Mechanism:
         clipping: ClippingStyle = "flat",
         automatic_gamma: float = DEFAULT_GAMMA,
         unit: str = EXAMPLE,
+        sampling: SamplingScheme = "poisson",
     ) -> Mechanism:
         """The mechanism of these numbers, as a user, a checkpoint or a logger writes them: one beside the other."""
         return cls(
-            Sampling(dataset_size, expected_batch_size, max_batch_size),
+            Sampling(dataset_size, expected_batch_size, max_batch_size, sampling),
             Clipping(clip_norm, clipping, automatic_gamma),
             NoiseScale(noise_multiplier, resolution, coordinates),
             unit,
@@ -211,6 +221,7 @@ class Mechanism:
             "clipping": self.clipping.style,
             "automatic_gamma": self.clipping.gamma,
             "unit": self.unit,
+            "sampling": self.sampling.scheme,
         }
 
     def but(self, **changes: Any) -> Mechanism:
@@ -238,9 +249,25 @@ class Mechanism:
         """Between which datasets the guarantee holds."""
         return f"add/remove one {self.unit}"
 
+    @property
+    def memoryless(self) -> bool:
+        """Whether each step's draw and noise are independent of those of all other steps.
+
+        Steps of a mechanism that is not are accounted for together, from where its randomness began: see
+        :func:`lightning_dp.accounting.phase.phase_of` and :attr:`lightning_dp.accounting.entry.Entry.stretch`.
+        """
+        return self.sampling.scheme == "poisson"
+
     def event(self) -> Event:
         """What the accountant composes: σ and q."""
         return Event(self.noise.noise_multiplier, self.sampling.probability)
+
+
+def check_sampling(scheme: object) -> None:
+    """Raise ``ValueError`` unless ``scheme`` is the name of a sampling scheme."""
+    if scheme not in get_args(SamplingScheme):
+        names = ", ".join(map(repr, get_args(SamplingScheme)))
+        raise ValueError(f"sampling={shown(scheme)}: expected one of {names}.")
 
 
 def check_max_batch_size(max_batch_size: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
 from lightning_dp.plan.clipping import Clipping, ClippingStyle
-from lightning_dp.plan.mechanism import Mechanism
+from lightning_dp.plan.mechanism import Mechanism, SamplingScheme
 from lightning_dp.validate import number, whole
 
 MOST_STEPS = 10**15
@@ -17,7 +17,7 @@ SAMPLING = "Poisson"
 
 _NAMES = (
     "noise_multiplier", "clip_norm", "delta", "dataset_size", "expected_batch_size", "steps", "target_epsilon",
-    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", "simulation", "unit",
+    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", "simulation", "unit", "sampling",
 )  # fmt: skip
 """In the order in which they are shown."""
 
@@ -35,6 +35,7 @@ class Numbers(TypedDict, total=False):
     clipping: ClippingStyle
     automatic_gamma: float
     unit: str
+    sampling: SamplingScheme
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -65,6 +66,7 @@ class PrivacyPlan:
               :class:`lightning_dp.plan.clipping.Clipping`.
             - ``automatic_gamma``: γ of the automatic style.
             - ``unit``: who is protected, ``"example"`` or the name of a user's field.
+            - ``sampling``: how samples are drawn, see :class:`lightning_dp.plan.mechanism.Sampling`.
         delta: δ of the (ε, δ) guarantee, in (0, 1).
         steps: T, the number of steps planned, or ``None`` if the end is not known in advance.
         target_epsilon: the ε that training must not exceed, or ``None`` if σ was given instead.
@@ -193,6 +195,11 @@ class PrivacyPlan:
     def unit(self) -> str:
         """Who is protected."""
         return self.mechanism.unit
+
+    @property
+    def sampling(self) -> SamplingScheme:
+        """How samples are drawn."""
+        return self.mechanism.sampling.scheme
 
     @property
     def neighbouring_relation(self) -> str:

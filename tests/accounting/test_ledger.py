@@ -184,6 +184,8 @@ def test_state_is_plain_numbers() -> None:
                 "clipping": "flat",
                 "automatic_gamma": None,
                 "unit": "example",
+                "sampling": "poisson",
+                "stretch": "",
                 "row_wise": [],
                 "public_state": [],
             }

@@ -135,7 +135,7 @@ def test_the_slack_covers_what_cutting_costs_in_a_worst_case(others: int, q: flo
 @pytest.mark.parametrize("truncation", [1e-13, 1e-10, 1e-8])
 def test_epsilon_is_the_accountants_at_what_is_left_of_delta(truncation: float) -> None:
     each = Slack(truncation)
-    curve = ReservedCurve((), Slack(), 2.0, 0.1, 1e-5, each, 50)
+    curve = ReservedCurve((), Slack(), plan().mechanism, 1e-5, each, 50)
     for steps in (1, 20, 50):
         bound = curve.at(steps)
         spent = (each * steps).costs(bound.epsilon)
@@ -148,7 +148,7 @@ def test_epsilon_is_the_accountants_at_what_is_left_of_delta(truncation: float) 
 
 
 def test_slack_that_delta_cannot_pay_for_is_no_privacy() -> None:
-    bound = ReservedCurve((), Slack(), 2.0, 0.1, 1e-5, Slack(1e-6), 50).at(50)
+    bound = ReservedCurve((), Slack(), plan().mechanism, 1e-5, Slack(1e-6), 50).at(50)
     assert bound.epsilon == math.inf
     assert "δ cannot pay" in str(bound.note)
     assert Slack(1e-300).costs(1e4) == math.inf

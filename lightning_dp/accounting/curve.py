@@ -1,0 +1,60 @@
+"""ε as a function of the steps of one mechanism after a history, whatever it is that its accountant composes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve
+from lightning_dp.accounting.phase import Phase, phase_of
+from lightning_dp.plan.mechanism import Mechanism
+
+
+class MechanismCurve:
+    """Upper bounds on ε after ``history`` and any number of further steps of ``mechanism``.
+
+    Args:
+        history: phases already spent.
+        mechanism: of the steps to come.
+        delta: δ, in (0, 1).
+        max_steps: how many further steps are foreseen, or ``None``.
+        begun: how many steps of ``mechanism`` were taken with the randomness that goes on; they are not in ``history``.
+            0 for a memoryless mechanism.
+    """
+
+    def __init__(
+        self, history: Sequence[Phase], mechanism: Mechanism, delta: float, max_steps: int | None = None, begun: int = 0
+    ) -> None:
+        self._history, self._mechanism, self._delta, self._begun = tuple(history), mechanism, delta, begun
+        self._foreseen = None if max_steps is None else self._phase(max_steps)
+        self._curves: dict[tuple[float, float], EpsilonCurve] = {}
+        self._curve(self._phase(0))  # which checks the numbers
+
+    def at(self, steps: int) -> EpsilonBound:
+        """The bound after the history followed by ``steps`` steps.
+
+        Raises:
+            ValueError: ``steps`` is negative.
+        """
+        if steps < 0:
+            raise ValueError(f"steps={steps}: expected a non-negative number of steps after the history.")
+        phase = self._phase(steps)
+        return self._curve(phase).at(phase.steps)
+
+    def rdp_steps(self, epsilon: float) -> float:
+        """A number of further steps that surely stays within ``epsilon``, found without a search (possibly ``inf``)."""
+        return self._curve(self._phase(0)).rdp_steps(epsilon) if self._mechanism.memoryless else 0.0
+
+    def _phase(self, steps: int) -> Phase:
+        return phase_of(self._mechanism, self._begun + steps)
+
+    def _curve(self, phase: Phase) -> EpsilonCurve:
+        law = (phase.noise_multiplier, phase.sampling_probability)
+        if law not in self._curves:
+            foreseen = self._foreseen
+            most = (
+                None
+                if foreseen is None or (foreseen.noise_multiplier, foreseen.sampling_probability) != law
+                else foreseen.steps
+            )
+            self._curves[law] = EpsilonCurve(self._history, *law, self._delta, most)
+        return self._curves[law]

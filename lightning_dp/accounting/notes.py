@@ -1,0 +1,69 @@
+"""What changed between the stretches of a training that a reader of its guarantee should know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from lightning_dp.accounting.entry import Entry
+from lightning_dp.accounting.phase import same_mechanism
+
+
+def notes_on(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Sentences for the statement, of all entries of a ledger in order."""
+    notes: list[str] = []
+    if any(not same_mechanism(a.phase(), b.phase()) for a, b in pairwise(entries)):
+        notes.append(
+            "the noise multiplier or the sampling probability changed during training: the phases are "
+            "composed as if chosen in advance, and a change must not depend on what earlier ones released"
+        )
+    for name, meaning in (
+        (
+            "clip_norm",
+            "the clip norm changed during training from {a:g} to {b:g}; ε does not depend on it",
+        ),
+        (
+            "clipping",
+            "the clipping style changed during training from {a} to {b}; ε does not depend on it",
+        ),
+        (
+            "dataset_size",
+            "the dataset size changed during training from {a} to {b}: ε bounds the loss of an example "
+            "present throughout, and assumes that the other examples' coming and going is public",
+        ),
+        (
+            "delta",
+            "δ changed during training from {a:g} to {b:g}: ε is stated for all steps at the last δ",
+        ),
+        (
+            "max_batch_size",
+            "the bound on a step's draw changed during training from {a} to {b}: each stretch is accounted for with "
+            "its own",
+        ),
+        (
+            "resolution",
+            "the clip norm's resolution on the grid of discrete noise changed during training from {a} to {b} (None: "
+            "noise in floating point)",
+        ),
+    ):
+        for a, b in pairwise(entry.numbers[name] for entry in entries):
+            if a != b:
+                notes.append(meaning.format(a=a, b=b))
+    return (*notes, *_gamma_notes(entries))
+
+
+def _gamma_notes(entries: Sequence[Entry]) -> list[str]:
+    """What a reader should know of γ in those stretches that were clipped automatically."""
+    automatic = [entry for entry in entries if entry.mechanism.clipping.style == "automatic"]
+    unknown = sum(entry.steps for entry in automatic if not entry.gamma_known)
+    notes = [
+        f"γ of automatic clipping changed during training from {a:g} to {b:g}; ε does not depend on it"
+        for a, b in pairwise(entry.gamma for entry in automatic if entry.gamma is not None)
+        if a != b
+    ]
+    if unknown:
+        notes.append(
+            f"γ of automatic clipping was not written down for {unknown} steps, so that it may have changed; ε does not depend "
+            "on it"
+        )
+    return notes
