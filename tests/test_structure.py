@@ -27,7 +27,9 @@ def test_rooms_floors_and_arrows(structure: ModuleType) -> None:
     assert structure.floors(imports) <= 13
     assert sum(map(len, imports.values())) <= 125
     assert len(list(structure.PACKAGE.glob("*.py"))) <= 9
-    assert len(list(structure.PACKAGE.glob("*/__init__.py"))) <= 17
+    assert (
+        len(list(structure.PACKAGE.glob("*/__init__.py"))) <= 18
+    )  # with optim: what users name in YAML, as torch.optim
 
 
 def test_a_step_has_no_state_that_is_put_in_later(structure: ModuleType) -> None:

@@ -17,7 +17,7 @@ from lightning_dp.errors import PreflightError
 from lightning_dp.lightning_internals import Callback
 from lightning_dp.loading.privacy_unit import unit_from
 from lightning_dp.loading.row_wise import check_row_wise
-from lightning_dp.look.advice import check_decisions
+from lightning_dp.look.advice import advise_optimizers, check_decisions
 from lightning_dp.look.module import check_module, check_optimizers
 from lightning_dp.look.public_optimizers import check_public_optimizers
 from lightning_dp.look.trainer import check_before_setup
@@ -198,6 +198,7 @@ class DifferentialPrivacy(Callback):
         check_optimizers(pl_module, trainer.optimizers)
         check_public_optimizers(pl_module, trainer.optimizers, self.public_optimizers)
         check_decisions(trainer, pl_module)
+        advise_optimizers(trainer.optimizers, self.public_optimizers, self.noise_multiplier)
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._under_way.set_up()
 

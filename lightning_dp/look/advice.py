@@ -1,10 +1,13 @@
-"""What is allowed, and should be known: decisions that are taken on numbers without noise."""
+"""What is allowed, and should be known: decisions taken on numbers without noise, and optimizers that the noise blinds."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dp.engines.user_code import warn_user
@@ -36,6 +39,23 @@ def check_decisions(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau) and config.monitor:
             _warn(f"ReduceLROnPlateau(monitor={config.monitor!r})", "how training goes on", config.monitor)
+
+
+def advise_optimizers(optimizers: Sequence[Optimizer], public: Collection[int], noise_multiplier: float | None) -> None:
+    """Say once, of a stock Adam that gets noisy gradients, that there is one that knows the noise.
+
+    Args:
+        optimizers: in the order of ``configure_optimizers``.
+        public: places of those that get no noise.
+        noise_multiplier: σ, or ``None`` where it is yet to be found.
+    """
+    private = [one for place, one in enumerate(optimizers) if place not in public]
+    blind = [type(one).__name__ for one in private if type(one) in (Adam, AdamW, NAdam, RAdam)]
+    if blind and noise_multiplier != 0:
+        rank_zero_info(
+            f"lightning_dp: {blind[0]} divides by the second moment of the gradient and its noise together, which is about "
+            "the same everywhere: lightning_dp.optim.DPAdamW takes the noise's part off, at no cost in ε."
+        )
 
 
 def _warn(who: str, what: str, monitor: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -57,6 +58,10 @@ class DiscreteNoise:
             )
         add_discrete_noise(parts, coordinates, variance=self.variance, key=key, step=step)
         return state
+
+    def std(self, step: int, state: MechanismState) -> float:
+        """The parameter of the discrete Gaussian; its own standard deviation is no larger, and as good as the same."""
+        return math.sqrt(self.variance) * self.unit
 
     def to_float(self, total: Tensor, divisor: float) -> Tensor:
         """In float64."""

@@ -40,6 +40,10 @@ class GaussianNoise:
         add_gaussian_noise(parts, coordinates, noise_std=self.noise_std, key=key, step=step)
         return state
 
+    def std(self, step: int, state: MechanismState) -> float:
+        """The same in every step."""
+        return self.noise_std
+
     def to_float(self, total: Tensor, divisor: float) -> Tensor:
         """In place."""
         return total.div_(divisor)

@@ -46,6 +46,10 @@ class Noise(Protocol):
         """
         ...
 
+    def std(self, step: int, state: MechanismState) -> float:
+        """The standard deviation of what :meth:`add` adds to a coordinate at ``step``, in the numbers of :meth:`to_float`."""
+        ...
+
     def to_float(self, total: Tensor, divisor: float) -> Tensor:
         """A noisy total over ``divisor``, in floating point; ``total`` may be used up."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -62,6 +63,20 @@ class Collective:
     named: Named = from_one_vector
 
 
+class Released(NamedTuple):
+    """What a release gives. All of it may be published.
+
+    Args:
+        gradient: by name, noisy and divided.
+        state: what the mechanism carries to the next step.
+        noise_std: the standard deviation of the noise on each coordinate of ``gradient``, as it was added in this step.
+    """
+
+    gradient: dict[str, Tensor]
+    state: MechanismState
+    noise_std: float
+
+
 def release(
     sums: Mapping[str, Tensor],
     mechanism: Mechanism,
@@ -69,7 +84,7 @@ def release(
     step: int,
     collective: Collective = Collective(),  # frozen
     state: MechanismState = NOTHING,
-) -> tuple[dict[str, Tensor], MechanismState]:
+) -> Released:
     """Turn the ranks' sums of clipped gradients into the one noisy gradient that may be used and published.
 
     The only place where noise is added, and where anything is divided. Each rank adds the noise of its own share of the
@@ -86,7 +101,7 @@ def release(
         state: what the mechanism has carried here from the step before.
 
     Returns:
-        The gradient by name, and what is carried to the next step. Both may be published.
+        The gradient by name, what is carried to the next step, and how large the noise is.
 
     Raises:
         TypeError: a sum is of a type that the noise does not protect.
@@ -101,9 +116,10 @@ def release(
     held, coordinates = collective.held(sums)
     block = noise.block(held[0][1].device)
     own = own_share(held, coordinates, collective.rank, collective.size, block)
+    noise_std = noise.std(step, state) / mechanism.divisor
     state = noise.add(own, coordinates, key=key, step=step, state=state)
     totals = [noise.to_float(collective.total(part), mechanism.divisor) for _, part in held]
-    return collective.named(totals, noise.released(sums)), state
+    return Released(collective.named(totals, noise.released(sums)), state, noise_std)
 
 
 def noise_of(mechanism: Mechanism) -> Noise:

@@ -16,6 +16,7 @@ from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.loading.form import ExampleForm
 from lightning_dp.mechanism.complex import as_complex_like, as_real_pairs
 from lightning_dp.mechanism.trainable import trainable
+from lightning_dp.optim.noise_std import tell_noise_std
 from lightning_dp.ranks.sharding import reshard
 from lightning_dp.step.open_step import OpenStep
 from lightning_dp.step.parameter_hooks import put_gradient
@@ -102,6 +103,8 @@ class AutomaticObjective:
         gradient = step.release(total.gradient)
         for name, parameter in trainable(module).items():
             put_gradient(parameter, as_complex_like(gradient[name], parameter))
+        for optimizer in module.trainer.optimizers:
+            tell_noise_std(optimizer, step.tally.noise_std)
         loss = strategy.precision_plugin.post_backward(loss, module)
         strategy.post_backward(loss)
         return loss

@@ -160,7 +160,7 @@ class OpenStep:
             RankLostError: another rank is gone. The step is charged, and nothing of it is used.
         """
         planned = self.run.planned
-        released, self.tally.carried = release_sample(
+        released = release_sample(
             planned.world,
             planned.module,
             gradient,
@@ -172,7 +172,8 @@ class OpenStep:
             part=part,
             parts=parts,
         )
-        return released
+        self.tally.carried, self.tally.noise_std = released.state, released.noise_std
+        return released.gradient
 
 
 ASKED_AGAIN = 8

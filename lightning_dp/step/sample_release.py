@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.mechanism.randomness import RandomKey, Stream
-from lightning_dp.mechanism.release import release
+from lightning_dp.mechanism.release import Released, release
 from lightning_dp.mechanism.state import MechanismState
 from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.lost_ranks import naming_lost_ranks
@@ -29,7 +29,7 @@ def release_sample(
     layers: Layerwise | None = None,
     part: int = 0,
     parts: int = 1,
-) -> tuple[dict[str, Tensor], MechanismState]:
+) -> Released:
     """Charge for a sample at its first release, and give the noisy gradient that may be used and published.
 
     Args:
@@ -45,7 +45,7 @@ def release_sample(
         parts: how many the sample makes at most. The noise is √parts as large, so that together they cost one.
 
     Returns:
-        The gradient by name, and what the mechanism carries on.
+        The gradient by name, what the mechanism carries on, and how large the noise is.
 
     Raises:
         BudgetExceededError: the step would overspend the target ε. Nothing is released.

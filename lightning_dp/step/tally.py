@@ -18,12 +18,14 @@ class Tally:
         not_finite: how many gradients were not finite and contributed zero. **Private**.
         never_moved: parameters that no example has moved. **Private**.
         carried: what the mechanism carries to the next step. Public.
+        noise_std: the standard deviation of the noise on each coordinate of the last gradient that was released. Public.
     """
 
     unused_samples: int = 0
     not_finite: int = 0
     never_moved: NeverMoved = field(default_factory=NeverMoved)
     carried: MechanismState = NOTHING
+    noise_std: float = 0.0
 
     def next_step(self, ledger: Ledger) -> int:
         """The number of the next sample in the run's life: one for each charged, and one for each drawn in vain."""

@@ -22,7 +22,7 @@ import lightning_dp.run as run_module
 import lightning_dp.step.open_step as open_step_module
 import lightning_dp.step.sample_release as sample_release_module
 from lightning_dp.mechanism.randomness import RandomKey
-from lightning_dp.mechanism.state import MechanismState
+from lightning_dp.mechanism.release import Released
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.clipping import as_clipping
 from lightning_dp.plan.mechanism import Mechanism
@@ -84,10 +84,10 @@ def divided_by(size: Callable[[int, Mechanism, Any], float]) -> Iterator[None]:
         datasets.append(given.dataset)
         return original_loader(given, *args, **options)
 
-    def released(gradient: Any, mechanism: Mechanism, *args: Any) -> tuple[dict[str, Tensor], MechanismState]:
-        right, state = release(gradient, mechanism, *args)
+    def released(gradient: Any, mechanism: Mechanism, *args: Any) -> Released:
+        right = release(gradient, mechanism, *args)
         wrong = mechanism.divisor / max(1.0, size(seen[-1], mechanism, datasets[-1]))
-        return {name: tensor * wrong for name, tensor in right.items()}, state
+        return right._replace(gradient={name: tensor * wrong for name, tensor in right.gradient.items()})
 
     with patched(
         (open_step_module, "accumulate", watched),

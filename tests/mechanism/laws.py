@@ -42,9 +42,9 @@ def noised(total: Tensor, *, noise_std: float, key: RandomKey, step: int, rank: 
 
 def release(sums: Any, plan: PrivacyPlan, key: RandomKey, step: int, **collective: Any) -> dict[str, Tensor]:
     """The gradient of a release by the mechanism of a plan, to which the noise carries nothing."""
-    gradient, state = release_module.release(sums, plan.mechanism, key, step, Collective(**collective))
-    assert state == release_module.NOTHING
-    return gradient
+    released = release_module.release(sums, plan.mechanism, key, step, Collective(**collective))
+    assert released.state == release_module.NOTHING
+    return released.gradient
 
 
 def two_sided(z: float) -> float:

@@ -46,8 +46,8 @@ def carried(private: DifferentialPrivacy) -> Any:
 @pytest.mark.usefixtures("remembering")
 def test_a_release_hands_on_what_the_noise_carries() -> None:
     state = MechanismState({"steps": [7]})
-    _, state = release({"w": torch.zeros(3)}, plan().mechanism, RandomKey.from_seed(0), 8, state=state)
-    assert state == MechanismState({"steps": [7, 8]})
+    released = release({"w": torch.zeros(3)}, plan().mechanism, RandomKey.from_seed(0), 8, state=state)
+    assert released.state == MechanismState({"steps": [7, 8]})
 
 
 @pytest.mark.usefixtures("remembering")

@@ -21,6 +21,7 @@ from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.form import ExampleForm
 from lightning_dp.mechanism.complex import as_complex_like
+from lightning_dp.optim.noise_std import tell_noise_std
 from lightning_dp.step.logs import Recording
 from lightning_dp.step.manual.commands import check_private_step
 from lightning_dp.step.manual.global_step import global_step
@@ -189,6 +190,7 @@ class ManualObjective:
                 parameter.grad = None
         for name, parameter in parameters.items():
             put_gradient(parameter, as_complex_like(gradient[name], parameter))
+        tell_noise_std(planned.module.trainer.optimizers[place], step.tally.noise_std)
         live.total, live.logged = total, len(live.recording.log_calls)
         for column, loss in enumerate(live.losses, start=-len(live.losses)):
             means = [output[column] for output in total.outputs]
