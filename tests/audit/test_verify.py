@@ -127,8 +127,10 @@ def noise_after_the_division() -> AbstractContextManager[None]:
 
     def wrong(right: Any, sums: Any, mechanism: Any, key: Any, step: int, *rest: Any) -> Any:
         zeros = {name: torch.zeros_like(part) for name, part in sums.items()}
-        noise, state = right(zeros, mechanism, key, step, *rest)
-        return {name: sums[name] / mechanism.divisor + part * mechanism.divisor for name, part in noise.items()}, state
+        noise = right(zeros, mechanism, key, step, *rest)
+        return noise._replace(
+            gradient={n: sums[n] / mechanism.divisor + part * mechanism.divisor for n, part in noise.gradient.items()}
+        )
 
     return released(wrong)
 
@@ -138,8 +140,8 @@ def noise_divided_twice() -> AbstractContextManager[None]:
 
     def wrong(right: Any, sums: Any, mechanism: Any, key: Any, step: int, *rest: Any) -> Any:
         zeros = {name: torch.zeros_like(part) for name, part in sums.items()}
-        noise, state = right(zeros, mechanism, key, step, *rest)
-        return {name: (sums[name] + part) / mechanism.divisor for name, part in noise.items()}, state
+        noise = right(zeros, mechanism, key, step, *rest)
+        return noise._replace(gradient={n: (sums[n] + part) / mechanism.divisor for n, part in noise.gradient.items()})
 
     return released(wrong)
 

@@ -313,8 +313,9 @@ def frozen_by_a_hook(part: str) -> Iterator[None]:
     original = sample_release_module.release
 
     def release(*args: Any) -> Any:
-        released, state = original(*args)
-        return {name: torch.zeros_like(g) if part in name else g for name, g in released.items()}, state
+        released = original(*args)
+        held = {name: torch.zeros_like(g) if part in name else g for name, g in released.gradient.items()}
+        return released._replace(gradient=held)
 
     with patched((sample_release_module, "release", release)):
         yield

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lightning_dp.step.sample_release as sample_release_module
 from lightning_dp import DifferentialPrivacy
+from lightning_dp.mechanism.release import Released
 from lightning_dp.mechanism.state import NOTHING
 from tests.conftest import loader, trainer
 from tests.guarantees.mutations import Mutation, patched
@@ -57,7 +58,7 @@ def released_by(wrong: Callable[..., dict[str, Tensor]]) -> Iterator[None]:
     original = sample_release_module.release
 
     def released(*args: Any) -> Any:
-        return wrong(lambda *again: original(*again)[0], *args), NOTHING
+        return Released(wrong(lambda *again: original(*again).gradient, *args), NOTHING, 0.0)
 
     with patched((sample_release_module, "release", released)):
         yield
