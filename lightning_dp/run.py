@@ -213,11 +213,16 @@ class Fit:
             return {}
         waited = self._planned.loader.waited if self.step.run.log_train_metrics else None
         self._account.samples_unused(self.tally.unused_samples)
-        self._account.carried = self.tally.carried
+        self.carry_on()
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where type checkers do not see it
-        metrics = agreed.report.metrics(every, waited)
+        metrics = agreed.report.metrics(every, waited, self.tally.released)
         agreed.report.tell_if_more_is_allowed(trainer)
         return metrics
+
+    def carry_on(self) -> None:
+        """Have the account hold what the mechanism carries by now."""
+        if self._agreed is not None:
+            self._account.carried = self.tally.carried
 
     def stop_if_spent(self) -> None:
         """Stop before a step that would overspend, unless the Trainer is about to end by itself."""

@@ -10,6 +10,7 @@ from lightning_dp.batches.axis import Axis, BatchAxis, check_batch_axis_argument
 from lightning_dp.engines.select import EngineName, check_engine_name
 from lightning_dp.loading.privacy_unit import PrivacyUnit
 from lightning_dp.mechanism.secure import check_secure
+from lightning_dp.plan.adaptation import NAMES, adaptation_of
 from lightning_dp.plan.clipping import Clipping, ClippingStyle, check_clip_norm, check_clipping
 from lightning_dp.plan.mechanism import check_noise_multiplier
 from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
@@ -76,6 +77,10 @@ class PrivacySettings:
     clip_norm: float
     clipping: ClippingStyle
     automatic_gamma: float
+    clip_quantile: float | None
+    clip_learning_rate: float | None
+    quantile_weight: float | None
+    slack_bins: int | None
     expected_batch_size: int | None
     dataset_size: int | None
     max_batch_size: int | None
@@ -100,6 +105,7 @@ class PrivacySettings:
         check_delta(self.delta)
         check_clip_norm(self.clip_norm)
         check_clipping(self.clipping, self.automatic_gamma, self.clip_norm)
+        adaptation_of(self.clipping, **{name: getattr(self, name) for name in NAMES})
         check_simulation(self.simulate)
         truth(secure=self.secure)
         for name in ("expected_batch_size", "dataset_size", "max_batch_size"):
@@ -117,7 +123,8 @@ class PrivacySettings:
     @property
     def clipping_rule(self) -> Clipping:
         """How a step clips."""
-        return Clipping(self.clip_norm, self.clipping, self.automatic_gamma)
+        adaptation = adaptation_of(self.clipping, **{name: getattr(self, name) for name in NAMES})
+        return Clipping(self.clip_norm, self.clipping, self.automatic_gamma, adaptation)
 
     @property
     def randomness(self) -> Literal["secret", "reproducible"]:

@@ -27,7 +27,7 @@ from tests.conftest import Regressor, loader, regression_data, regressor, traine
 OWNERS = [0, 1, 0, 2, 0, 3, 4, 4, 0, 5, 5, 5, 6, 7, 7, 0, 8, 9, 9, 0, 10, 11, 11, 11]
 """Whose each of 24 examples is: twelve users with one to six examples."""
 
-FEATURES, GAMMA = 4, 0.05
+FEATURES, GAMMA, BINS = 4, 0.05, 10
 
 
 class Shift(ViewTransform):
@@ -54,7 +54,34 @@ def automatic(parts: list[Tensor], clip: float) -> Tensor:
     return gradient * clip / (float(gradient.norm()) + GAMMA)
 
 
+def quantile(parts: list[Tensor], clip: float) -> Tensor:
+    """Beside the gradient whether its norm is at most C, as a tenth of C or its opposite."""
+    norm = float(torch.cat([part.flatten() for part in parts]).norm())
+    return torch.cat([flat(parts, clip), parts[0].new_tensor([0.1 * clip if norm <= clip else -0.1 * clip])])
+
+
+def slaclip(parts: list[Tensor], clip: float) -> Tensor:
+    """Beside the gradient what is left of C, in slots that fill up one after the other."""
+    norm, full = float(torch.cat([part.flatten() for part in parts]).norm()), clip / math.sqrt(BINS)
+    left, slots = math.sqrt(BINS) * max(0.0, clip - norm), []
+    for _ in range(BINS):
+        slots.append(min(left, full))
+        left -= slots[-1]
+    return torch.cat([flat(parts, clip), parts[0].new_tensor(slots)])
+
+
+def next_clip(style: str, clip: float, released: list[float]) -> float:
+    """C of the next step, from what was released beside the gradient."""
+    if style == "quantile":
+        return clip * math.exp(-0.2 * (0.5 + released[0] / (0.2 * clip) - 0.5))
+    shares = [value * math.sqrt(BINS) / clip for value in released]
+    near_zero = min(1.0, max(0.0, shares[-1] / clip))
+    return clip * math.exp(0.5 * (1 - (1 - near_zero) / 2 - shares[0]))
+
+
 STYLES = {"flat": flat, "per_layer": per_layer, "automatic": automatic}
+ADAPTED = {"quantile": quantile, "slaclip": slaclip}
+"""Those that change C from step to step."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +120,13 @@ class Setting:
         return f"{self.style}-{self.views} views-{'users' if self.users else 'examples'}"
 
 
-EVERY = [Setting(*of) for of in product(STYLES, (0, 3), (False, True))]
+EVERY = [
+    *(Setting(*of) for of in product(STYLES, (0, 3), (False, True))),
+    Setting("quantile"),
+    Setting("quantile", 3, True),
+    Setting("slaclip", 3, False),
+    Setting("slaclip", 0, True),
+]
 """Each style with and without views, for examples and for users."""
 
 
@@ -127,15 +160,19 @@ def by_hand(setting: Setting) -> Tensor:
     """The weights that it must come to, see Abadi et al. 2016, algorithm 1."""
     module, key = regressor().to(setting.dtype), RandomKey.from_seed(setting.seed)
     parameters, size = list(module.parameters()), max(OWNERS) + 1 if setting.users else setting.examples
+    clipped, clip = {**STYLES, **ADAPTED}[setting.style], setting.clip
     for step in range(setting.steps):
-        total = torch.zeros_like(weights(module))
+        longest = clip * math.sqrt(1.01) if setting.style == "quantile" else clip
+        total = torch.zeros_like(clipped([parameter.detach() for parameter in parameters], clip))
         for unit in poisson_sample(key.generator(Stream.SAMPLING, step), size, setting.batch / size).tolist():
             of_each = [torch.autograd.grad(loss, parameters) for loss in _losses(setting, module, key, step, unit)]
             mean = [sum(column[1:], column[0]) / len(of_each) for column in zip(*of_each, strict=True)]
-            total += STYLES[setting.style](mean, setting.clip)
+            total += clipped(mean, clip)
         noise = key.generator(Stream.NOISE, step).standard_normal(len(total), dtype="float32")
-        noisy = (total + setting.sigma * setting.clip * torch.from_numpy(noise)) / setting.batch
-        torch.nn.utils.vector_to_parameters(weights(module) - setting.lr * noisy, parameters)
+        noisy = (total + setting.sigma * longest * torch.from_numpy(noise)) / setting.batch
+        gradient, beside = noisy.split([len(weights(module)), len(noisy) - len(weights(module))])
+        torch.nn.utils.vector_to_parameters(weights(module) - setting.lr * gradient, parameters)
+        clip = next_clip(setting.style, clip, beside.tolist()) if setting.style in ADAPTED else clip
     return weights(module)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from lightning_dp.accounting.assumptions import NAMES, NOTHING_ASSUMED, Assumptions
 from lightning_dp.accounting.phase import Phase, phase_of
 from lightning_dp.accounting.slack import Slack, slack_of
+from lightning_dp.plan.adaptation import NAMES as ADAPTED
+from lightning_dp.plan.adaptation import numbers_of
 from lightning_dp.plan.clipping import DEFAULT_GAMMA
 from lightning_dp.plan.mechanism import EXAMPLE, Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan, check_delta
@@ -19,16 +21,16 @@ from lightning_dp.validate import number, shown
 REMEDY = "Resume from a checkpoint written by this version, whole and unedited; spent budget cannot be guessed."
 FIELDS = (
     "steps", "noise_multiplier", "sampling_probability", "clip_norm", "expected_batch_size", "dataset_size", "delta",
-    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", "unit", "row_wise", "public_state",
+    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", *ADAPTED, "unit", "row_wise", "public_state",
     "sampling", "stretch",
 )  # fmt: skip
 """What is written of an entry."""
 
-_NULLABLE = ("max_batch_size", "resolution", "coordinates", "automatic_gamma")
+_NULLABLE = ("max_batch_size", "resolution", "coordinates", "automatic_gamma", *ADAPTED)
 _BESIDE = ("automatic_gamma", "stretch", *NAMES)
-_SINCE = {"sampling": "poisson"}
+_SINCE = {"sampling": "poisson", **dict.fromkeys(ADAPTED)}
 """What a mechanism has since later versions, as it was before. In :meth:`Entry.text` only where it is another."""
-_COUNTS = ("steps", "dataset_size", "max_batch_size", "resolution", "coordinates")
+_COUNTS = ("steps", "dataset_size", "max_batch_size", "resolution", "coordinates", "slack_bins")
 _TEXTS = ("clipping", "unit", "sampling", "stretch")
 _AT_FIRST = {
     "clipping": "flat", "unit": EXAMPLE, "automatic_gamma": None, "stretch": "", **_SINCE, **NOTHING_ASSUMED.numbers,
@@ -141,6 +143,7 @@ class Entry:
             "coordinates": step.noise.coordinates,
             "clipping": step.clipping.style,
             "automatic_gamma": self.gamma,
+            **numbers_of(step.clipping.adaptation),
             "unit": step.unit,
             "sampling": step.sampling.scheme,
             "stretch": self.stretch,

@@ -49,7 +49,7 @@ def notes_on(entries: Sequence[Entry]) -> tuple[str, ...]:
         for a, b in pairwise(entry.numbers[name] for entry in entries):
             if a != b:
                 notes.append(meaning.format(a=a, b=b))
-    return (*notes, *_gamma_notes(entries))
+    return (*notes, *_gamma_notes(entries), *_adaptation_notes(entries))
 
 
 def _gamma_notes(entries: Sequence[Entry]) -> list[str]:
@@ -67,3 +67,13 @@ def _gamma_notes(entries: Sequence[Entry]) -> list[str]:
             "on it"
         )
     return notes
+
+
+def _adaptation_notes(entries: Sequence[Entry]) -> list[str]:
+    """What changed in how C is adapted, between stretches of one clipping style."""
+    rules = [entry.mechanism.clipping for entry in entries]
+    return [
+        f"how the clip norm is adapted changed during training from {a.adaptation} to {b.adaptation}; ε does not depend on it"
+        for a, b in pairwise(rules)
+        if a.style == b.style and a.adaptation != b.adaptation
+    ]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, phase_of, same_mechanism
+from lightning_dp.plan.adaptation import numbers_of
 from lightning_dp.plan.clipping import ClippingStyle
 from lightning_dp.plan.mechanism import Mechanism, NoiseKind
 from lightning_dp.plan.privacy_plan import SAMPLING
@@ -23,6 +24,11 @@ _ACCOUNTANTS = {
 }
 
 _FLOATING = "Gaussian noise in floating point"
+
+_ADAPTED = (
+    "the clip norm is adapted from step to step by numbers that are released beside the gradient, in the one vector whose norm "
+    "is bounded and that gets the noise; ε does not depend on what they are"
+)
 
 _COMPOSED = "composed of "
 _MOST_LISTED = 32
@@ -53,9 +59,10 @@ class Statement:
         expected_batch_size: B.
         noise_multiplier: σ.
         noise: its kind: in floating point, or discrete, with grid and sensitivity.
-        clip_norm: C, by which one example moves a step's sum at most, under every clipping style.
-        clipping: the clipping style, ``"flat"``, ``"per_layer"`` or ``"automatic"``.
+        clip_norm: C, by which one example moves a step's sum of gradients at most; at first, if it is adapted.
+        clipping: the clipping style, ``"flat"``, ``"per_layer"``, ``"automatic"``, ``"quantile"`` or ``"slaclip"``.
         automatic_gamma: γ of the automatic style, ``None`` with the others.
+        adaptation: how C is adapted, by :data:`lightning_dp.plan.adaptation.NAMES`; ``None`` if it is fixed.
         max_batch_size: M, the size to which a larger draw is cut, or ``None``.
         steps: steps taken, resumed history included.
         randomness: ``"secret"`` or ``"reproducible"``.
@@ -88,6 +95,7 @@ class Statement:
     max_batch_size: int | None
     clipping: ClippingStyle
     automatic_gamma: float | None
+    adaptation: dict[str, float | int] | None
     steps: int
     randomness: Literal["secret", "reproducible"]
     simulation: str | None
@@ -117,6 +125,8 @@ class Statement:
             found.append(_KNOWN_SEED)
         if len(phases) > 1 or (phases and not _is_current(phases[-1], ledger)):
             found.append(f"{_COMPOSED}{_count(len(phases), 'phase')}: " + _list(phases))
+        if plan.clipping_rule.adaptation is not None:
+            found.append(_ADAPTED)
         found.extend(ledger.notes)
         if bound.note is not None:
             found.append(bound.note)
@@ -136,6 +146,7 @@ class Statement:
             max_batch_size=plan.max_batch_size,
             clipping=plan.clipping,
             automatic_gamma=plan.automatic_gamma if plan.clipping == "automatic" else None,
+            adaptation=_adaptation(plan.mechanism),
             steps=ledger.steps,
             randomness=randomness,
             simulation=simulation,
@@ -162,6 +173,7 @@ class Statement:
             else f" with q = {_plain(self.sampling_probability)}, σ = {_plain(self.noise_multiplier)}"
         )
         style = "" if self.clipping == "flat" else f" ({self.clipping.replace('_', ' ')} clipping)"
+        style = style if self.adaptation is None else f" at first{style}"
         seed = ", from a known seed" if self.randomness == "reproducible" else ""
         noise = "" if self.noise == _FLOATING else f", {self.noise}"
         bound = "" if self.max_batch_size is None else f", at most {self.max_batch_size} examples a step"
@@ -182,12 +194,17 @@ def _simulation(ledger: Ledger) -> str:
     )
 
 
+def _adaptation(mechanism: Mechanism) -> dict[str, float | int] | None:
+    numbers = numbers_of(mechanism.clipping.adaptation)
+    return {name: value for name, value in numbers.items() if value is not None} or None
+
+
 def _floating(_: Mechanism) -> str:
     return _FLOATING
 
 
 def _discrete(mechanism: Mechanism) -> str:
-    norm, units = mechanism.clipping.clip_norm, mechanism.noise.resolution or 1
+    norm, units = mechanism.sensitivity, mechanism.noise.resolution or 1
     return f"discrete Gaussian noise (grid {norm / units:.3g}, sensitivity {_plain(norm)} = {units} units)"
 
 

@@ -58,7 +58,7 @@ def own_fault(run: Recording, tolerance: Tolerance) -> Found | None:
     """What is wrong with a run by itself: clipping, the engine's sum, the noise."""
     for step in run.steps:
         for one in step.sums:
-            found = _clipped(step, one, run.clip_norm, tolerance)
+            found = _clipped(step, one, tolerance)
             if found is not None:
                 return found
     noised = [
@@ -70,16 +70,17 @@ def own_fault(run: Recording, tolerance: Tolerance) -> Found | None:
     return None if unlikely is None else Found("noise", unlikely.step, unlikely.text, name=unlikely.name)
 
 
-def _clipped(step: StepNotes, one: Sum, clip_norm: float, tolerance: Tolerance) -> Found | None:
-    if math.isinf(clip_norm):
+def _clipped(step: StepNotes, one: Sum, tolerance: Tolerance) -> Found | None:
+    bound = step.bound
+    if math.isinf(bound):
         return None
     for number, norm in one.norms.items():
-        if not norm <= clip_norm * (1 + tolerance.gradients):
-            text = f"its clipped gradient has length {norm:.6g}: expected at most C = {clip_norm:g}"
+        if not norm <= bound * (1 + tolerance.gradients):
+            text = f"its clipped gradient has length {norm:.6g}: expected at most C = {bound:g}"
             return Found("clipping", step.number, text, number)
-    if not one.is_random and not one.off <= one.rounding + tolerance.gradients * clip_norm * max(1, len(one.norms)):
+    if not one.is_random and not one.off <= one.rounding + tolerance.gradients * bound * max(1, len(one.norms)):
         text = (
-            f"engine {one.engine!r}: its sum differs by {one.off / clip_norm:.3g}·C from the sum of the {len(one.norms)} "
+            f"engine {one.engine!r}: its sum differs by {one.off / bound:.3g}·C from the sum of the {len(one.norms)} "
             "clipped gradients, each by a backward pass of its own"
         )
         return Found("engine", step.number, text, name=one.where)
@@ -111,10 +112,10 @@ def first_difference(
             return Found("draw", mine.number, text, [*missing, *more][0])
         hidden = tuple(name for name in mine.hidden if _apart(mine.hidden[name], theirs.hidden.get(name), tolerance))
         for one, two in zip(mine.sums, theirs.sums, strict=False):
-            found = _sums(mine.number, one, two, changed, run.clip_norm, tolerance, most, hidden)
+            found = _sums(mine, one, two, changed, tolerance, most, hidden)
             if found is not None:
                 return found
-        found = _noise(mine, theirs, tolerance) or _clipped_all(theirs, run.clip_norm, tolerance)
+        found = _noise(mine, theirs, tolerance) or _clipped_all(theirs, tolerance)
         if found is not None:
             return found
         if (len(mine.sums), len(mine.releases)) != (len(theirs.sums), len(theirs.releases)):
@@ -126,8 +127,8 @@ def first_difference(
     return _state(run.steps[-1].number if run.steps else -1, run.leaving, other.leaving, tolerance)
 
 
-def _clipped_all(step: StepNotes, clip_norm: float, tolerance: Tolerance) -> Found | None:
-    return next((found for one in step.sums if (found := _clipped(step, one, clip_norm, tolerance))), None)
+def _clipped_all(step: StepNotes, tolerance: Tolerance) -> Found | None:
+    return next((found for one in step.sums if (found := _clipped(step, one, tolerance))), None)
 
 
 def _apart(mine: Leaf, theirs: Leaf | None, tolerance: Tolerance) -> float:
@@ -144,16 +145,16 @@ def _state(step: int, mine: dict[str, Leaf], theirs: dict[str, Leaf], tolerance:
 
 
 def _sums(
-    step: int,
+    notes: StepNotes,
     mine: Sum,
     theirs: Sum,
     changed: int | None,
-    clip_norm: float,
     tolerance: Tolerance,
     most: float,
     hidden: tuple[str, ...],
 ) -> Found | None:
-    unit = 1.0 if math.isinf(clip_norm) else clip_norm
+    step, bound = notes.number, notes.bound
+    unit = 1.0 if math.isinf(bound) else bound
     for number, parts in mine.contributions.items():
         if number == changed or number not in theirs.contributions:
             continue
@@ -166,14 +167,14 @@ def _sums(
             same = same and len(mine.inputs.get(number, [])) == len(theirs.inputs.get(number, []))
             text = f"its clipped gradient moves by {moved / unit:.3g}·C: expected none"
             return Found("contribution", step, text, number, max(off, key=lambda name: off[name]), same, hidden)
-    if math.isinf(clip_norm):
+    if math.isinf(bound):
         return None
     squares = sum(
         float((part.double() - theirs.total[name].double()).square().sum()) for name, part in mine.total.items()
     )
     moved = math.sqrt(squares)
-    if not moved <= clip_norm * (most + tolerance.gradients * max(1, len(mine.norms))):
-        text = f"the sum moves by {moved / clip_norm:.4g}·C: expected at most {most:g}·C"
+    if not moved <= bound * (most + tolerance.gradients * max(1, len(mine.norms))):
+        text = f"the sum moves by {moved / bound:.4g}·C: expected at most {most:g}·C"
         return Found("total", step, text, hidden=hidden)
     return None
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 SIMULATED = 20_000
@@ -16,29 +17,32 @@ SIMULATED = 20_000
 Scores = npt.NDArray[np.float64]
 
 
-def log_likelihood_ratio(released: Scores, plan: PrivacyPlan) -> Scores:
-    """Log of (1-q)·N(0, σ²) + q·N(1, σ²) over N(0, σ²) at what one step released along a canary's coordinate.
+def log_likelihood_ratio(released: Scores, mechanism: Mechanism) -> Scores:
+    """Log of (1-q)·N(0, s²) + q·N(1, s²) over N(0, s²) at what one step released along a canary's coordinate, in units of C.
+
+    Here s = σ·S/C is the noise on that coordinate: σ, and with what adapts C a little more.
 
     The best test there is between a canary that is in and one that is not adds this up over the steps (Neyman and
     Pearson 1933). Without noise (σ = 0) it is the released value itself.
 
     Args:
         released: the noisy gradient there, ``(m,)``, as given to the optimizer.
-        plan: B and C, to undo the division and the clip norm's unit, and σ and q.
+        mechanism: of the step: B and C, to undo the division and the clip norm's unit, and S, σ and q.
     """
-    x = released * plan.expected_batch_size / (plan.clip_norm if math.isfinite(plan.clip_norm) else 1.0)
-    if plan.noise_multiplier == 0:
+    clip_norm, q = mechanism.clipping.clip_norm, mechanism.sampling.probability
+    x = released * mechanism.divisor / (clip_norm if math.isfinite(clip_norm) else 1.0)
+    if mechanism.noise_std == 0:
         return x
-    z = (2.0 * x - 1.0) / (2.0 * plan.noise_multiplier**2)
-    if plan.sampling_probability == 1:
+    z = (2.0 * x - 1.0) / (2.0 * (mechanism.noise_std / clip_norm) ** 2)
+    if q == 1:
         return z
-    return np.logaddexp(math.log1p(-plan.sampling_probability), math.log(plan.sampling_probability) + z)
+    return np.logaddexp(math.log1p(-q), math.log(q) + z)
 
 
 def plan_accuracy(plan: PrivacyPlan, steps: int, seed: int = 0) -> float:
     """The share of right guesses about all canaries that the best test reaches, a simulated upper limit of it.
 
-    A canary of gradient norm C is drawn with probability q at each of ``steps`` steps and N(0, σ²) is added; the guess
+    A canary of gradient norm C is drawn with probability q at each of ``steps`` steps and N(0, (σS/C)²) is added; the guess
     is "in" where the log-likelihood ratio is above 0. No test of any kind guesses better on average, since the coins are
     fair: this is (1 + δ(0)) / 2, with δ(0) the total variation distance between training with and without the canary.
     Five standard errors of the simulation are added.
@@ -51,11 +55,11 @@ def plan_accuracy(plan: PrivacyPlan, steps: int, seed: int = 0) -> float:
     generator = np.random.default_rng(seed)
     members = np.arange(SIMULATED) % 2 == 0
     scores = np.zeros(SIMULATED)
-    unit = plan.clip_norm / plan.expected_batch_size
+    unit, noise = plan.clip_norm / plan.expected_batch_size, plan.noise_std / plan.clip_norm
     for _ in range(steps):
         drawn = members & (generator.random(SIMULATED) < plan.sampling_probability)
-        noisy = drawn + plan.noise_multiplier * generator.standard_normal(SIMULATED)
-        scores += log_likelihood_ratio(noisy * unit, plan)
+        noisy = drawn + noise * generator.standard_normal(SIMULATED)
+        scores += log_likelihood_ratio(noisy * unit, plan.mechanism)
     right = float(np.mean((scores > 0) == members))
     return min(1.0, right + 5.0 * math.sqrt(max(right * (1.0 - right), 1.0 / SIMULATED) / SIMULATED))
 

@@ -43,10 +43,10 @@ class Observer(pl.Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        plan, gradient = self._private.plan, coordinates(pl_module).grad
-        assert plan is not None
+        mechanism, gradient = self._private.released, coordinates(pl_module).grad
+        assert mechanism is not None
         assert gradient is not None
-        self.white_box += log_likelihood_ratio(gradient.detach().flatten().double().cpu().numpy(), plan)
+        self.white_box += log_likelihood_ratio(gradient.detach().flatten().double().cpu().numpy(), mechanism)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

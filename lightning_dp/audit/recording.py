@@ -22,7 +22,9 @@ from lightning_dp.engines.protocol import Engine, LossFunction
 from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.engines.select import Selection
 from lightning_dp.loading.loader import LogicalBatch
+from lightning_dp.mechanism.adaptive import INDICATOR, released_beside
 from lightning_dp.mechanism.grid import SHORTER
+from lightning_dp.mechanism.state import MechanismState
 from lightning_dp.step.open_step import MicroBatches, OpenStep
 from lightning_dp.step.planned import Run
 from lightning_dp.step.tally import Tally
@@ -61,11 +63,12 @@ class Sum:
 
 @dataclass(frozen=True)
 class Release:
-    """One release: parameter → noisy gradient, and the noise that it has."""
+    """One release: parameter → noisy gradient, the noise that it has, and what the mechanism carries on."""
 
     released: dict[str, Tensor]
     noise: dict[str, Tensor]
     noise_std: float
+    carried: MechanismState
 
 
 @dataclass
@@ -74,6 +77,7 @@ class StepNotes:
 
     Attributes:
         number: of the step.
+        bound: S, of the length of an example's contribution: C, or what it is together with what adapts C.
         drawn: the numbers of the examples (or users) in it.
         leaving: all that a checkpoint before the step holds.
         hidden: what else a step can read, for finding out why something differs.
@@ -82,6 +86,7 @@ class StepNotes:
     """
 
     number: int
+    bound: float
     drawn: list[int]
     leaving: dict[str, Leaf]
     hidden: dict[str, Leaf]
@@ -98,22 +103,20 @@ class Recording:
         steps: in their order.
         leaving: what a checkpoint at the end holds.
         hidden: what else there was at the end.
-        clip_norm: C, or what else bounds a contribution.
     """
 
     given: Recording | None = None
     steps: list[StepNotes] = field(default_factory=list)
     leaving: dict[str, Leaf] = field(default_factory=dict)
     hidden: dict[str, Leaf] = field(default_factory=dict)
-    clip_norm: float = 1.0
 
     def open_step(self, run: Run, sample: LogicalBatch, rest: tuple[Any, ...], tally: Tally) -> OpenStep:
         """Opens a step that is noted here."""
         step = WatchedStep(run, sample, rest, tally, recording=self)
         module = step.run.planned.module
         drawn = [int(number) for piece in step.sample.pieces for number in piece.units]
-        self.clip_norm = step.run.planned.ledger.plan.mechanism.sensitivity
-        self.steps.append(StepNotes(step.sample.step, drawn, leaving(module.trainer), hidden_state(module)))
+        bound, left = step.mechanism.sensitivity, leaving(module.trainer)
+        self.steps.append(StepNotes(step.sample.step, bound, drawn, left, hidden_state(module)))
         return step
 
     def end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -203,7 +206,7 @@ class WatchedStep(OpenStep):
         def alone(micro_batches: list[tuple[Any, int]]) -> tuple[_OneByOne, Sum]:
             found = Sum("loop")
             engine = _OneByOne(step.drawn, found, in_place_of_others=not selection.engine.is_reference)
-            other = replace(self, tally=Tally())
+            other = replace(self, tally=Tally(carried=self.tally.carried))
             with undone(planned.module):
                 OpenStep.clipped_sum(other, _only(self._rounded(engine)), loss_function, parameters, micro_batches)
             return engine, found
@@ -226,8 +229,8 @@ class WatchedStep(OpenStep):
         units, coordinates = planned.ledger.plan.resolution, sum(part.numel() for part in notes.total.values())
         if units is not None:
             each = math.sqrt(coordinates) / units + 1.0 - SHORTER
-            notes.rounding = len(step.drawn) * each * self.recording.clip_norm
-        if notes.off > notes.rounding + 1e-6 * self.recording.clip_norm:
+            notes.rounding = len(step.drawn) * each * step.bound
+        if notes.off > notes.rounding + 1e-6 * step.bound:
             again = alone([(batch.with_other_draws(), size) for batch, size in kept])[1].contributions
             notes.is_random = any(
                 not torch.equal(again[number][name], part)
@@ -239,22 +242,24 @@ class WatchedStep(OpenStep):
 
     @override
     def release(self, gradient: Mapping[str, Tensor], *, part: int = 0, parts: int = 1) -> dict[str, Tensor]:
+        mechanism, steps, given = self.mechanism, self.recording.steps, self.recording.given
+        sums = {name: self._in_numbers(total).double().cpu() for name, total in gradient.items()}
         released = super().release(gradient, part=part, parts=parts)
-        mechanism, steps, given = self.run.planned.ledger.plan.mechanism, self.recording.steps, self.recording.given
-        noise = {
-            name: (found.double() * mechanism.divisor - self._in_numbers(gradient[name]).double()).cpu()
-            for name, found in released.items()
-        }
+        every = {name: found.double().cpu() for name, found in released.items()}
+        if INDICATOR in sums:
+            every[INDICATOR] = torch.tensor(released_beside(self.tally.carried), dtype=torch.float64)
+        noise = {name: found * mechanism.divisor - sums[name] for name, found in every.items()}
         std = (
             mechanism.noise.noise_multiplier * mechanism.sensitivity * parts**0.5
         )  # not by the property that the noise reads
         kept = {
             name: found.detach().cpu().clone() for name, found in released.items()
         }  # what becomes p.grad may be written to
-        steps[-1].releases.append(Release(kept, noise, std))
+        steps[-1].releases.append(Release(kept, noise, std, self.tally.carried))
         number, place = len(steps) - 1, len(steps[-1].releases) - 1
         if given is None or number >= len(given.steps) or place >= len(given.steps[number].releases):
             return released
+        self.tally.carried = given.steps[number].releases[place].carried
         theirs = given.steps[number].releases[place].released
         return {
             name: theirs[name].to(found.device, copy=True) if name in theirs else found
@@ -267,7 +272,7 @@ class WatchedStep(OpenStep):
 
     def _in_numbers(self, total: Tensor) -> Tensor:
         """A sum, where it is in units of a grid, in the gradient's own."""
-        mechanism = self.run.planned.ledger.plan.mechanism
+        mechanism = self.mechanism
         units = mechanism.noise.resolution
         return total if units is None else total.double() * (mechanism.sensitivity / units)
 

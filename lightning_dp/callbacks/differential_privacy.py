@@ -22,6 +22,7 @@ from lightning_dp.look.module import check_module, check_optimizers
 from lightning_dp.look.public_optimizers import check_public_optimizers
 from lightning_dp.look.trainer import check_before_setup
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, ClippingStyle
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.agreement import check_same_on_every_rank, facts
 from lightning_dp.ranks.gathering import on_every_rank
@@ -51,10 +52,16 @@ class DifferentialPrivacy(Callback):
         epsilon: the ε that must not be exceeded.
         noise_multiplier: σ, the noise's standard deviation in units of ``clip_norm``. 0 trains without privacy.
         delta: δ, well below 1 / dataset_size.
-        clip_norm: C, the L2 norm each example's gradient is clipped to.
-        clipping: ``"flat"``, ``"per_layer"`` (each of L layers to C/√L) or ``"automatic"`` (g·C/(‖g‖+γ)). One example moves
-            the sum by at most C under each of them.
+        clip_norm: C, the L2 norm each example's gradient is clipped to; with ``"quantile"`` and ``"slaclip"`` at first.
+        clipping: ``"flat"``, ``"per_layer"`` (each of L layers to C/√L) or ``"automatic"`` (g·C/(‖g‖+γ)), with a fixed C; or
+            ``"quantile"`` or ``"slaclip"``, which adapt C from step to step (:mod:`lightning_dp.plan.adaptation`). One
+            example moves the sum of gradients by at most C under each of them.
         automatic_gamma: γ of ``"automatic"``.
+        clip_quantile: of ``"quantile"``: the share of gradients that C is to leave as they are; ``None`` for 0.5.
+        clip_learning_rate: η of ``"quantile"`` (``None`` for 0.2) and ``"slaclip"`` (``None`` for 0.5): how fast log C moves.
+        quantile_weight: κ of ``"quantile"``; ``None`` for 0.2. The more, the less noise in the quantile and the more in the
+            gradient: (1 + κ²/4)^½ times that of a fixed C.
+        slack_bins: K of ``"slaclip"``; ``None`` for 10.
         expected_batch_size: B over all ranks; ``None`` for the loader's ``batch_size`` × number of ranks.
         dataset_size: N, a public number of examples; ``None`` for ``len(dataset)``.
         physical_batch_size: the most examples that are worked on at once; ``None`` chooses by rule of thumb, ``"auto"``
@@ -113,6 +120,10 @@ class DifferentialPrivacy(Callback):
         clip_norm: float = 1.0,
         clipping: ClippingStyle = "flat",
         automatic_gamma: float = DEFAULT_GAMMA,
+        clip_quantile: float | None = None,
+        clip_learning_rate: float | None = None,
+        quantile_weight: float | None = None,
+        slack_bins: int | None = None,
         expected_batch_size: int | None = None,
         dataset_size: int | None = None,
         physical_batch_size: PhysicalBatchSize = None,
@@ -136,6 +147,10 @@ class DifferentialPrivacy(Callback):
         self.clip_norm = clip_norm
         self.clipping: ClippingStyle = clipping
         self.automatic_gamma = automatic_gamma
+        self.clip_quantile = clip_quantile
+        self.clip_learning_rate = clip_learning_rate
+        self.quantile_weight = quantile_weight
+        self.slack_bins = slack_bins
         self.expected_batch_size = expected_batch_size
         self.dataset_size = dataset_size
         self.physical_batch_size = physical_batch_size
@@ -169,6 +184,15 @@ class DifferentialPrivacy(Callback):
     def plan(self) -> PrivacyPlan | None:
         """The plan in force, once the training data are known."""
         return None if self.ledger is None else self.ledger.plan
+
+    @property
+    def released(self) -> Mechanism | None:
+        """The mechanism of the last gradient that was released in the fit under way, with the C and σ that it had.
+
+        ``released.noise_std / released.divisor`` is the standard deviation of the noise on each of its coordinates. ``None``
+        before the first.
+        """
+        return None if self._fit is None else self._fit.tally.released
 
     def statement(self) -> Statement:
         """What has been spent so far, as a statement that can be published.
@@ -241,6 +265,8 @@ class DifferentialPrivacy(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        if self._fit is not None:
+            self._fit.carry_on()
         spent = self._account.now()
         return {} if spent is None else with_digest(spent)
 

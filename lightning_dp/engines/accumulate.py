@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_dp.batches.microbatch import padded
 from lightning_dp.engines.protocol import Engine, LossFunction
+from lightning_dp.mechanism.adaptive import nothing_beside
 from lightning_dp.mechanism.clip import accumulation_dtype
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.mechanism.release import release
-from lightning_dp.plan.clipping import Clipping
+from lightning_dp.plan.clipping import Clipping, as_clipping
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 
@@ -23,7 +24,7 @@ class Accumulated:
     """What a rank has of a step before anything is released. All of it is **private**.
 
     Attributes:
-        gradient: parameter name → sum of clipped gradients, in the accumulation type.
+        gradient: parameter name → sum of clipped gradients, in the accumulation type; last, the sum of what adapts C.
         losses: per-example losses, one ``(B_i,)`` tensor per micro-batch.
         norms: per-example gradient norms before clipping, likewise.
         outputs: what the loss function handed out beside the loss, per micro-batch.
@@ -74,6 +75,7 @@ def accumulate(
             if name not in apart
         }
     )
+    total.gradient |= nothing_beside(parameters, as_clipping(clipping), engine.sum_dtype)
     for batch, examples in micro_batches:
         rows, counted = examples, None
         if pad_to is not None:

@@ -15,8 +15,9 @@ from lightning_dp.engines.backward import plain_gradient
 from lightning_dp.engines.drawing import Alone, Drawing
 from lightning_dp.engines.groups import check_one_structure
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
+from lightning_dp.mechanism.adaptive import nothing_beside
 from lightning_dp.mechanism.clip import accumulation_dtype, clip_and_sum
-from lightning_dp.plan.clipping import Clipping
+from lightning_dp.plan.clipping import Clipping, as_clipping
 
 
 class LoopEngine(Engine):
@@ -51,6 +52,7 @@ class LoopEngine(Engine):
         """See :class:`lightning_dp.engines.protocol.Engine`."""
         check_batch_axis(batch, examples)
         total = {name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for name, p in parameters.items()}
+        total |= nothing_beside(parameters, as_clipping(clipping))
         leaves = {name: as_leaf(parameter) for name, parameter in parameters.items()}
         norms, losses, outputs = [], [], []
         for index in range(examples if counted is None else counted):

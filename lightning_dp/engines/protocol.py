@@ -23,7 +23,8 @@ class ClippedSum:
     """An engine's answer for one micro-batch of B examples. All of it is **private**.
 
     Attributes:
-        gradient: parameter name → sum over the B examples of their clipped gradients, in the accumulation type.
+        gradient: parameter name → sum over the B examples of their clipped gradients, in the accumulation type; and the sum of
+            what adapts C, if something does (:mod:`lightning_dp.mechanism.adaptive`).
         norms: gradient norms before clipping over all parameters, ``(B,)``; not finite where a gradient was not.
         losses: per-example losses, ``(B,)``.
         outputs: the loss function's outputs, every tensor with a leading axis of B.

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lightning_dp.batches.microbatch import batch_of_one, check_batch_axis
 from lightning_dp.engines.groups import check_one_structure
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
+from lightning_dp.mechanism.adaptive import nothing_beside
 from lightning_dp.mechanism.grid import RESOLUTION, to_grid
 from lightning_dp.plan.clipping import Clipping, as_clipping
 
@@ -47,6 +48,7 @@ class RoundedEngine(Engine):
         """See :class:`lightning_dp.engines.protocol.Engine`; the gradient is int64, in units of C/Δ."""
         check_batch_axis(batch, examples)
         total = {name: torch.zeros_like(p, dtype=self.sum_dtype) for name, p in parameters.items()}
+        total |= nothing_beside(parameters, as_clipping(clipping), self.sum_dtype)
         sensitivity, parts = as_clipping(clipping).sensitivity, []
         for index in range(examples if counted is None else counted):
             one = self.engine.clipped_sum(loss_function, parameters, batch_of_one(batch, index), 1, clipping)

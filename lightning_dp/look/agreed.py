@@ -11,12 +11,14 @@ from torch.utils.data import DataLoader
 from lightning_dp.accounting import Assumptions, Ledger
 from lightning_dp.accounting.find_plan import Wanted
 from lightning_dp.batches.units import Units
+from lightning_dp.errors import PreflightError
 from lightning_dp.look.epochs import check_draws_in_an_epoch, check_end_was_given
 from lightning_dp.look.planning import agreed_plan, check_batch_after_resume, check_delta_for, check_plan_stays
+from lightning_dp.mechanism.adaptive import in_force
 from lightning_dp.mechanism.complex import coordinates
 from lightning_dp.mechanism.secure import resolution
 from lightning_dp.plan.simulation import as_if_real, simulated
-from lightning_dp.ranks.gathering import on_rank_zero
+from lightning_dp.ranks.gathering import on_every_rank, on_rank_zero
 from lightning_dp.ranks.world import World
 from lightning_dp.record.account import Account
 from lightning_dp.record.checkpoint import lost_since, with_lost_steps
@@ -79,8 +81,10 @@ def agree(
         account.before = with_lost_steps(account.before, lost)
     spent = None if account.before is None else account.before.ledger
     wanted = _wanted(privacy, privacy.noise_multiplier, trainer.lightning_module)
-    real = agreed_plan(world, loader, units, wanted, as_if_real(spent, privacy.simulate), remaining_steps)
+    carried = account.carried.state_dict()
+    real = agreed_plan(world, loader, units, wanted, as_if_real(spent, privacy.simulate), remaining_steps, carried)
     plan = simulated(real, privacy.simulate)
+    on_every_rank(world, lambda: in_force(plan.mechanism, account.carried), PreflightError)
     check_delta_for(plan)
     check_draws_in_an_epoch(trainer, real, loader)
     check_end_was_given(trainer, plan)
@@ -126,5 +130,5 @@ def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, module: pl
         dataset_size=privacy.dataset_size,
         max_batch_size=privacy.max_batch_size,
         resolution=resolution(privacy.secure),
-        coordinates=coordinates(module.parameters()) if privacy.secure else None,
+        coordinates=coordinates(module.parameters()) + privacy.clipping_rule.coordinates if privacy.secure else None,
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.engines.select import EngineName, Selection
+from lightning_dp.errors import PreflightError
 from lightning_dp.look.engine_check import check_engines
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.step.manual.global_step import global_step
@@ -70,9 +71,11 @@ def manual_objective(
 
     Raises:
         EngineError: the engine asked for cannot run this training_step.
-        PreflightError: training_step writes into parameters before a private step.
+        PreflightError: training_step writes into parameters before a private step, or several private optimizers would share
+            a clip norm that is adapted.
     """
     module = planned.module
+    check_one_clip_norm(planned, script)
     seen: list[Wanted] = []
     selections: dict[Key, Selection] = {}
     for index, steps in enumerate(script.batches):
@@ -93,3 +96,18 @@ def manual_objective(
     unseen = loop or Selection(LoopEngine(in_place_of_others=True))
     objective = ManualObjective(script, seen, selections, unseen)
     return objective, first, loss_up_to(planned.form, planned.logs, seen[0])
+
+
+def check_one_clip_norm(planned: Planned, script: Script) -> None:
+    """Refuse to adapt one C to the gradients of several private optimizers.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    clipping = planned.ledger.plan.clipping_rule
+    if clipping.adaptation is not None and len(script.private) > 1:
+        raise PreflightError(
+            f"clipping={clipping.style!r} with {len(script.private)} private optimizers: expected one. Their gradients have "
+            "norms of their own, and one C would follow now these and now those. Use clipping='flat' or 'automatic', or name "
+            "those that see no private data in public_optimizers."
+        )

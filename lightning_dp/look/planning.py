@@ -44,6 +44,7 @@ def agreed_plan(
     wanted: Wanted,
     spent: Mapping[str, Any] | None,
     remaining_steps: int | None,
+    carried: Mapping[str, Any] | None = None,
 ) -> PrivacyPlan:
     """The plan of a run, computed on rank 0 and checked to suit every rank's data. A collective call.
 
@@ -54,6 +55,7 @@ def agreed_plan(
         wanted: the numbers asked for.
         spent: the state of a ledger that this run continues, or ``None``.
         remaining_steps: how many further steps this ``fit`` will take, or ``None`` if nobody knows.
+        carried: what the mechanism has carried here, or ``None`` in mid-run.
 
     Raises:
         PreflightError: the number of steps is unknown although σ must be found, or ranks disagree.
@@ -68,6 +70,7 @@ def agreed_plan(
             "whose each example is (digest)": None if units is None else units.digest,
             "steps already charged": ledger_of(mine, spent).steps,
             "the checkpoint's ledger": spent,
+            "what the mechanism carries": carried,
             **mine.numbers,
             "len(train_dataloader)": len(loader),  # an epoch: a rank with a shorter one would leave the others waiting
         },

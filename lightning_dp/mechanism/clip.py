@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_dp.mechanism.adaptive import summed_beside
 from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.plan.clipping import Clipping, as_clipping
 
@@ -125,8 +126,9 @@ def clip_and_sum(
         counted: how many examples count; the others, at the end, are padding and contribute exactly zero.
 
     Returns:
-        The sums, parameter name → ``(*parameter.shape)`` in the accumulation type, and the norms before clipping over
-        all parameters together, ``(B,)``. An example whose norm is not finite contributes exactly zero; its norm stays
+        The sums, parameter name → ``(*parameter.shape)`` in the accumulation type, with those of what adapts C if something
+        does (:func:`lightning_dp.mechanism.adaptive.beside`), and the norms before clipping over all parameters together,
+        ``(B,)``. An example whose norm is not finite contributes exactly zero; its norm stays
         visible.
 
     Guarantee:
@@ -155,7 +157,7 @@ def clip_and_sum(
         sums[name] = (factors.by_name[name].to(wide.dtype) @ wide).view(gradient.shape[1:])
         if apart is not None:
             sums[name] += apart[name]
-    return sums, norms
+    return {**sums, **summed_beside(norms, clipping, counted)}, norms
 
 
 def clip_scaled(gradients: Mapping[str, Tensor], clipping: Clipping) -> tuple[dict[str, Tensor], Tensor]:
@@ -169,7 +171,7 @@ def clip_scaled(gradients: Mapping[str, Tensor], clipping: Clipping) -> tuple[di
         clipping: the style and its numbers.
 
     Returns:
-        The sums and the norms, as :func:`clip_and_sum` gives them.
+        The sums and the norms, as :func:`clip_and_sum` gives them, without what adapts C: that follows from the norms.
 
     Guarantee:
         As of :func:`clip_and_sum`. An example contributes exactly zero if a number of its gradient is not finite, or its

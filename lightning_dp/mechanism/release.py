@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_dp.mechanism.adaptive import INDICATOR, adapted, in_force
 from lightning_dp.mechanism.discrete import DiscreteNoise
 from lightning_dp.mechanism.gaussian import GaussianNoise
 from lightning_dp.mechanism.noise import Noise, Parts, own_share
@@ -94,7 +95,7 @@ def release(
     Args:
         sums: this rank's sums of clipped gradients by name, in the accumulation type, or int64 for discrete noise. Left as
             they are. **Private.**
-        mechanism: σ, C and the divisor.
+        mechanism: σ, C and the divisor. If C is adapted, it is that of ``state``, as it was for the sums.
         key: the run's key, the same on every rank.
         step: the number of the step in the run's life.
         collective: how the ranks' sums are added up.
@@ -108,10 +109,11 @@ def release(
         RuntimeError: there are more coordinates than the mechanism accounts for.
 
     Guarantee:
-        The Gaussian mechanism with noise multiplier σ on a sum of L2 sensitivity C, whatever the clipping style; (ε, δ) over
+        The Gaussian mechanism with noise multiplier σ on a sum of that L2 sensitivity, whatever the clipping style; (ε, δ) over
         steps by the ledger. With a ``resolution`` the noise is discrete, see
         :class:`lightning_dp.mechanism.discrete.DiscreteNoise`.
     """
+    mechanism = in_force(mechanism, state)
     noise = noise_of(mechanism)
     held, coordinates = collective.held(sums)
     block = noise.block(held[0][1].device)
@@ -119,7 +121,10 @@ def release(
     noise_std = noise.std(step, state) / mechanism.divisor
     state = noise.add(own, coordinates, key=key, step=step, state=state)
     totals = [noise.to_float(collective.total(part), mechanism.divisor) for _, part in held]
-    return Released(collective.named(totals, noise.released(sums)), state, noise_std)
+    gradient = collective.named(totals, noise.released(sums))
+    if INDICATOR in gradient:
+        state = adapted(gradient.pop(INDICATOR), mechanism, state)
+    return Released(gradient, state, noise_std)
 
 
 def noise_of(mechanism: Mechanism) -> Noise:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -21,6 +21,10 @@ class MechanismState:
 
     values: Mapping[str, Any] = field(default_factory=dict)
     past: object = field(default=None, compare=False, repr=False)
+
+    def but(self, **changes: Any) -> MechanismState:
+        """The same with other values under these names."""
+        return replace(self, values={**self.values, **changes})
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -7,15 +7,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_dp.plan.adaptation import (
+    KINDS,
+    SMALLEST_CLIP_NORM,
+    Adaptation,
+    Quantile,
+    Slack,
+    adaptation_of,
+    check_adaptation,
+)
 from lightning_dp.validate import number, shown
 
-ClippingStyle = Literal["flat", "per_layer", "automatic"]
+ClippingStyle = Literal["flat", "per_layer", "automatic", "quantile", "slaclip"]
 DEFAULT_GAMMA = 0.01
 """γ of the automatic style, as in the experiments of its authors."""
 SMALLEST_GAMMA = 1e-12
 """Below it g·C/(‖g‖+γ) is no longer bounded where the norm, a sum of squares in float32, comes out as 0."""
-
-SMALLEST_CLIP_NORM = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +34,18 @@ class Clipping:
     | ``flat`` | g·min(1, C/‖g‖) | C |
     | ``per_layer`` | for each of the L layers, g_l·min(1, (C/√L)/‖g_l‖) | (L·(C/√L)²)^½ = C |
     | ``automatic`` | g·C/(‖g‖ + γ) | C·‖g‖/(‖g‖ + γ) < C |
+    | ``quantile`` | g·min(1, C/‖g‖) and one coordinate that says whether ‖g‖ ≤ C | C·(1 + κ²/4)^½ |
+    | ``slaclip`` | g·min(1, C/‖g‖) and K coordinates that say by how much ‖g‖ < C | C |
 
-    Under every style a gradient that is not finite, in whatever layer, enters as zero. L and the layers follow from the
-    parameters' names alone, so they are public.
+    In the last two C is adapted from step to step, and what is said here holds with the C of the step, see
+    :mod:`lightning_dp.plan.adaptation`. Under every style a gradient that is not finite, in whatever layer, enters as zero. L
+    and the layers follow from the parameters' names alone, so they are public.
 
     Args:
-        clip_norm: C > 0; ``inf`` for no clipping (not with ``automatic``, which always scales).
-        style: one of the three.
+        clip_norm: C > 0, at first if it is adapted; ``inf`` for no clipping (with ``flat`` and ``per_layer`` alone).
+        style: one of the five.
         gamma: γ > 0 of ``automatic``: gradients much shorter than γ stay shorter than C. Without meaning elsewhere.
+        adaptation: what adapts C; ``None`` for the style's own with its defaults, which is nothing in the first three.
 
     Raises:
         ValueError: a number or the style is not one of these.
@@ -50,15 +61,24 @@ class Clipping:
     clip_norm: float
     style: ClippingStyle = "flat"
     gamma: float = DEFAULT_GAMMA
+    adaptation: Adaptation | None = None
 
     def __post_init__(self) -> None:
         check_clip_norm(self.clip_norm)
         check_clipping(self.style, self.gamma, self.clip_norm)
+        if self.adaptation is None:
+            object.__setattr__(self, "adaptation", adaptation_of(self.style))
+        check_adaptation(self.adaptation, self.style)
 
     @property
     def sensitivity(self) -> float:
         """The most by which adding or removing one example moves the sum, in L2 norm; the noise is scaled from it."""
-        return self.clip_norm
+        return self.clip_norm if self.adaptation is None else self.clip_norm * self.adaptation.stretch
+
+    @property
+    def coordinates(self) -> int:
+        """How many coordinates each example has beside its gradient."""
+        return 0 if self.adaptation is None else self.adaptation.coordinates
 
     def budget(self, layers: int) -> float:
         """The norm that one layer's part of a gradient is held to, if there are ``layers`` of them."""
@@ -75,6 +95,10 @@ class Clipping:
     def __str__(self) -> str:
         if self.style == "automatic":
             return f"automatic clipping, gamma {self.gamma:g}"
+        if isinstance(self.adaptation, Quantile):
+            return f"at first; it follows the {self.adaptation.target:g} quantile of norms"
+        if isinstance(self.adaptation, Slack):
+            return f"at first; SlaClip adapts it from {self.adaptation.bins} bins"
         return f"{self.style.replace('_', '-')} clipping"
 
 
@@ -114,6 +138,11 @@ def check_clipping(style: str, gamma: float, clip_norm: float) -> None:
         raise ValueError(
             f"clipping='automatic' with clip_norm={clip_norm}: expected a finite clip norm. Every gradient is scaled to "
             "about that norm; give one, or clipping='flat' to train without clipping."
+        )
+    if style in KINDS and math.isinf(clip_norm):
+        raise ValueError(
+            f"clipping={style!r} with clip_norm={clip_norm}: expected a finite clip norm to begin with, such as 1.0, or "
+            "clipping='flat' to train without clipping."
         )
 
 

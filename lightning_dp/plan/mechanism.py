@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+from lightning_dp.plan.adaptation import adaptation_of, numbers_of
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
 from lightning_dp.validate import number, shown, whole
 
@@ -196,13 +197,24 @@ class Mechanism:
         coordinates: int | None = None,
         clipping: ClippingStyle = "flat",
         automatic_gamma: float = DEFAULT_GAMMA,
+        clip_quantile: float | None = None,
+        clip_learning_rate: float | None = None,
+        quantile_weight: float | None = None,
+        slack_bins: int | None = None,
         unit: str = EXAMPLE,
         sampling: SamplingScheme = "poisson",
     ) -> Mechanism:
         """The mechanism of these numbers, as a user, a checkpoint or a logger writes them: one beside the other."""
+        adaptation = adaptation_of(
+            clipping,
+            clip_quantile=clip_quantile,
+            clip_learning_rate=clip_learning_rate,
+            quantile_weight=quantile_weight,
+            slack_bins=slack_bins,
+        )
         return cls(
             Sampling(dataset_size, expected_batch_size, max_batch_size, sampling),
-            Clipping(clip_norm, clipping, automatic_gamma),
+            Clipping(clip_norm, clipping, automatic_gamma, adaptation),
             NoiseScale(noise_multiplier, resolution, coordinates),
             unit,
         )
@@ -220,13 +232,17 @@ class Mechanism:
             "coordinates": self.noise.coordinates,
             "clipping": self.clipping.style,
             "automatic_gamma": self.clipping.gamma,
+            **numbers_of(self.clipping.adaptation),
             "unit": self.unit,
             "sampling": self.sampling.scheme,
         }
 
     def but(self, **changes: Any) -> Mechanism:
-        """The same with other numbers, by the names of :meth:`of`."""
-        return Mechanism.of(**{**self.numbers, **changes})
+        """The same with other numbers, by the names of :meth:`of`. What adapts C is kept with its clipping style alone."""
+        kept = self.numbers
+        if changes.get("clipping", kept["clipping"]) != kept["clipping"]:
+            kept |= numbers_of(None)
+        return Mechanism.of(**{**kept, **changes})
 
     @property
     def sensitivity(self) -> float:

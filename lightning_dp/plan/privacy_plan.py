@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypedDict, Unpack
 
+from lightning_dp.plan.adaptation import NAMES
 from lightning_dp.plan.clipping import Clipping, ClippingStyle
 from lightning_dp.plan.mechanism import Mechanism, SamplingScheme
 from lightning_dp.validate import number, whole
@@ -17,7 +18,7 @@ SAMPLING = "Poisson"
 
 _NAMES = (
     "noise_multiplier", "clip_norm", "delta", "dataset_size", "expected_batch_size", "steps", "target_epsilon",
-    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", "simulation", "unit", "sampling",
+    "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", *NAMES, "simulation", "unit", "sampling",
 )  # fmt: skip
 """In the order in which they are shown."""
 
@@ -34,6 +35,10 @@ class Numbers(TypedDict, total=False):
     coordinates: int | None
     clipping: ClippingStyle
     automatic_gamma: float
+    clip_quantile: float | None
+    clip_learning_rate: float | None
+    quantile_weight: float | None
+    slack_bins: int | None
     unit: str
     sampling: SamplingScheme
 
@@ -62,9 +67,11 @@ class PrivacyPlan:
             - ``resolution``: Δ, how many units of the grid of discrete noise the clip norm has. ``None`` for noise in
               floating point.
             - ``coordinates``: P, the most coordinates that get noise; needed with ``resolution``.
-            - ``clipping``: ``"flat"``, ``"per_layer"`` or ``"automatic"``, see
-              :class:`lightning_dp.plan.clipping.Clipping`.
+            - ``clipping``: ``"flat"``, ``"per_layer"``, ``"automatic"``, ``"quantile"`` or ``"slaclip"``, see
+              :class:`lightning_dp.plan.clipping.Clipping`. In the last two ``clip_norm`` is C at first.
             - ``automatic_gamma``: γ of the automatic style.
+            - ``clip_quantile``, ``clip_learning_rate``, ``quantile_weight``, ``slack_bins``: how C is adapted, see
+              :mod:`lightning_dp.plan.adaptation`.
             - ``unit``: who is protected, ``"example"`` or the name of a user's field.
             - ``sampling``: how samples are drawn, see :class:`lightning_dp.plan.mechanism.Sampling`.
         delta: δ of the (ε, δ) guarantee, in (0, 1).
@@ -127,7 +134,9 @@ class PrivacyPlan:
             >>> plan.but(noise_multiplier=4.0, steps=7).noise_std
             4.0
         """
-        return PrivacyPlan(**{**self.numbers, **changes})
+        of_plan = {name: self.numbers[name] for name in ("delta", "steps", "target_epsilon", "simulation")}
+        given = {name: changes.pop(name) for name in of_plan if name in changes}
+        return PrivacyPlan(self.mechanism.but(**changes), **{**of_plan, **given})
 
     @property
     def numbers(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from lightning_dp.mechanism.adaptive import INDICATOR
 from lightning_dp.mechanism.clip import accumulation_dtype
 from lightning_dp.mechanism.noise import Parts
 from lightning_dp.mechanism.reduce import flatten
@@ -152,6 +153,8 @@ class Layerwise:
         order: list[str] = []
 
         def held(rest: Mapping[str, Tensor]) -> tuple[Parts, int]:
+            beside = {name: sum_ for name, sum_ in rest.items() if name == INDICATOR}
+            rest = {name: sum_ for name, sum_ in rest.items() if name not in beside}
             mine = {name: rows.contiguous() for name, rows in self.taken().items()}
             order.extend(name for name in self._parameters if name in rest or name in mine)
             if rest:
@@ -161,12 +164,26 @@ class Layerwise:
                 p = self._parameters[name]
                 parts.append((place + self._rank * self._chunk(name) * p.shape[1:].numel(), mine[name]))
                 place += p.numel()
+            for name, total in beside.items():  # whole on every rank, and every rank draws the same noise for it
+                order.append(name)
+                parts.append((place, self._world_sum(total)))
+                place += total.numel()
             return parts, place
 
         def named(totals: Sequence[Tensor], _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: self._as_parameter(name, rows) for name, rows in zip(order, totals, strict=True)}
+            return {
+                name: rows if name == INDICATOR else self._as_parameter(name, rows)
+                for name, rows in zip(order, totals, strict=True)
+            }
 
         return Collective(held=held, named=named)
+
+    def _world_sum(self, own: Tensor) -> Tensor:
+        """The sum over the ranks, on every rank."""
+        total = own.clone()
+        with self._call():
+            dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._group)
+        return total
 
     def _scattered(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's rows of the sums over all ranks, which are made by one call."""

@@ -14,12 +14,14 @@ from typing import Any
 from weakref import WeakSet
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dp.errors import PreflightError
+from lightning_dp.mechanism.adaptive import INDICATOR
 from lightning_dp.mechanism.release import Collective
 from lightning_dp.mechanism.shards import by_rank, of_rank
 from lightning_dp.ranks.lost_ranks import naming_lost_ranks
@@ -163,7 +165,7 @@ def collective_of(world: World, module: nn.Module, names: Iterable[str]) -> Coll
         RuntimeError: some of the parameters are sharded and others are not.
     """
     named = dict(module.named_parameters())
-    wanted = list(names)
+    wanted = [name for name in names if name != INDICATOR]
     parameters = {name: parameter for name in wanted if isinstance(parameter := named[name], DTensor)}
     if not parameters:
         return Collective(world.rank, world.size, total=world.sum)
@@ -175,14 +177,22 @@ def collective_of(world: World, module: nn.Module, names: Iterable[str]) -> Coll
     mesh = next(iter(parameters.values())).device_mesh
     ranks, group = mesh.size(), mesh.get_group()
 
+    coordinates = sum(parameter.numel() for parameter in parameters.values())
+
     def reduce_scatter(flat: Tensor) -> Tensor:
-        given = by_rank(flat, parameters, ranks)
+        """This rank's shards of the sum, and behind them the whole sum of what adapts C."""
+        given, beside = by_rank(flat[:coordinates], parameters, ranks), flat[coordinates:].clone()
         mine = given.new_empty(given.numel() // ranks)
         dist.reduce_scatter_tensor(mine, given, op=dist.ReduceOp.SUM, group=group)
-        return mine
+        if beside.numel():
+            dist.all_reduce(beside, op=dist.ReduceOp.SUM, group=group)
+        return torch.cat([mine, beside])
 
     def shards(totals: Sequence[Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
+        beside = {name: tensor for name, tensor in like.items() if name == INDICATOR}
+        size = totals[0].numel() - sum(tensor.numel() for tensor in beside.values())
+        like = {name: tensor for name, tensor in like.items() if name not in beside}
+        found: dict[str, Tensor] = {
             name: DTensor.from_local(
                 local,
                 mesh,
@@ -191,8 +201,9 @@ def collective_of(world: World, module: nn.Module, names: Iterable[str]) -> Coll
                 shape=parameters[name].shape,
                 stride=parameters[name].stride(),
             )
-            for name, local in of_rank(totals[0], like, mesh.get_local_rank(), ranks).items()
+            for name, local in of_rank(totals[0][:size], like, mesh.get_local_rank(), ranks).items()
         }
+        return found | dict.fromkeys(beside, totals[0][size:])
 
     return Collective(world.rank, world.size, total=reduce_scatter, named=shards)
 

@@ -157,4 +157,4 @@ class Account:
         if self._journal is not None:
             self._journal.close(ended=ledger is not None and planned is not None and ledger.steps >= planned)
         if self._to_parent is not None:
-            self._to_parent.close()
+            self._to_parent.close(self.carried)

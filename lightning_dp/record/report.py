@@ -18,7 +18,7 @@ from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.lightning_internals import either
 from lightning_dp.mechanism import secure
-from lightning_dp.plan.mechanism import EXAMPLE, NoiseKind
+from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseKind
 from lightning_dp.record.journal import Journal
 from lightning_dp.record.loggers import tell_plan, tell_statement
 from lightning_dp.record.run_folder import RunFolder, journal_folder
@@ -169,7 +169,7 @@ class Report:
             most = self.ledger.affordable_steps or most
         return most
 
-    def metrics(self, every_n_steps: int, waited: float | None) -> dict[str, float]:
+    def metrics(self, every_n_steps: int, waited: float | None, released: Mechanism | None = None) -> dict[str, float]:
         """The ``dp/...`` metrics after a step. All but ``dp/data_wait`` are functions of public numbers alone.
 
         ``dp/data_wait`` is the time in seconds for which this rank has waited for the step's data. It depends on the draw, so
@@ -179,6 +179,8 @@ class Report:
         Args:
             every_n_steps: how often loggers record.
             waited: seconds for which all steps so far have waited for data (private), or ``None`` to say nothing of it.
+            released: the mechanism of the last release. If it adapts C, ``dp/clip_norm`` is the C that it had: the noise on
+                each coordinate of that gradient had a standard deviation of σ·S/B, where S follows from C.
         """
         steps, plan = self.ledger.steps, self.ledger.plan
         ahead = math.ceil(steps / every_n_steps) * every_n_steps if every_n_steps else steps
@@ -192,6 +194,8 @@ class Report:
             "dp/noise_multiplier": plan.noise_multiplier,
             "dp/steps": float(steps),
         }
+        if released is not None and released.clipping.adaptation is not None:
+            found["dp/clip_norm"] = released.clipping.clip_norm
         return found if plan.simulation == 1 else {**found, "dp/simulation": float(plan.simulation)}
 
     def statement(self) -> Statement:

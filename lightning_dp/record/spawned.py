@@ -23,6 +23,7 @@ import lightning.pytorch as pl
 
 from lightning_dp.accounting import Assumptions, Ledger
 from lightning_dp.lightning_internals import starts_processes
+from lightning_dp.mechanism.state import NOTHING, MechanismState
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.record.checkpoint import Spent, read_with_digest, with_digest
 from lightning_dp.record.journal import Journal, JournalError
@@ -72,7 +73,7 @@ class ToParent:
     """
 
     def __init__(self, address: str, report: Report, spent: Spent, journal: Journal | None) -> None:
-        facts = {
+        self._facts = {
             "plan": report.ledger.plan.numbers,
             "numbers": report.ledger.numbers,
             "spent": with_digest(spent),
@@ -80,15 +81,9 @@ class ToParent:
             "randomness": report.randomness,
             "notes": report.notes,
         }
-        self._address, self._counts = address, (0, spent.unused_samples)
-        try:
-            handle, name = tempfile.mkstemp(dir=Path(address).parent, prefix="lightning_dp-")  # for its owner alone
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(_header(*self._counts) + json.dumps(facts))
-            os.replace(name, address)
-            self._descriptor: int | None = os.open(address, os.O_WRONLY)
-        except OSError as error:
-            raise self._error(error) from error
+        self._address, self._counts, self._spent = address, (0, spent.unused_samples), spent
+        self._descriptor: int | None = None
+        self._write()
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("The file in which a child tells its parent what it spends is never copied.")
@@ -106,11 +101,33 @@ class ToParent:
         if samples != self._counts[1]:
             self._tell(self._counts[0], samples)
 
-    def close(self) -> None:
-        """Write nothing more; the file stays for the process that waits."""
+    def close(self, carried: MechanismState = NOTHING) -> None:
+        """Write nothing more; the file stays for the process that waits.
+
+        Args:
+            carried: what the mechanism carries to the next step.
+        """
+        if self._descriptor is not None and carried != self._spent.carried:
+            self._facts["spent"] = with_digest(replace(self._spent, carried=carried))
+            self._write()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def _write(self) -> None:
+        """The whole file anew."""
+        try:
+            handle, name = tempfile.mkstemp(
+                dir=Path(self._address).parent, prefix="lightning_dp-"
+            )  # for its owner alone
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(_header(*self._counts) + json.dumps(self._facts))
+            os.replace(name, self._address)
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+            self._descriptor = os.open(self._address, os.O_WRONLY)
+        except OSError as error:
+            raise self._error(error) from error
 
     def _tell(self, steps: int, unused: int) -> None:
         self._counts = steps, unused

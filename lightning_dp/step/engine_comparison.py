@@ -17,6 +17,7 @@ from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.plan.clipping import Clipping
 from lightning_dp.step.planned import Run
 from lightning_dp.step.undone import undone
 
@@ -45,12 +46,14 @@ class EngineComparison:
         selection: whose engine is compared.
         step: the number of the step.
         examples: how many this rank has in it.
+        clipping: of the step.
     """
 
     run: Run
     selection: Selection
     step: int
     examples: int
+    clipping: Clipping
 
     def __post_init__(self) -> None:
         self._failure: DisagreementError | None = None
@@ -102,7 +105,7 @@ class EngineComparison:
                     loss_function,
                     parameters,
                     example,
-                    planned.ledger.plan.clipping_rule,
+                    self.clipping,
                     tolerance_of(planned.module.trainer.precision_plugin.precision),
                 )
             except DisagreementError as failure:

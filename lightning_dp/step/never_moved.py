@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_dp.mechanism.adaptive import INDICATOR
+
 STEPS = 3
 """Steps with examples after which it is said: a layer behind one that starts at zero (LoRA) has no gradient at first."""
 
@@ -32,7 +34,8 @@ class NeverMoved:
         if self._steps == STEPS or not examples:
             return
         self._steps += 1
-        still = gradient.keys() if self._names is None else self._names & gradient.keys()
+        parameters = gradient.keys() - {INDICATOR}
+        still = parameters if self._names is None else self._names & parameters
         self._names = {name for name in still if not bool(gradient[name].any())}
         if self._steps == STEPS and self._names:
             names = sorted(self._names)

@@ -20,14 +20,16 @@ from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.layers.batch_norm import check_batch_norms_rest
 from lightning_dp.loading.loader import LogicalBatch
+from lightning_dp.mechanism.adaptive import in_force
 from lightning_dp.mechanism.complex import as_real_pairs
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.seeded_globals import globals_put_back, seed_globals
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.step.contents import Contents, WriteError, check_nothing_written, tensors_of
 from lightning_dp.step.engine_comparison import EngineComparison
 from lightning_dp.step.planned import Run
 from lightning_dp.step.refused_writes import undone_unless_written, with_line
-from lightning_dp.step.sample_release import release_sample
+from lightning_dp.step.sample_release import of_part, release_sample
 from lightning_dp.step.tally import Tally
 from lightning_dp.step.undone import undone
 
@@ -49,6 +51,11 @@ class OpenStep:
     sample: LogicalBatch
     rest: tuple[Any, ...]
     tally: Tally
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """Of this step: that of the plan, with the C that is in force if C is adapted."""
+        return in_force(self.run.planned.ledger.plan.mechanism, self.tally.carried)
 
     @property
     def share(self) -> Callable[[Any], Any] | None:
@@ -90,10 +97,12 @@ class OpenStep:
         Raises:
             PreflightError: training_step wrote into a tensor of the module, or the engine gives a wrong gradient.
         """
-        run, module, plan = self.run, self.run.planned.module, self.run.planned.ledger.plan
+        run, module = self.run, self.run.planned.module
         check_batch_norms_rest(module)
         before = run.planned.logs.state.contents()
-        comparison = EngineComparison(run, selection, self.sample.step, len(self.sample.indices))
+        comparison = EngineComparison(
+            run, selection, self.sample.step, len(self.sample.indices), self.mechanism.clipping
+        )
         due, given = comparison.is_due, as_real_pairs(parameters)
         if due:
             micro_batches = comparison.passed(micro_batches, loss_function, given)
@@ -113,7 +122,7 @@ class OpenStep:
                         loss_function,
                         given,
                         _remembered(micro_batches, seen, anything_else_ran),
-                        plan.clipping_rule,
+                        self.mechanism.clipping,
                         pad_to=run.pad_to,
                         apart=() if run.layers is None else run.layers.names,
                     )
@@ -159,7 +168,7 @@ class OpenStep:
             BudgetExceededError: the step would overspend the target ε. Nothing is released.
             RankLostError: another rank is gone. The step is charged, and nothing of it is used.
         """
-        planned = self.run.planned
+        planned, mechanism = self.run.planned, self.mechanism
         released = release_sample(
             planned.world,
             planned.module,
@@ -173,6 +182,7 @@ class OpenStep:
             parts=parts,
         )
         self.tally.carried, self.tally.noise_std = released.state, released.noise_std
+        self.tally.released = of_part(mechanism, parts)
         return released.gradient
 
 

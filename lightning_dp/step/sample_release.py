@@ -11,6 +11,7 @@ from lightning_dp.accounting import Ledger
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.release import Released, release
 from lightning_dp.mechanism.state import MechanismState
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.ranks.layerwise import Layerwise
 from lightning_dp.ranks.lost_ranks import naming_lost_ranks
 from lightning_dp.ranks.sharding import collective_of
@@ -55,9 +56,14 @@ def release_sample(
         ledger.charge()
     else:  # noise of its own
         key = RandomKey(key.derive(Stream.NOISE, step, part), key.mode)
-    mechanism = ledger.plan.mechanism
-    if parts > 1:
-        mechanism = mechanism.but(noise_multiplier=mechanism.noise.noise_multiplier * math.sqrt(parts))
+    mechanism = of_part(ledger.plan.mechanism, parts)
     collective = collective_of(world, module, gradient) if layers is None else layers.collective()
     with naming_lost_ranks(world, step):
         return release(gradient, mechanism, key, step, collective, state)
+
+
+def of_part(mechanism: Mechanism, parts: int) -> Mechanism:
+    """The mechanism of each of ``parts`` releases of one sample, that together cost one."""
+    if parts == 1:
+        return mechanism
+    return mechanism.but(noise_multiplier=mechanism.noise.noise_multiplier * math.sqrt(parts))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from lightning_dp.accounting import Ledger
 from lightning_dp.mechanism.state import NOTHING, MechanismState
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.step.never_moved import NeverMoved
 
 
@@ -19,6 +20,7 @@ class Tally:
         never_moved: parameters that no example has moved. **Private**.
         carried: what the mechanism carries to the next step. Public.
         noise_std: the standard deviation of the noise on each coordinate of the last gradient that was released. Public.
+        released: the mechanism of the last release, with the C and the σ that it had. Public.
     """
 
     unused_samples: int = 0
@@ -26,6 +28,7 @@ class Tally:
     never_moved: NeverMoved = field(default_factory=NeverMoved)
     carried: MechanismState = NOTHING
     noise_std: float = 0.0
+    released: Mechanism | None = None
 
     def next_step(self, ledger: Ledger) -> int:
         """The number of the next sample in the run's life: one for each charged, and one for each drawn in vain."""

@@ -13,10 +13,20 @@ from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 NUMBERS: dict[str, Any] = {
-    "noise_multiplier": 2.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, "expected_batch_size": 100,
-    "steps": 50, "clipping": "automatic", "automatic_gamma": 0.25, "max_batch_size": 300, "resolution": 2**20,
-    "coordinates": 9, "unit": "user",
-}  # fmt: skip
+    "noise_multiplier": 2.0,
+    "clip_norm": 1.0,
+    "delta": 1e-5,
+    "dataset_size": 1000,
+    "expected_batch_size": 100,
+    "steps": 50,
+    "clipping": "automatic",
+    "automatic_gamma": 0.25,
+    "max_batch_size": 300,
+    "resolution": 2**20,
+    "coordinates": 9,
+    "unit": "user",
+}
+ADAPTED: dict[str, Any] = {"clip_quantile": 0.7, "clip_learning_rate": 0.1, "quantile_weight": 0.3}  # fmt: skip
 OTHERS: dict[str, Any] = {
     "noise_multiplier": 3.0, "clip_norm": 0.5, "dataset_size": 2000, "expected_batch_size": 50, "clipping": "flat",
     "automatic_gamma": 0.5, "max_batch_size": 400, "resolution": 2**21, "coordinates": 10, "unit": "patient",
@@ -43,12 +53,32 @@ def old_state(**numbers: Any) -> dict[str, Any]:
 
 def test_no_number_of_the_mechanism_falls_off() -> None:
     plan = PrivacyPlan(**NUMBERS)
-    assert set(OTHERS) == set(plan.mechanism.numbers) - {"sampling"}  # of which there is one
+    adapted, slack = plan.but(clipping="quantile"), plan.but(clipping="slaclip")
+    of_sampling = {"sampling"}  # of which there is one
+    assert {*OTHERS, *ADAPTED, "slack_bins"} == set(plan.mechanism.numbers) - of_sampling
     for name, value in OTHERS.items():
         assert Entry.of(plan.but(**{name: value}), 1) != Entry.of(plan, 1), name
-    entry = Entry.of(plan, 7)
-    assert set(entry.numbers) == set(FIELDS)
-    assert Entry.read(json.loads(json.dumps(entry.numbers))) == entry
+    for name, value in ADAPTED.items():
+        assert Entry.of(adapted.but(**{name: value}), 1) != Entry.of(adapted, 1), name
+        assert Entry.of(adapted.but(**{name: value}), 1).text() != Entry.of(adapted, 1).text(), name
+    assert Entry.of(slack.but(slack_bins=3), 1) != Entry.of(slack, 1)
+    for each in (plan, adapted.but(**ADAPTED), slack.but(slack_bins=3)):
+        entry = Entry.of(each, 7)
+        assert set(entry.numbers) == set(FIELDS)
+        assert Entry.read(json.loads(json.dumps(entry.numbers))) == entry
+
+
+def test_the_key_of_a_run_that_adapts_nothing_is_as_it_was() -> None:
+    """The text enters the key of a run with a known seed."""
+    assert not any(name in Entry.of(PrivacyPlan(**NUMBERS), 1).text() for name in (*ADAPTED, "slack_bins"))
+
+
+def test_another_way_to_adapt_is_another_phase_and_is_said() -> None:
+    plan = PrivacyPlan(**NUMBERS).but(clipping="quantile")
+    ledger = charged(plan.but(clip_quantile=0.7), 3, charged(plan, 2).state_dict())
+    assert [(p["steps"], p["clip_quantile"]) for p in ledger.state_dict()["phases"]] == [(2, 0.5), (3, 0.7)]
+    assert any("how the clip norm is adapted changed" in note for note in ledger.notes)
+    assert ledger.epsilon() == charged(plan, 5).epsilon()
 
 
 def test_another_gamma_is_another_phase_and_is_said() -> None:

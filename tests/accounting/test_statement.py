@@ -33,6 +33,7 @@ FIELDS = [
     "max_batch_size",
     "clipping",
     "automatic_gamma",
+    "adaptation",
     "steps",
     "randomness",
     "simulation",
@@ -93,6 +94,7 @@ def test_fields() -> None:
         "max_batch_size": None,
         "clipping": "flat",
         "automatic_gamma": None,
+        "adaptation": None,
         "steps": 875,
         "randomness": "secret",
         "simulation": None,
@@ -106,6 +108,11 @@ def test_the_clipping_style_is_said() -> None:
     statement = Statement.of(make_ledger(3, clipping="automatic", automatic_gamma=0.5), randomness="secret")
     assert "C = 1.0 (automatic clipping), 3 steps" in str(statement)
     assert (statement.clipping, statement.automatic_gamma) == ("automatic", 0.5)
+    followed = Statement.of(make_ledger(3, clipping="quantile", clip_quantile=0.8), randomness="secret")
+    assert "C = 1.0 at first (quantile clipping), 3 steps" in str(followed)
+    assert followed.adaptation == {"clip_quantile": 0.8, "clip_learning_rate": 0.2, "quantile_weight": 0.2}
+    assert any(caveat.startswith("the clip norm is adapted") for caveat in followed.caveats)
+    assert followed.epsilon == statement.epsilon
     layers = Statement.of(make_ledger(3, clipping="per_layer", automatic_gamma=0.5), randomness="secret")
     assert "C = 1.0 (per layer clipping), 3 steps" in str(layers)
     assert layers.automatic_gamma is None

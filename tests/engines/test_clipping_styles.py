@@ -15,6 +15,7 @@ from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import Engine
 from lightning_dp.engines.vmap import VmapEngine
+from lightning_dp.mechanism.adaptive import INDICATOR
 from lightning_dp.plan.clipping import Clipping, ClippingStyle
 from tests.engines import oracle
 from tests.engines.family import FAMILY, Case, case
@@ -22,7 +23,7 @@ from tests.engines.family import FAMILY, Case, case
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 ENGINES = ["ghost", "vmap", "loop"]
-STYLES: list[ClippingStyle] = ["per_layer", "automatic"]
+STYLES: list[ClippingStyle] = ["per_layer", "automatic", "quantile", "slaclip"]
 
 LAYERS = {  # written down by hand: what belongs together in each member of the family
     "mlp": [{"0.weight", "0.bias"}, {"2.weight", "2.bias"}],
@@ -61,6 +62,14 @@ def by_hand(gradient: dict[str, Tensor], layers: list[set[str]], clipping: Clipp
         factor = c / (norm(gradient.values()) + clipping.gamma)
         return {name: g * factor for name, g in gradient.items()}
     bounded = {}
+    whole = norm(gradient.values())
+    if clipping.style in ("quantile", "slaclip"):  # clipped as a whole, and coordinates beside it
+        layers = [set(gradient)]
+    if clipping.style == "quantile":
+        bounded[INDICATOR] = torch.tensor([0.1 * c if whole <= c else -0.1 * c], dtype=torch.float64)
+    if clipping.style == "slaclip":
+        filled = [min(1.0, max(0.0, 10 * (1 - whole / c) - k)) * c / math.sqrt(10) for k in range(10)]
+        bounded[INDICATOR] = torch.tensor(filled, dtype=torch.float64)
     for layer in layers:
         size = norm(gradient[name] for name in layer)
         factor = min(1.0, c / math.sqrt(len(layers)) / size) if size else 1.0
@@ -70,6 +79,8 @@ def by_hand(gradient: dict[str, Tensor], layers: list[set[str]], clipping: Clipp
 
 def sum_by_hand(of: Case, layers: list[set[str]], clipping: Clipping, indices: Any = None) -> dict[str, Tensor]:
     total = {name: torch.zeros_like(p) for name, p in of.parameters().items()}
+    if clipping.coordinates:
+        total[INDICATOR] = torch.zeros(clipping.coordinates, dtype=torch.float64)
     for index in range(of.examples) if indices is None else indices:
         for name, g in by_hand(oracle.per_example(of, index)[0], layers, clipping).items():
             total[name] += g

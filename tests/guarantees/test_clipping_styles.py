@@ -24,7 +24,7 @@ from tests.nearly import assert_nearly
 
 SLACK = 1 + 2**-20
 SHAPES = {"a.weight": (3, 2), "a.bias": (3,), "b.weight": (2,), "scale": ()}
-STYLES: list[ClippingStyle] = ["flat", "per_layer", "automatic"]
+STYLES: list[ClippingStyle] = ["flat", "per_layer", "automatic", "quantile", "slaclip"]
 
 
 def gradients(examples: int, seed: int, exponents: list[float]) -> dict[str, Tensor]:
@@ -68,7 +68,9 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(
 @pytest.mark.parametrize("style", STYLES)
 def test_the_sensitivity_is_reached_and_so_no_larger_than_it_must_be(style: ClippingStyle) -> None:
     long = gradients(1, 0, [6.0] * 4)
-    assert length(clip_and_sum(long, Clipping(0.3, style))[0]) == pytest.approx(0.3, rel=1e-6)
+    assert length(clip_and_sum(long, Clipping(0.3, style))[0]) == pytest.approx(
+        Clipping(0.3, style).sensitivity, rel=1e-6
+    )
 
 
 def noise_is_scaled_from_the_sensitivity(style: ClippingStyle) -> None:
@@ -185,6 +187,8 @@ def test_every_parameter_is_in_exactly_one_layer(names: list[str]) -> None:
         ("automatic", math.inf, 1.0, "automatic_gamma=inf"),
         ("automatic", math.nan, 1.0, "automatic_gamma=nan"),
         ("automatic", 0.01, math.inf, "clipping='automatic' with clip_norm=inf"),
+        ("quantile", 0.01, math.inf, "clipping='quantile' with clip_norm=inf"),
+        ("slaclip", 0.01, math.inf, "clipping='slaclip' with clip_norm=inf"),
     ],
 )
 def test_what_is_no_style_is_refused(style: str, gamma: float, clip_norm: float, said: str) -> None:

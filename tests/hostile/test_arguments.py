@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for
 from lightning_dp.cli.main import main
+from lightning_dp.plan.clipping import ClippingStyle
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from tests.hostile.values import ARGUMENTS_TRIED, TRIED, Unprintable, anything, as_many_as_promised
 
@@ -26,6 +27,7 @@ ARGUMENTS = {
     "dataset_size": None, "physical_batch_size": None, "max_batch_size": None, "engine": "auto", "seed": None,
     "log_train_metrics": True, "clipping": "flat", "automatic_gamma": 0.01, "simulate": 1, "secure": False,
     "public_optimizers": None, "static_shapes": False, "batch_axis": 0, "privacy_unit": None, "max_examples_per_unit": None,
+    "clip_quantile": None, "clip_learning_rate": None, "quantile_weight": None, "slack_bins": None,
 }  # fmt: skip
 PLAN = {
     "noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, "expected_batch_size": 10.0, "steps": 5,
@@ -57,7 +59,7 @@ def sound(private: DifferentialPrivacy) -> bool:
     whole = all(count is None or (int(count) == count and count >= 1) for count in counts)
     plain_bool = all(type(v) is bool for v in (private.log_train_metrics, private.secure, private.static_shapes))
     whole &= private.simulate >= 1 and all(place >= 0 for place in private.public_optimizers)
-    whole &= 0 < float(private.automatic_gamma) < math.inf and private.clipping in ("flat", "per_layer", "automatic")
+    whole &= 0 < float(private.automatic_gamma) < math.inf and private.clipping in get_args(ClippingStyle)
     whole &= not private.secure or (private.seed is None and private.noise_multiplier != 0)
     return (
         one and positive and noise and 0 < float(private.delta) < 1 and private.clip_norm > 0 and whole and plain_bool
@@ -83,7 +85,7 @@ def test_a_plan_holds_numbers_that_make_sense(changes: dict[str, Any]) -> None:
 
 
 NEWEST = ("simulate", "batch_axis", "static_shapes", "public_optimizers", "secure", "privacy_unit", "clipping",
-          "automatic_gamma", "max_examples_per_unit")  # fmt: skip
+          "automatic_gamma", "max_examples_per_unit", "clip_quantile", "slack_bins")  # fmt: skip
 
 
 @settings(max_examples=500)

@@ -32,6 +32,7 @@ from lightning_dp.engines.groups import Groups, joined
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction, first_rows, scalar_loss
 from lightning_dp.engines.uncompiled import uncompiled
+from lightning_dp.mechanism.adaptive import summed_beside
 from lightning_dp.mechanism.clip import Factors, accumulation_dtype, clip_scaled
 from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.plan.clipping import Clipping, as_clipping
@@ -169,7 +170,7 @@ class GhostEngine(Engine):
             else:
                 gradient[name] = torch.zeros_like(parameter, dtype=dtype).detach() if total is None else total
             del one, total
-        return gradient, norms
+        return {**gradient, **summed_beside(norms, clipping, counted)}, norms
 
     def _written_out(
         self,
