@@ -158,7 +158,9 @@ class Fit:
         if before is not None and self._step is not None:
             size = before.loader.physical_batch_size  # as it was settled
         elif not isinstance(size, int):
-            size = default_physical_batch_size(module, ledger.plan, world, self._views.k if self._views else 1, most)
+            size = default_physical_batch_size(
+                module, ledger.plan, world, self._views.total if self._views else 1, most
+            )
         check_same_data_on_every_rank(world, loader.dataset)
         if before is not None:
             before.loader.close()

@@ -151,7 +151,7 @@ def audit(
         original = owner.train_dataloader
         owner.train_dataloader = lambda: with_canaries(original())  # type: ignore[method-assign]  # the audit's own loader, on purpose
     views = views_of(trainer)
-    let_in(module, gradient_canaries, 1 if views is None else views.k)
+    let_in(module, gradient_canaries, 1 if views is None else views.total)
     trainer.fit(module, train_dataloaders=given, datamodule=datamodule)
     return _judge(observer, canaries[0], private, confidence)
 

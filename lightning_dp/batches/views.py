@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.microbatch import BatchAxisError, check_batch_axis, is_list_of_values
+from lightning_dp.batches.mixing import MixViews
 from lightning_dp.batches.transforms import ViewTransform
 from lightning_dp.mechanism.counters import splitmix64
 
@@ -30,30 +31,45 @@ class Views:
         The views of an example are a function of that example and of numbers that depend on no data, so the gradient of
         the loss averaged over them is a per-example gradient like any other: clipping it *after* the average bounds the
         example's contribution by C at any K, and ε does not depend on K. (This holds if ``transform`` treats each row
-        on its own; one that mixes rows, such as MixUp, makes an example part of several, and nothing bounds that.)
+        on its own; one that mixes rows, such as MixUp, makes an example part of several, and nothing bounds that. What is
+        in ``mix`` does by construction.)
 
     Attributes:
-        k: K, views per example, at least 1.
+        k: how many views ``transform`` makes of an example, at least 1.
         transform: what makes a view.
         images: key or position of the images in the batch; ``None`` for the only tensor of four dimensions.
+        mix: what makes further views of these.
     """
 
     k: int
     transform: ViewTransform
     images: str | int | None = None
+    mix: tuple[MixViews, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """K, the views of an example that training_step is given."""
+        return self.k + sum(mix.views for mix in self.mix)
 
     def drawn(self, batch: Any, indices: npt.NDArray[np.int64], seed: int) -> Any:
         """:meth:`expand` with the numbers of :func:`view_uniforms`: a view depends on seed and dataset index alone."""
-        return self.expand(batch, len(indices), view_uniforms(seed, indices, self.k, self.transform.draws))
+        uniforms = view_uniforms(seed, indices, self.k, self.transform.draws)
+        return self.expand(batch, len(indices), uniforms, view_uniforms(~seed % 2**64, indices, 1, self.draws)[:, 0])
 
-    def expand(self, batch: Any, examples: int, uniforms: Tensor) -> Any:
+    @property
+    def draws(self) -> int:
+        """How many uniform numbers the mixing of one example's views needs."""
+        return sum(mix.draws for mix in self.mix)
+
+    def expand(self, batch: Any, examples: int, uniforms: Tensor, for_mixing: Tensor | None = None) -> Any:
         """Give every tensor a second axis of K views: ``(B, ...)`` becomes ``(B, K, ...)``.
 
         Args:
             batch: any nest whose tensors have ``examples`` rows, see
                 :func:`~lightning_dp.batches.microbatch.check_batch_axis`.
             examples: B.
-            uniforms: ``(B, K, transform.draws)`` numbers in [0, 1).
+            uniforms: ``(B, self.k, transform.draws)`` numbers in [0, 1).
+            for_mixing: ``(B, self.draws)`` of them, on the CPU; not needed without ``mix``.
 
         Returns:
             The batch with the images replaced by their views and all other tensors seen K times (without a copy).
@@ -66,9 +82,9 @@ class Views:
         leaves, structure = pytree.tree_flatten_with_path(batch, is_leaf=is_list_of_values)
         chosen = self._position(leaves)
         expanded = [
-            self._views(leaf, uniforms.to(leaf.device))
+            self._views(leaf, uniforms.to(leaf.device), for_mixing)
             if position == chosen
-            else leaf.unsqueeze(1).expand(-1, self.k, *leaf.shape[1:])
+            else leaf.unsqueeze(1).expand(-1, self.total, *leaf.shape[1:])
             if isinstance(leaf, Tensor)
             else leaf
             for position, (_, leaf) in enumerate(leaves)
@@ -84,18 +100,22 @@ class Views:
         def flat(leaf: Any) -> Any:
             if isinstance(leaf, Tensor):
                 return leaf.flatten(0, 1)
-            return type(leaf)(value for value in leaf for _ in range(self.k)) if is_list_of_values(leaf) else leaf
+            return type(leaf)(value for value in leaf for _ in range(self.total)) if is_list_of_values(leaf) else leaf
 
         return pytree.tree_map(flat, batch, is_leaf=is_list_of_values)
 
-    def _views(self, images: Tensor, uniforms: Tensor) -> Tensor:
+    def _views(self, images: Tensor, uniforms: Tensor, for_mixing: Tensor | None) -> Tensor:
         views = self.transform(images.repeat_interleave(self.k, 0), uniforms.flatten(0, 1))
         if len(views) != len(images) * self.k:
             raise ViewError(
                 f"transform={type(self.transform).__name__} made {len(views)} images of {len(images) * self.k}: expected "
                 "one of each. A transform that mixes or drops rows has no sensitivity that clipping could bound."
             )
-        return views.reshape(len(images), self.k, *views.shape[1:])
+        views = views.reshape(len(images), self.k, *views.shape[1:])
+        if not self.mix or for_mixing is None:
+            return views
+        shares = torch.split(for_mixing, [mix.draws for mix in self.mix], dim=1)
+        return torch.cat([views, *(mix(views, share) for mix, share in zip(self.mix, shares, strict=True))], 1)
 
     def _position(self, leaves: list[tuple[Any, Any]]) -> int:
         def is_image(path: Any, leaf: Any) -> bool:

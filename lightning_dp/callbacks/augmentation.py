@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lightning_dp.batches.mixing import MixViews
 from lightning_dp.batches.transforms import Compose, Crop, Flip, ViewTransform
 from lightning_dp.batches.views import Views
 from lightning_dp.lightning_internals import Callback
@@ -39,9 +40,11 @@ class AugmentationMultiplicity(Callback):
             for what the paper does on CIFAR: pad by 4 symmetrically, crop the original size, mirror every second view.
             It must treat each image on its own: one that mixes images, such as MixUp, voids the guarantee.
         images: key or position of the images in the batch; ``None`` for the only tensor of four dimensions.
+        mix: what makes further views out of the K of an example, such as :class:`~lightning_dp.batches.mixing.MixSelf`; several
+            are put one after the other. Each sees the K views of one example alone.
 
     Raises:
-        ValueError: ``k`` is below 0, or there are two of these callbacks.
+        ValueError: ``k`` is below 0, or 0 with ``mix``, or there are two of these callbacks.
         ViewError: in training, if it is not clear which tensor of the batch holds the images.
 
     Example:
@@ -57,6 +60,7 @@ class AugmentationMultiplicity(Callback):
         k: int = 16,
         transform: ViewTransform | Sequence[ViewTransform] | None = None,
         images: str | int | None = None,
+        mix: MixViews | Sequence[MixViews] = (),
     ) -> None:
         if whole("k", k) < 0:
             raise ValueError(f"k={k}: expected at least 0 views per example (0 for no augmentation), such as 16.")
@@ -65,11 +69,16 @@ class AugmentationMultiplicity(Callback):
         self.k = k
         self.transform = transform if isinstance(transform, ViewTransform) else Compose(transform)
         self.images = images
+        self.mix = (mix,) if isinstance(mix, MixViews) else tuple(mix)
+        if self.mix and not k:
+            raise ValueError(
+                f"k=0 with mix={type(self.mix[0]).__name__}: expected at least 1 view to mix, such as k=16."
+            )
 
     @property
     def views(self) -> Views | None:
         """How views are made, or ``None`` if none are."""
-        return Views(self.k, self.transform, self.images) if self.k else None
+        return Views(self.k, self.transform, self.images, self.mix) if self.k else None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -87,7 +96,8 @@ class AugmentationMultiplicity(Callback):
         def with_views(batch: Any, *rest: Any, **named: Any) -> Any:
             examples = next(len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
             uniforms = torch.rand(examples, views.k, views.transform.draws, generator=generator)
-            return step(views.fold(views.expand(batch, examples, uniforms)), *rest, **named)
+            for_mixing = torch.rand(examples, views.draws, generator=generator) if views.mix else None
+            return step(views.fold(views.expand(batch, examples, uniforms, for_mixing)), *rest, **named)
 
         pl_module.__dict__["training_step"] = Instead(pl_module, "training_step", with_views)
 
