@@ -27,6 +27,7 @@ class Stream(Enum):
     HOOKS = "hooks"
     COMPARISONS = "comparisons"
     DIGEST = "digest"
+    GROUPS = "groups"
 
 
 class RandomKey:
