@@ -153,6 +153,8 @@ class Fit:
             key = self._replay.key
         else:
             key = shared_key(world, settings.privacy.seed, ledger.changed)
+        if before is None:
+            ledger.begins(key.digest())
         most = 1 if units is None else units.most
         size = settings.speed.physical_batch_size
         if before is not None and self._step is not None:

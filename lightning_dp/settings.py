@@ -12,7 +12,8 @@ from lightning_dp.loading.privacy_unit import PrivacyUnit
 from lightning_dp.mechanism.secure import check_secure
 from lightning_dp.plan.adaptation import NAMES, adaptation_of
 from lightning_dp.plan.clipping import Clipping, ClippingStyle, check_clip_norm, check_clipping
-from lightning_dp.plan.mechanism import check_noise_multiplier
+from lightning_dp.plan.correlation import INDEPENDENT, NoiseStyle, check_bands, check_momentum, check_noise
+from lightning_dp.plan.mechanism import SamplingScheme, check_noise_multiplier, check_sampling
 from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
 from lightning_dp.plan.simulation import check_simulation
 from lightning_dp.validate import shown, truth, whole
@@ -63,6 +64,28 @@ def check_public_state(given: object) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_correlated(privacy: PrivacySettings) -> None:
+    """Raise ``ValueError`` unless the noise asked for goes with the rest; what depends on the data is checked by the plan."""
+    check_noise(privacy.noise)
+    check_bands(privacy.noise_bands)
+    if privacy.noise_momentum is not None:
+        check_momentum(privacy.noise_momentum)
+    if privacy.noise == INDEPENDENT:
+        return
+    for name, value, usual, why in (
+        ("secure", privacy.secure, False, "sums of discrete noise with real factors are not on the grid"),
+        ("simulate", privacy.simulate, 1, "a smaller batch would change which steps an example is kept out of"),
+        ("privacy_unit", privacy.privacy_unit, None, "examples are what is proved and tested"),
+        ("max_batch_size", privacy.max_batch_size, None, "what cut draws take from δ is not proved for it"),
+        ("public_optimizers", list(privacy.public_optimizers), [], "manual optimization may leave samples unused"),
+    ):
+        if value != usual:
+            raise ValueError(
+                f"noise={privacy.noise!r} with {name}={'…' if name == 'privacy_unit' else value}: expected {name}={usual}, "
+                f"since {why}. Leave out one of the two."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacySettings:
     """What the guarantee depends on, as the user gave it; the arguments of ``DifferentialPrivacy`` say what each means.
@@ -87,6 +110,10 @@ class PrivacySettings:
     seed: int | None
     simulate: int
     secure: bool
+    sampling: SamplingScheme
+    noise: NoiseStyle
+    noise_bands: int
+    noise_momentum: float | None
     public_optimizers: tuple[int, ...]
     privacy_unit: PrivacyUnit | None
     row_wise: tuple[str, ...]
@@ -108,6 +135,8 @@ class PrivacySettings:
         adaptation_of(self.clipping, **{name: getattr(self, name) for name in NAMES})
         check_simulation(self.simulate)
         truth(secure=self.secure)
+        check_sampling(self.sampling)
+        check_correlated(self)
         for name in ("expected_batch_size", "dataset_size", "max_batch_size"):
             value = getattr(self, name)
             if value is not None and whole(name, value) < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_dp.accounting.calibrate import noise_for
@@ -13,7 +13,8 @@ from lightning_dp.accounting.phase import phase_of
 from lightning_dp.accounting.reserve import noise_with_reserve
 from lightning_dp.errors import PreflightError
 from lightning_dp.plan.clipping import Clipping
-from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseScale, Sampling
+from lightning_dp.plan.correlation import DEFAULT_BANDS, INDEPENDENT, Correlation, NoiseStyle
+from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseScale, Sampling, SamplingScheme
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 
@@ -31,6 +32,10 @@ class Wanted:
         max_batch_size: M, or ``None`` for draws of any size.
         resolution: Δ, the clip norm in units of the grid of discrete noise, or ``None`` for noise in floating point.
         coordinates: P, how many trainable coordinates there are; needed with ``resolution``.
+        sampling: the scheme by which samples are drawn.
+        noise: how noise is correlated over the steps.
+        noise_bands: how many bands the strategy matrix, or its inverse, has.
+        noise_momentum: β of the workload that the matrix is found for.
     """
 
     delta: float
@@ -42,6 +47,10 @@ class Wanted:
     max_batch_size: int | None = None
     resolution: int | None = None
     coordinates: int | None = None
+    sampling: SamplingScheme = "poisson"
+    noise: NoiseStyle = "independent"
+    noise_bands: int = DEFAULT_BANDS
+    noise_momentum: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +120,11 @@ def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) 
         known.unit,
     )
     plan = PrivacyPlan(mechanism, delta=wanted.delta, target_epsilon=wanted.epsilon)
-    before = ledger_of(plan, spent).steps
-    return plan if known.remaining_steps is None else replace(plan, steps=before + known.remaining_steps)
+    before = ledger_of(plan, spent)
+    if known.remaining_steps is not None:
+        plan = plan.but(steps=before.steps + known.remaining_steps)
+    noise = _correlation(wanted, plan, before.last)
+    return plan.but(sampling=wanted.sampling, noise=noise)
 
 
 def with_noise(plan: PrivacyPlan, wanted: Wanted, spent: Mapping[str, Any] | None) -> PrivacyPlan:
@@ -152,5 +164,35 @@ def _found(plan: PrivacyPlan, spent: Mapping[str, Any] | None) -> float:
     )
 
 
+def _correlation(wanted: Wanted, plan: PrivacyPlan, last: Mechanism | None) -> str:
+    """The strategy matrix asked for, as it is written; that of the steps before, if it is the same."""
+    if wanted.noise == INDEPENDENT:
+        return INDEPENDENT
+    if plan.steps is None:
+        raise PreflightError(
+            f"noise={wanted.noise!r} without an end: expected Trainer(max_steps=...) or Trainer(max_epochs=...). The strategy "
+            "matrix is found for a planned number of steps; training may still stop earlier, for instance by max_time."
+        )
+    steps, bands, momentum = (
+        max(1, plan.steps),
+        2 if wanted.noise == "lambda" else wanted.noise_bands,
+        wanted.noise_momentum,
+    )
+    before = None if last is None else last.noise.correlation
+    if before is not None and (before.style, before.steps, before.momentum, before.bands) == (
+        wanted.noise,
+        steps,
+        momentum,
+        bands,
+    ):
+        return str(before)  # found on another machine, it may differ in its last digits
+    apart = max(1, int(plan.dataset_size // plan.expected_batch_size))
+    return str(Correlation.found(wanted.noise, steps=steps, momentum=momentum, groups=apart, bands=bands))
+
+
 def _drawn_alike(a: Mechanism, b: Mechanism) -> bool:
-    return (a.sampling.scheme, a.sampling.probability) == (b.sampling.scheme, b.sampling.probability)
+    return (a.sampling.scheme, a.sampling.probability, a.noise.correlation) == (
+        b.sampling.scheme,
+        b.sampling.probability,
+        b.noise.correlation,
+    )

@@ -54,8 +54,28 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
         >>> step = Mechanism.of(noise_multiplier=3.0, clip_norm=1.0, dataset_size=1000, expected_batch_size=100)
         >>> phase_of(step, 50)
         Phase(noise_multiplier=3.0, sampling_probability=0.1, steps=50)
+
+    With cyclic Poisson sampling in b groups and noise correlated by a strategy matrix C:
+
+    | C | composed for t steps | because |
+    |---|---|---|
+    | b bands | ⌈t/b⌉ steps of σ at b·B/N | columns of an example's turns do not meet: each turn is a release of its own |
+    | C⁻¹ has bands | 1 step of σ·‖C[:, 0]‖/S(t) at 1 | S(t) is how far all turns move C·G, whoever is drawn |
+
+    σ is in units of C's largest column norm times the clip norm, so that σ says how much noise one turn meets under both.
+
+    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153), Theorem 4 and section 4.1; Denisov et al. 2022 (arXiv 2202.08312),
+    Theorem 2.1.
     """
-    return Phase(*mechanism.event(), steps)
+    sigma, q = mechanism.event()
+    correlation = mechanism.noise.correlation
+    if correlation is None:
+        return Phase(sigma, q, steps)
+    if not correlation.of_inverse:
+        groups = mechanism.groups
+        return Phase(sigma, min(1.0, groups * q), -(-steps // groups))
+    moved = correlation.sensitivity(max(1, steps), mechanism.groups)
+    return Phase(sigma * correlation.column_norm / moved, 1.0, min(1, steps))
 
 
 def phases_of(

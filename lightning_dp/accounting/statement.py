@@ -13,7 +13,7 @@ from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, phase_of, same_mechanism
 from lightning_dp.plan.adaptation import numbers_of
 from lightning_dp.plan.clipping import ClippingStyle
-from lightning_dp.plan.mechanism import Mechanism, NoiseKind
+from lightning_dp.plan.mechanism import Mechanism, NoiseKind, SamplingScheme
 from lightning_dp.plan.privacy_plan import SAMPLING
 from lightning_dp.version import __version__
 
@@ -29,6 +29,7 @@ _ADAPTED = (
     "the clip norm is adapted from step to step by numbers that are released beside the gradient, in the one vector whose norm "
     "is bounded and that gets the noise; ε does not depend on what they are"
 )
+_SAMPLING: dict[SamplingScheme, str] = {"poisson": SAMPLING, "cyclic_poisson": f"cyclic {SAMPLING}"}
 
 _COMPOSED = "composed of "
 _MOST_LISTED = 32
@@ -127,6 +128,7 @@ class Statement:
             found.append(f"{_COMPOSED}{_count(len(phases), 'phase')}: " + _list(phases))
         if plan.clipping_rule.adaptation is not None:
             found.append(_ADAPTED)
+        found.extend(_how_accounted(ledger))
         found.extend(ledger.notes)
         if bound.note is not None:
             found.append(bound.note)
@@ -136,7 +138,9 @@ class Statement:
             target_epsilon=plan.target_epsilon,
             accountant=bound.accountant,
             neighbouring_relation=plan.neighbouring_relation,
-            sampling=SAMPLING if plan.max_batch_size is None else f"truncated {SAMPLING}",
+            sampling=_SAMPLING[plan.sampling]
+            if plan.max_batch_size is None
+            else f"truncated {_SAMPLING[plan.sampling]}",
             sampling_probability=plan.sampling_probability,
             dataset_size=plan.dataset_size,
             expected_batch_size=plan.expected_batch_size,
@@ -199,8 +203,13 @@ def _adaptation(mechanism: Mechanism) -> dict[str, float | int] | None:
     return {name: value for name, value in numbers.items() if value is not None} or None
 
 
-def _floating(_: Mechanism) -> str:
-    return _FLOATING
+def _floating(mechanism: Mechanism) -> str:
+    correlation = mechanism.noise.correlation
+    if correlation is None:
+        return _FLOATING
+    of = "the inverse of " if correlation.of_inverse else ""
+    bands = f"{of}its strategy matrix has {_count(correlation.bands, 'band')}"
+    return f"{_FLOATING}, correlated over the steps ({correlation.style}: {bands})"
 
 
 def _discrete(mechanism: Mechanism) -> str:
@@ -212,7 +221,25 @@ _IN_WORDS: dict[NoiseKind, Callable[[Mechanism], str]] = {"floating": _floating,
 
 
 def _is_current(phase: Phase, ledger: Ledger) -> bool:
-    return same_mechanism(phase, phase_of(ledger.plan.mechanism, 0))
+    return same_mechanism(phase, phase_of(ledger.plan.mechanism, ledger.steps - ledger.begun_at))
+
+
+def _how_accounted(ledger: Ledger) -> list[str]:
+    """What the accountant composes for the steps of the current mechanism, where it is not the steps themselves."""
+    mechanism, steps = ledger.plan.mechanism, ledger.steps - ledger.begun_at
+    correlation, phase = mechanism.noise.correlation, phase_of(mechanism, steps)
+    if correlation is None:
+        return []
+    turns = f"an example takes part in at most one of {_count(mechanism.groups, 'step')}"
+    if correlation.of_inverse:
+        return [
+            f"noise is correlated over the steps: {turns}, and all its turns are accounted for as one Gaussian mechanism with "
+            f"σ = {_plain(phase.noise_multiplier)}, whoever is drawn"
+        ]
+    return [
+        f"noise is correlated over the steps: {turns}, and its turns are accounted for as {_count(phase.steps, 'step')} of "
+        f"the Poisson-subsampled Gaussian mechanism with q = {_plain(phase.sampling_probability)}"
+    ]
 
 
 def _list(phases: Sequence[Phase]) -> str:

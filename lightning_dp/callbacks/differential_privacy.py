@@ -22,7 +22,8 @@ from lightning_dp.look.module import check_module, check_optimizers
 from lightning_dp.look.public_optimizers import check_public_optimizers
 from lightning_dp.look.trainer import check_before_setup
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, ClippingStyle
-from lightning_dp.plan.mechanism import Mechanism
+from lightning_dp.plan.correlation import DEFAULT_BANDS, NoiseStyle
+from lightning_dp.plan.mechanism import Mechanism, SamplingScheme
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.agreement import check_same_on_every_rank, facts
 from lightning_dp.ranks.gathering import on_every_rank
@@ -98,6 +99,14 @@ class DifferentialPrivacy(Callback):
             training, because you vouch for it that this is public. The statement says so. (What follows from released weights
             alone, as an average of them, needs no such word.)
 
+        sampling: ``"poisson"``, or ``"cyclic_poisson"``: every example is in one of b groups at random, and a step draws from
+            the group whose turn it is.
+        noise: ``"independent"``, or noise correlated over the steps, which partly cancels in the sum that momentum SGD makes:
+            ``"banded"``, ``"lambda"`` or ``"bisr"`` (:class:`lightning_dp.plan.correlation.Correlation`). It needs
+            ``sampling="cyclic_poisson"``.
+        noise_bands: how many bands the strategy matrix has, of ``"banded"``, or its inverse, of ``"bisr"``.
+        noise_momentum: β for which the matrix is found; ``None`` for the optimizer's own.
+
     Raises:
         ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
         PreflightError: while ``fit`` is being set up, if module, data or Trainer cannot be trained privately.
@@ -140,6 +149,10 @@ class DifferentialPrivacy(Callback):
         max_examples_per_unit: int | None = None,
         row_wise: list[str] | None = None,
         public_state: list[str] | None = None,
+        sampling: SamplingScheme = "poisson",
+        noise: NoiseStyle = "independent",
+        noise_bands: int = DEFAULT_BANDS,
+        noise_momentum: float | None = None,
     ) -> None:
         self.epsilon = epsilon
         self.noise_multiplier = noise_multiplier
@@ -162,6 +175,10 @@ class DifferentialPrivacy(Callback):
         self.log_train_metrics = log_train_metrics
         self.batch_axis = batch_axis
         self.static_shapes = static_shapes
+        self.sampling: SamplingScheme = sampling
+        self.noise: NoiseStyle = noise
+        self.noise_bands = noise_bands
+        self.noise_momentum = noise_momentum
         register_strategies()  # of a root of Lightning that was imported after this package
         self.public_optimizers = check_places(public_optimizers)
         self.row_wise = check_row_wise(row_wise)

@@ -1,4 +1,4 @@
-"""The Poisson draw of each step, and this rank's part of it."""
+"""The draw of each step, and this rank's part of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from lightning_dp.batches.units import Indices, Piece, Units, pieces
 from lightning_dp.loading.held_records import HeldRecords
+from lightning_dp.mechanism.cyclic import cyclic_poisson_sample, groups_of
 from lightning_dp.mechanism.keystream import Keystream
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import cut, exact_poisson_sample, poisson_sample, rank_slice
@@ -28,6 +29,7 @@ class Draws:
     ) -> None:
         self.dataset_size, self._plan, self._key = len(dataset if units is None else units), plan, key
         self._units = units
+        self._groups: list[Indices] | None = None
         self._mine: Callable[[Indices], Indices] = lambda drawn: rank_slice(drawn, rank, world_size)
         if isinstance(dataset, HeldRecords):
             self._mine = dataset.held
@@ -37,14 +39,21 @@ class Draws:
     def at(self, step: int) -> tuple[Indices, int]:
         """This rank's part of the step's draw, sorted, and how many all ranks together have. Both are **private**."""
         if step not in self._made:
-            q = self._plan.sampling_probability
-            drawn = _DRAWN[self._plan.mechanism.noise.kind](self._key, step, self.dataset_size, q)
+            drawn = self._drawn(step)
             if self._plan.max_batch_size is not None:
                 drawn = cut(self._key.generator(Stream.SAMPLING, step, 1), drawn, self._plan.max_batch_size)
             if self.left_out:
                 drawn = drawn[~np.isin(drawn, self.left_out)]
             self._made[step] = (self._mine(drawn), len(drawn))
         return self._made[step]
+
+    def _drawn(self, step: int) -> Indices:
+        mechanism, q = self._plan.mechanism, self._plan.sampling_probability
+        if mechanism.sampling.scheme == "cyclic_poisson":
+            if self._groups is None:
+                self._groups = groups_of(self._key, self.dataset_size, mechanism.groups)
+            return cyclic_poisson_sample(self._key, self._groups, step, min(1.0, mechanism.groups * q))
+        return _DRAWN[mechanism.noise.kind](self._key, step, self.dataset_size, q)
 
     def pieces(self, step: int, physical_batch_size: int) -> list[Piece]:
         """This rank's part of the step's draw, micro-batch by micro-batch."""

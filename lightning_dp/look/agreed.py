@@ -12,6 +12,7 @@ from lightning_dp.accounting import Assumptions, Ledger
 from lightning_dp.accounting.find_plan import Wanted
 from lightning_dp.batches.units import Units
 from lightning_dp.errors import PreflightError
+from lightning_dp.look.correlated_noise import check_goes_with_correlated_noise, momentum_of
 from lightning_dp.look.epochs import check_draws_in_an_epoch, check_end_was_given
 from lightning_dp.look.planning import agreed_plan, check_batch_after_resume, check_delta_for, check_plan_stays
 from lightning_dp.mechanism.adaptive import in_force
@@ -80,7 +81,8 @@ def agree(
     if account.before is not None:
         account.before = with_lost_steps(account.before, lost)
     spent = None if account.before is None else account.before.ledger
-    wanted = _wanted(privacy, privacy.noise_multiplier, trainer.lightning_module)
+    wanted = _wanted(privacy, privacy.noise_multiplier, trainer)
+    check_goes_with_correlated_noise(privacy, trainer, account.unused_samples)
     carried = account.carried.state_dict()
     real = agreed_plan(world, loader, units, wanted, as_if_real(spent, privacy.simulate), remaining_steps, carried)
     plan = simulated(real, privacy.simulate)
@@ -114,13 +116,13 @@ def check_still_agreed(
         PreflightError: see the message.
     """
     privacy, spent = settings.privacy, None if account.before is None else account.before.ledger
-    wanted = _wanted(privacy, agreed.noise_multiplier, module)
+    wanted = _wanted(privacy, agreed.noise_multiplier, module.trainer)
     real = agreed_plan(world, loader, units, wanted, as_if_real(spent, privacy.simulate), remaining_steps)
     check_plan_stays(agreed.ledger.plan, simulated(real, privacy.simulate))
 
 
-def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, module: pl.LightningModule) -> Wanted:
-    """The numbers asked for, with those of the module's size that discrete noise needs."""
+def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, trainer: pl.Trainer) -> Wanted:
+    """The numbers asked for, with those of the module's size that discrete noise needs, and of the optimizer."""
     return Wanted(
         delta=privacy.delta,
         clipping=privacy.clipping_rule,
@@ -130,5 +132,11 @@ def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, module: pl
         dataset_size=privacy.dataset_size,
         max_batch_size=privacy.max_batch_size,
         resolution=resolution(privacy.secure),
-        coordinates=coordinates(module.parameters()) + privacy.clipping_rule.coordinates if privacy.secure else None,
+        coordinates=coordinates(trainer.lightning_module.parameters()) + privacy.clipping_rule.coordinates
+        if privacy.secure
+        else None,
+        sampling=privacy.sampling,
+        noise=privacy.noise,
+        noise_bands=privacy.noise_bands,
+        noise_momentum=momentum_of(trainer) if privacy.noise_momentum is None else privacy.noise_momentum,
     )

@@ -13,6 +13,7 @@ from lightning_dp.mechanism.gaussian import block_on, check_floating, standard_n
 from lightning_dp.mechanism.noise import Parts, in_blocks
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.mechanism.state import MechanismState
+from lightning_dp.plan.correlation import Correlation
 
 STATE = "correlated_noise"
 """The name under which the state says when the noise began, and a digest of the key that it is drawn from."""
@@ -30,9 +31,8 @@ class CorrelatedNoise:
       alone, and computed again from the first row where it is not, as after a resume. The numbers are the same.
 
     Args:
-        std: standard deviation of Z: σ times the clipping's sensitivity times that of C.
-        series: the first column of C, or of C⁻¹; the rest of it is zero.
-        of_inverse: whether it is that of C⁻¹.
+        noise_std: σ times the clipping's sensitivity; times the largest norm of a column of C it is Z's standard deviation.
+        correlation: C.
         begun: the number of the step that has the first row.
 
     Guarantee:
@@ -42,20 +42,20 @@ class CorrelatedNoise:
 
     Example:
         >>> key, state, rows = RandomKey.from_seed(0), MechanismState(), []
+        >>> noise = CorrelatedNoise(2.0, Correlation("lambda", 2, 0.0, (1.0, -0.5)))
         >>> for step in range(2):
         ...     rows.append(torch.zeros(3))
-        ...     state = CorrelatedNoise(2.0, (1.0, -0.5), True).add([(0, rows[-1])], 3, key=key, step=step, state=state)
-        >>> z = [2.0 * standard_normal(torch.empty(3), key, step, 0) for step in range(2)]
-        >>> torch.equal(rows[0], z[0]), torch.allclose(rows[1], z[1] - 0.5 * z[0])
+        ...     state = noise.add([(0, rows[-1])], 3, key=key, step=step, state=state)
+        >>> z = [2.0 * 1.25**0.5 * standard_normal(torch.empty(3), key, step, 0) for step in range(2)]
+        >>> torch.allclose(rows[0], z[0]), torch.allclose(rows[1], z[1] - 0.5 * z[0])
         (True, True)
 
     Source: Denisov et al. 2022; banded C: Choquette-Choo et al. 2023 (arXiv 2306.08153), Algorithm 8; drawing past noise again:
     Kalinin, McKenna, Pagh, Lampert 2026 (arXiv 2601.22334).
     """
 
-    std: float
-    series: tuple[float, ...]
-    of_inverse: bool
+    noise_std: float
+    correlation: Correlation
     begun: int = 0
 
     def block(self, device: torch.device) -> int:
@@ -82,13 +82,21 @@ class CorrelatedNoise:
         check_floating(parts)
         some = next((part for _, part in parts if part.numel()), None)
         past = state.past if isinstance(state.past, Past) and state.past.fits(self, key, row) else Past(self, key, row)
-        if some is not None and self.std != 0:
+        if some is not None and self.noise_std != 0:
             for block, length, here in in_blocks(parts, coordinates, block_on(some.device)):
-                noise = past.row(some.new_empty(length), block).mul(self.std)
+                noise = past.row(some.new_empty(length), block).mul(self._draw_std)
                 for part, where in here:
                     part.add_(noise[where])
         past.row_is_over()
         return MechanismState({**state.values, STATE: own}, past)
+
+    def std(self, step: int, state: MechanismState) -> float:
+        """‖row of C⁻¹‖ times that of Z: it differs from step to step."""
+        return self._draw_std * self.correlation.row_norm(step - self.begun)
+
+    @property
+    def _draw_std(self) -> float:
+        return self.noise_std * self.correlation.column_norm
 
     def to_float(self, total: Tensor, divisor: float) -> Tensor:
         """In place."""
@@ -115,21 +123,22 @@ class Past:
 
     def row(self, like: Tensor, block: int) -> Tensor:
         """The row of C⁻¹Z of a block of coordinates, in units of the standard deviation; of the type of ``like``."""
-        if self._noise.of_inverse:
+        matrix = self._noise.correlation.matrix
+        if self._noise.correlation.of_inverse:
             return _sum(self._terms(like, block))
         done, last = self._blocks.get(block, (0, []))
         if last and not _alike(last[0], like):
             done, last = 0, []
         for row in range(done, self._row + 1):
             new = standard_normal(like, self._key, self._noise.begun + row, block)
-            for factor, before in zip(self._noise.series[1:], last, strict=False):
+            for factor, before in zip(matrix[1:], last, strict=False):
                 new = new - before * factor
-            last = [new / self._noise.series[0], *last][: max(1, len(self._noise.series) - 1)]
+            last = [new / matrix[0], *last][: max(1, len(matrix) - 1)]
         self._blocks[block] = (self._row + 1, last)
         return last[0]
 
     def _terms(self, like: Tensor, block: int) -> Iterator[Tensor]:
-        for back, factor in enumerate(self._noise.series[: self._row + 1]):
+        for back, factor in enumerate(self._noise.correlation.matrix[: self._row + 1]):
             yield standard_normal(like, self._key, self._noise.begun + self._row - back, block) * factor
 
     def row_is_over(self) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_dp.mechanism.adaptive import INDICATOR, adapted, in_force
+from lightning_dp.mechanism.correlated import CorrelatedNoise
 from lightning_dp.mechanism.discrete import DiscreteNoise
 from lightning_dp.mechanism.gaussian import GaussianNoise
 from lightning_dp.mechanism.noise import Noise, Parts, own_share
@@ -85,6 +86,7 @@ def release(
     step: int,
     collective: Collective = Collective(),  # frozen
     state: MechanismState = NOTHING,
+    begun: int = 0,
 ) -> Released:
     """Turn the ranks' sums of clipped gradients into the one noisy gradient that may be used and published.
 
@@ -100,6 +102,7 @@ def release(
         step: the number of the step in the run's life.
         collective: how the ranks' sums are added up.
         state: what the mechanism has carried here from the step before.
+        begun: the number of the step with which noise that is correlated over the steps began.
 
     Returns:
         The gradient by name, what is carried to the next step, and how large the noise is.
@@ -111,10 +114,11 @@ def release(
     Guarantee:
         The Gaussian mechanism with noise multiplier σ on a sum of that L2 sensitivity, whatever the clipping style; (ε, δ) over
         steps by the ledger. With a ``resolution`` the noise is discrete, see
-        :class:`lightning_dp.mechanism.discrete.DiscreteNoise`.
+        :class:`lightning_dp.mechanism.discrete.DiscreteNoise`. With a ``correlation`` all the steps together are one Gaussian
+        mechanism, see :class:`lightning_dp.mechanism.correlated.CorrelatedNoise`.
     """
     mechanism = in_force(mechanism, state)
-    noise = noise_of(mechanism)
+    noise = noise_of(mechanism, begun)
     held, coordinates = collective.held(sums)
     block = noise.block(held[0][1].device)
     own = own_share(held, coordinates, collective.rank, collective.size, block)
@@ -127,9 +131,11 @@ def release(
     return Released(gradient, state, noise_std)
 
 
-def noise_of(mechanism: Mechanism) -> Noise:
-    """The noise of a mechanism: in floating point, or on the integers of its grid."""
+def noise_of(mechanism: Mechanism, begun: int = 0) -> Noise:
+    """The noise of a mechanism: in floating point, perhaps correlated since step ``begun``, or on the integers of its grid."""
     sigma, units = mechanism.noise.noise_multiplier, mechanism.noise.resolution
+    if mechanism.noise.correlation is not None:
+        return CorrelatedNoise(mechanism.noise_std, mechanism.noise.correlation, begun)
     if units is None:
         return GaussianNoise(mechanism.noise_std)
     variance = Fraction(sigma) ** 2 * units**2

@@ -161,8 +161,23 @@ class Correlation:
         Raises:
             ValueError: no formula for it is known.
         """
-        longest = self.steps if steps <= self.steps else 1 << (steps - 1).bit_length()
+        longest = self._at_least(steps)
         return float(_moves(self.matrix, self.of_inverse, longest, min(groups, longest))[steps - 1])
+
+    def row_norm(self, row: int) -> float:
+        """‖C⁻¹[row, :]‖: how large the noise of that row is, for Z of standard deviation 1."""
+        return float(_row_norms(self.matrix, self.of_inverse, self._at_least(row + 1))[row])
+
+    def _at_least(self, steps: int) -> int:
+        return self.steps if steps <= self.steps else 1 << (steps - 1).bit_length()
+
+
+@lru_cache(maxsize=128)
+def _row_norms(matrix: tuple[float, ...], of_inverse: bool, steps: int) -> Series:
+    given = np.zeros(steps)
+    given[: len(matrix)] = matrix[:steps]
+    norms: Series = np.sqrt(np.cumsum((given if of_inverse else inverse(given[: len(matrix)], steps)) ** 2))
+    return norms
 
 
 @lru_cache(maxsize=128)
@@ -186,3 +201,64 @@ def check_momentum(momentum: Any) -> None:
     """Raise ``ValueError`` unless ``momentum`` lies in [0, 1)."""
     if not 0 <= number("noise_momentum", momentum) < 1:
         raise ValueError(f"noise_momentum={momentum}: expected a number in [0, 1), the momentum of the optimizer.")
+
+
+def check_goes_with_noise(
+    correlation: Correlation | None,
+    *,
+    sampling: str,
+    max_batch_size: int | None,
+    expected_batch_size: float,
+    dataset_size: int,
+    groups: int,
+    clipping: str,
+    adapted: bool,
+    unit: str | None,
+) -> None:
+    """Raise ``ValueError`` unless draws and bounds are those for which correlated noise is proved to protect.
+
+    Args:
+        correlation: of the noise, ``None`` if it is independent.
+        sampling: the scheme.
+        max_batch_size: M.
+        expected_batch_size: B.
+        dataset_size: N.
+        groups: b.
+        clipping: the style.
+        adapted: whether C changes from step to step.
+        unit: who is protected, ``None`` for examples.
+    """
+    if correlation is None:
+        if sampling == "cyclic_poisson":
+            raise ValueError(
+                "sampling='cyclic_poisson' with noise='independent': expected noise that is correlated, whose bands say how "
+                "many groups there are. Give noise='banded', or leave out sampling=."
+            )
+        return
+    said = f"noise={correlation.style!r}"
+    if sampling != "cyclic_poisson":
+        raise ValueError(
+            f"{said} with sampling={sampling!r}: expected sampling='cyclic_poisson'. An example's parts in several steps add up "
+            "in correlated noise, and only the steps in between keep them apart. Give sampling='cyclic_poisson'."
+        )
+    if max_batch_size is not None:
+        raise ValueError(
+            f"{said} with max_batch_size={max_batch_size}: expected draws of any size. What cut draws take from δ is not proved "
+            "for it. Leave out one of the two."
+        )
+    if unit is not None:
+        raise ValueError(
+            f"{said} with privacy_unit={unit!r}: expected examples to be protected, which is what is proved and tested. Leave "
+            "out one of the two."
+        )
+    if adapted:
+        raise ValueError(
+            f"{said} with clipping={clipping!r}: expected a clip norm that stays. Noise of steps with another clip norm cancels "
+            "in part only, and this is not tested. Leave out one of the two."
+        )
+    if groups * expected_batch_size > dataset_size:
+        raise ValueError(
+            f"noise_bands={correlation.bands} with expected_batch_size={expected_batch_size:g} of {dataset_size}: expected at "
+            f"most {int(dataset_size // expected_batch_size)} bands. A group has 1/b of the examples, and a step draws the batch "
+            "from one. Lower noise_bands or the batch."
+        )

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from lightning_dp.plan.adaptation import adaptation_of, numbers_of
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
+from lightning_dp.plan.correlation import INDEPENDENT, Correlation, check_goes_with_noise
 from lightning_dp.validate import number, shown, whole
 
 MOST_EXAMPLES = 10**15
@@ -18,7 +19,7 @@ EXAMPLE = "example"
 """The privacy unit unless another is named."""
 
 
-SamplingScheme = Literal["poisson"]
+SamplingScheme = Literal["poisson", "cyclic_poisson"]
 """How a step's sample is drawn."""
 
 
@@ -26,7 +27,9 @@ SamplingScheme = Literal["poisson"]
 class Sampling:
     """How a step's sample is drawn, and of how many examples.
 
-    With ``"poisson"`` every example enters a step's sample independently with probability q = B / N.
+    With ``"poisson"`` every example enters a step's sample independently with probability q = B / N. With
+    ``"cyclic_poisson"`` every example is in one of b groups (:attr:`Mechanism.groups`), step t draws from group t mod b, and
+    there every example enters independently with probability b·B / N.
 
     Args:
         dataset_size: N, the public number of examples.
@@ -79,13 +82,14 @@ NoiseKind = Literal["floating", "discrete"]
 
 @dataclass(frozen=True, slots=True)
 class NoiseScale:
-    """How much noise a step adds, in units of the sensitivity, and whether in floating point or on a grid.
+    """How much noise a step adds, in units of the sensitivity, whether in floating point or on a grid, and how correlated.
 
     Args:
         noise_multiplier: σ, the noise's standard deviation in units of the sensitivity. 0 means no noise (ε = ∞).
         resolution: Δ, how many units of an integer grid the sensitivity has. Noise is then a discrete Gaussian on the
             grid. ``None`` for noise in floating point.
         coordinates: P, the most coordinates that get noise; needed with ``resolution``.
+        correlation: the strategy matrix of noise that is correlated over the steps; ``None`` for independent noise.
 
     Raises:
         ValueError: a number is outside its range.
@@ -94,11 +98,17 @@ class NoiseScale:
     noise_multiplier: float
     resolution: int | None = None
     coordinates: int | None = None
+    correlation: Correlation | None = None
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
         if self.resolution is None:
             return
+        if self.correlation is not None:
+            raise ValueError(
+                f"noise={self.correlation.style!r} with resolution={self.resolution}: expected independent noise. Sums of "
+                "discrete noise with real factors are not on the grid. Leave out secure=True, or noise=."
+            )
         if self.noise_multiplier == 0:
             raise ValueError(
                 "noise_multiplier=0 with secure=True: expected noise, since there is nothing else to make secure. Give a "
@@ -183,6 +193,17 @@ class Mechanism:
                 f"dataset_size={self.sampling.dataset_size}, noise_multiplier={sigma} with resolution={units}: "
                 "expected sums and noise that fit into 62 bits. Lower noise_multiplier, or leave out secure=True."
             )
+        check_goes_with_noise(
+            self.noise.correlation,
+            sampling=self.sampling.scheme,
+            max_batch_size=self.sampling.max_batch_size,
+            expected_batch_size=self.sampling.expected_batch_size,
+            dataset_size=self.sampling.dataset_size,
+            groups=self.groups,
+            clipping=self.clipping.style,
+            adapted=self.clipping.adaptation is not None,
+            unit=None if self.unit == EXAMPLE else self.unit,
+        )
 
     @classmethod
     def of(
@@ -203,6 +224,7 @@ class Mechanism:
         slack_bins: int | None = None,
         unit: str = EXAMPLE,
         sampling: SamplingScheme = "poisson",
+        noise: str = INDEPENDENT,
     ) -> Mechanism:
         """The mechanism of these numbers, as a user, a checkpoint or a logger writes them: one beside the other."""
         adaptation = adaptation_of(
@@ -215,7 +237,7 @@ class Mechanism:
         return cls(
             Sampling(dataset_size, expected_batch_size, max_batch_size, sampling),
             Clipping(clip_norm, clipping, automatic_gamma, adaptation),
-            NoiseScale(noise_multiplier, resolution, coordinates),
+            NoiseScale(noise_multiplier, resolution, coordinates, Correlation.read(noise)),
             unit,
         )
 
@@ -235,6 +257,7 @@ class Mechanism:
             **numbers_of(self.clipping.adaptation),
             "unit": self.unit,
             "sampling": self.sampling.scheme,
+            "noise": str(self.noise.correlation or INDEPENDENT),
         }
 
     def but(self, **changes: Any) -> Mechanism:
@@ -273,6 +296,20 @@ class Mechanism:
         :func:`lightning_dp.accounting.phase.phase_of` and :attr:`lightning_dp.accounting.entry.Entry.stretch`.
         """
         return self.sampling.scheme == "poisson"
+
+    @property
+    def groups(self) -> int:
+        """How many groups cyclic Poisson sampling has: of so many steps in a row, an example takes part in at most one.
+
+        Where C has b bands, so many that its columns do not meet. Where C⁻¹ has, and the sample's randomness counts for
+        nothing, as many as there can be: ⌊N / B⌋.
+        """
+        correlation = self.noise.correlation
+        if self.sampling.scheme != "cyclic_poisson" or correlation is None:
+            return 1
+        if correlation.of_inverse:
+            return max(1, int(self.sampling.dataset_size // self.sampling.expected_batch_size))
+        return correlation.bands
 
     def event(self) -> Event:
         """What the accountant composes: σ and q."""

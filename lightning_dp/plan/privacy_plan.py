@@ -19,6 +19,7 @@ SAMPLING = "Poisson"
 _NAMES = (
     "noise_multiplier", "clip_norm", "delta", "dataset_size", "expected_batch_size", "steps", "target_epsilon",
     "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", *NAMES, "simulation", "unit", "sampling",
+    "noise",
 )  # fmt: skip
 """In the order in which they are shown."""
 
@@ -41,6 +42,7 @@ class Numbers(TypedDict, total=False):
     slack_bins: int | None
     unit: str
     sampling: SamplingScheme
+    noise: str
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -74,6 +76,7 @@ class PrivacyPlan:
               :mod:`lightning_dp.plan.adaptation`.
             - ``unit``: who is protected, ``"example"`` or the name of a user's field.
             - ``sampling``: how samples are drawn, see :class:`lightning_dp.plan.mechanism.Sampling`.
+            - ``noise``: ``"independent"``, or the text of a :class:`lightning_dp.plan.correlation.Correlation`.
         delta: δ of the (ε, δ) guarantee, in (0, 1).
         steps: T, the number of steps planned, or ``None`` if the end is not known in advance.
         target_epsilon: the ε that training must not exceed, or ``None`` if σ was given instead.

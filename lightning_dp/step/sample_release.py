@@ -59,7 +59,7 @@ def release_sample(
     mechanism = of_part(ledger.plan.mechanism, parts)
     collective = collective_of(world, module, gradient) if layers is None else layers.collective()
     with naming_lost_ranks(world, step):
-        return release(gradient, mechanism, key, step, collective, state)
+        return release(gradient, mechanism, key, step, collective, state, ledger.begun_at)
 
 
 def of_part(mechanism: Mechanism, parts: int) -> Mechanism:

@@ -54,7 +54,7 @@ def old_state(**numbers: Any) -> dict[str, Any]:
 def test_no_number_of_the_mechanism_falls_off() -> None:
     plan = PrivacyPlan(**NUMBERS)
     adapted, slack = plan.but(clipping="quantile"), plan.but(clipping="slaclip")
-    of_sampling = {"sampling"}  # of which there is one
+    of_sampling = {"sampling", "noise"}  # of which others do not go with these
     assert {*OTHERS, *ADAPTED, "slack_bins"} == set(plan.mechanism.numbers) - of_sampling
     for name, value in OTHERS.items():
         assert Entry.of(plan.but(**{name: value}), 1) != Entry.of(plan, 1), name

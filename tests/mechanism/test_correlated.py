@@ -17,25 +17,28 @@ from lightning_dp.mechanism.correlated import STATE, CorrelatedNoise
 from lightning_dp.mechanism.noise import BLOCK, own_share
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.mechanism.state import NOTHING, MechanismState
-from lightning_dp.plan.toeplitz import best_banded, inverse_square_root
+from lightning_dp.plan.correlation import Correlation
 from tests.guarantees.mutations import caught, patched
 from tests.mechanism.laws import FALSE_ALARM, noise_p_values
 
 KEY, STEPS, STD = RandomKey.from_seed(0), 6, 1.7
-NOISE = {
-    "banded": CorrelatedNoise(STD, best_banded(STEPS, 3, 0.9), of_inverse=False),
-    "one band": CorrelatedNoise(STD, (1.0,), of_inverse=False),
-    "lambda": CorrelatedNoise(STD, (1.0, -0.8), of_inverse=True),
-    "bisr": CorrelatedNoise(STD, tuple(map(float, inverse_square_root(4, 0.5))), of_inverse=True),
+MATRICES = {
+    "banded": Correlation.found("banded", steps=STEPS, momentum=0.9, groups=3, bands=3),
+    "one band": Correlation("banded", STEPS, 0.0, (2.0,)),
+    "lambda": Correlation("lambda", STEPS, 0.9, (1.0, -0.8)),
+    "bisr": Correlation.found("bisr", steps=STEPS, momentum=0.5, groups=1, bands=4),
 }
+HALF = Correlation("lambda", 2, 0.0, (1.0, -0.5))
+NOISE = {name: CorrelatedNoise(STD, matrix) for name, matrix in MATRICES.items()}
 
 
 def strategy(noise: CorrelatedNoise) -> npt.NDArray[np.float64]:
-    """C by matrices."""
-    series = np.zeros(STEPS)
-    series[: len(noise.series)] = noise.series
-    given = np.asarray(toeplitz(series, np.zeros(STEPS)))
-    return np.linalg.inv(given) if noise.of_inverse else given
+    """C by matrices, with its largest column of length one."""
+    column = np.zeros(STEPS)
+    column[: noise.correlation.bands] = noise.correlation.matrix
+    given = np.asarray(toeplitz(column, np.zeros(STEPS)))
+    found = np.linalg.inv(given) if noise.correlation.style != "banded" else given
+    return np.asarray(found / np.linalg.norm(found, axis=0).max())
 
 
 def rows(
@@ -59,6 +62,7 @@ def test_the_covariance_over_the_steps_is_that_of_the_strategy_to_one_percent(na
     inverse = np.linalg.inv(strategy(noise))
     right = STD**2 * inverse @ inverse.T
     scale = np.sqrt(np.outer(np.diag(right), np.diag(right)))
+    assert [noise.std(step, NOTHING) for step in range(STEPS)] == pytest.approx(np.sqrt(np.diag(right)))
     assert np.abs(x @ x.T / coordinates - right).max() < 0.01 * scale.max()
     assert (np.abs(x @ x.T / coordinates - right) < 0.01 * scale).all()
 
@@ -94,7 +98,7 @@ def test_any_number_of_ranks_draw_the_same_and_so_does_one_that_has_forgotten_al
 
 
 def test_rows_are_counted_from_the_step_with_which_it_began() -> None:
-    noise = CorrelatedNoise(1.0, (1.0, -0.5), of_inverse=True, begun=4)
+    noise = CorrelatedNoise(0.8**0.5, HALF, begun=4)
     later = rows(noise, 3, first=4)
     z = [correlated.standard_normal(torch.empty(3), KEY, step, 0).double().numpy() for step in (4, 5)]
     assert later[:2] == pytest.approx(np.array([z[0], z[1] - 0.5 * z[0]]))
@@ -115,8 +119,8 @@ def test_rows_of_two_keys_never_meet() -> None:
     with pytest.raises(RuntimeError, match="step 1 of noise correlated since step 0, with another key than before"):
         noise.add([(0, torch.zeros(3))], 3, key=RandomKey.from_seed(1), step=1, state=state)
     with pytest.raises(RuntimeError, match="ahead of it"):
-        CorrelatedNoise(1.0, (1.0,), False, begun=2).add([(0, torch.zeros(3))], 3, key=KEY, step=1, state=NOTHING)
-    anew = CorrelatedNoise(1.0, (1.0, -0.5), True, begun=1)
+        CorrelatedNoise(1.0, HALF, begun=2).add([(0, torch.zeros(3))], 3, key=KEY, step=1, state=NOTHING)
+    anew = CorrelatedNoise(1.0, HALF, begun=1)
     anew.add([(0, torch.zeros(3))], 3, key=RandomKey.from_seed(1), step=1, state=state)  # a mechanism of its own
 
 

@@ -35,7 +35,7 @@ class Remembers(GaussianNoise):
 
 @pytest.fixture
 def remembering() -> Iterator[None]:
-    with patched((release_module, "noise_of", lambda mechanism: Remembers(mechanism.noise_std))):
+    with patched((release_module, "noise_of", lambda mechanism, begun: Remembers(mechanism.noise_std))):
         yield
 
 

@@ -1,0 +1,269 @@
+"""Training with correlated noise: equal to matrices by hand, over interruptions too, charged as proved, refused elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dp_accounting import dp_event
+from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
+from scipy.linalg import toeplitz
+from torch import Tensor
+
+import lightning_dp.mechanism.correlated as correlated_module
+from lightning_dp import DifferentialPrivacy, PreflightError
+from lightning_dp.accounting import Ledger, Phase, epsilon_bound
+from lightning_dp.accounting.phase import phase_of
+from lightning_dp.mechanism.correlated import STATE
+from lightning_dp.mechanism.cyclic import cyclic_poisson_sample, groups_of
+from lightning_dp.mechanism.randomness import RandomKey, Stream
+from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
+from tests.faults.lives import StopAt
+from tests.guarantees.mutations import caught, patched
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+STEPS, BATCH, EXAMPLES, SIGMA, CLIP, MOMENTUM = 7, 6, 24, 0.7, 0.3, 0.5
+BANDS = {"banded": 3, "lambda": 2, "bisr": 3}
+
+
+class Heavy(Regressor):
+    """With momentum."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.2, momentum=MOMENTUM)
+
+
+def heavy() -> Heavy:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Heavy()
+
+
+def private(noise: str = "banded", **options: Any) -> DifferentialPrivacy:
+    given: dict[str, Any] = {
+        "noise_multiplier": SIGMA, "clip_norm": CLIP, "seed": 3, "sampling": "cyclic_poisson", "noise": noise,
+        "noise_bands": 3,
+    }  # fmt: skip
+    return DifferentialPrivacy(**{**given, **options})
+
+
+def data(**options: Any) -> Any:
+    return loader(regression_data(EXAMPLES), batch_size=BATCH, **options)
+
+
+def run(callback: DifferentialPrivacy, steps: int = STEPS, ckpt_path: Any = None, **options: Any) -> tuple[Tensor, Any]:
+    module, fit = heavy(), trainer(callback, max_steps=steps, **options)
+    fit.fit(module, data(), ckpt_path=ckpt_path)
+    return weights(module), fit
+
+
+def by_hand(noise: str) -> Tensor:
+    """SGD with momentum on clipped sums, and C⁻¹Z by matrices. From the package are the draws, Z and the found matrix."""
+    module, key = heavy(), RandomKey.from_seed(3)
+    callback = private(noise)
+    run(callback, steps=STEPS)
+    assert callback.plan is not None
+    found = callback.plan.mechanism.noise.correlation
+    assert found is not None
+    assert (found.style, found.bands, found.steps, found.momentum) == (noise, BANDS[noise], STEPS, MOMENTUM)
+    column = np.zeros(STEPS)
+    column[: found.bands] = found.matrix
+    given = toeplitz(column, np.zeros(STEPS))
+    inverse = given if noise != "banded" else np.linalg.inv(given)
+    largest = np.linalg.norm(np.linalg.inv(inverse), axis=0).max()
+    coordinates, parameters = len(weights(module)), list(module.parameters())
+    z = np.array(
+        [key.generator(Stream.NOISE, step).standard_normal(coordinates, dtype="float32") for step in range(STEPS)]
+    )
+    added = torch.from_numpy(SIGMA * CLIP * largest * inverse @ z.astype(float)).float()
+    groups = groups_of(key, EXAMPLES, BANDS["banded"] if noise == "banded" else EXAMPLES // BATCH)
+    velocity, records = torch.zeros(coordinates), regression_data(EXAMPLES)
+    for step in range(STEPS):
+        total = torch.zeros(coordinates)
+        for index in cyclic_poisson_sample(key, groups, step, min(1.0, len(groups) * BATCH / EXAMPLES)).tolist():
+            inputs, target = records[index]
+            loss = torch.nn.functional.mse_loss(module.net(inputs[None]).squeeze(-1), target[None])
+            gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+            total += gradient * min(1.0, CLIP / float(gradient.norm()))
+        velocity = MOMENTUM * velocity + (total + added[step]) / BATCH
+        torch.nn.utils.vector_to_parameters(weights(module) - 0.2 * velocity, parameters)
+    return weights(module)
+
+
+@pytest.mark.parametrize("noise", BANDS)
+def test_a_run_is_the_one_by_hand(noise: str) -> None:
+    expected = by_hand(noise)
+    for engine in ("ghost", "loop"):
+        assert torch.allclose(run(private(noise, engine=engine))[0], expected, rtol=1e-4, atol=1e-6), engine
+
+
+def test_planted_noise_that_forgets_the_steps_before_is_caught() -> None:
+    forgets = (correlated_module.Past, "_terms", lambda self, like, block: iter([torch.zeros_like(like)]))
+    with caught(patched(forgets)):
+        test_a_run_is_the_one_by_hand("lambda")
+
+
+def test_the_optimizers_momentum_is_what_the_matrix_is_found_for_unless_another_is_given() -> None:
+    callback = private(noise_momentum=0.0)
+    run(callback, steps=3)
+    assert callback.plan is not None
+    assert "momentum 0.0: " in callback.plan.mechanism.numbers["noise"]
+
+
+@pytest.mark.parametrize("noise", BANDS)
+def test_with_a_known_seed_a_run_that_is_resumed_is_the_uninterrupted_one(noise: str, tmp_path: Path) -> None:
+    whole, saved = private(noise), tmp_path / "a.ckpt"
+    module = heavy()
+    trainer(whole, StopAt(4, lambda fit: fit.save_checkpoint(saved)), max_steps=STEPS).fit(module, data())
+    resumed = private(noise)
+    found, _ = run(resumed, ckpt_path=saved)
+    assert torch.equal(found, weights(module))
+    assert resumed.ledger is not None
+    assert whole.ledger is not None
+    assert resumed.ledger.epsilon() == whole.ledger.epsilon()
+    assert len(resumed.ledger.state_dict()["phases"]) == 1
+
+
+def test_planted_noise_that_begins_anew_at_a_resume_is_caught(tmp_path: Path) -> None:
+    with caught(patched((Ledger, "begun_at", property(lambda self: self._past_steps)))):
+        test_with_a_known_seed_a_run_that_is_resumed_is_the_uninterrupted_one("lambda", tmp_path)
+
+
+@pytest.mark.parametrize("noise", BANDS)
+@pytest.mark.parametrize("other", [{"seed": None}, {"seed": 4}], ids=str)
+def test_with_another_key_noise_begins_anew_and_is_charged_as_a_mechanism_of_its_own(
+    noise: str, other: dict[str, Any], tmp_path: Path
+) -> None:
+    saved, resumed = tmp_path / "a.ckpt", private(noise, **other)
+    trainer(private(noise), StopAt(4, lambda fit: fit.save_checkpoint(saved)), max_steps=6).fit(heavy(), data())
+    run(resumed, steps=6, ckpt_path=saved)
+    assert resumed.ledger is not None
+    mechanism = resumed.ledger.plan.mechanism
+    assert resumed.state_dict()["mechanism"][STATE]["begun"] == 4
+    apart = [phase_of(mechanism, 4), phase_of(mechanism, 2)]
+    assert resumed.ledger.epsilon().epsilon == pytest.approx(epsilon_bound(apart, 1e-5).epsilon)
+    if noise == "banded":  # ⌈4/3⌉ + ⌈2/3⌉ rounds, where together they would be ⌈6/3⌉
+        assert resumed.ledger.phases == (Phase(SIGMA, 0.75, 3),)
+
+
+def test_planted_stretches_that_go_on_with_another_key_are_caught(tmp_path: Path) -> None:
+    with caught(patched((RandomKey, "digest", lambda self: "one for all"))):
+        test_with_another_key_noise_begins_anew_and_is_charged_as_a_mechanism_of_its_own(
+            "banded", {"seed": 4}, tmp_path
+        )
+
+
+def test_independent_and_correlated_noise_follow_each_other_as_mechanisms_of_their_own(tmp_path: Path) -> None:
+    plain = DifferentialPrivacy(noise_multiplier=SIGMA, clip_norm=CLIP, seed=3)
+    _, fit = run(plain, steps=3)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    second = private()
+    _, fit = run(second, steps=7, ckpt_path=tmp_path / "a.ckpt")
+    assert second.ledger is not None
+    assert second.ledger.phases == (Phase(SIGMA, BATCH / EXAMPLES, 3), Phase(SIGMA, 3 * BATCH / EXAMPLES, 2))
+    assert second.state_dict()["mechanism"][STATE]["begun"] == 3
+    fit.save_checkpoint(tmp_path / "b.ckpt")
+    third = DifferentialPrivacy(noise_multiplier=SIGMA, clip_norm=CLIP, seed=3)
+    run(third, steps=9, ckpt_path=tmp_path / "b.ckpt")
+    assert third.ledger is not None
+    assert [phase.steps for phase in third.ledger.phases] == [3, 2, 2]
+
+
+@pytest.mark.parametrize("noise", BANDS)
+def test_a_target_is_reached_and_not_passed(noise: str) -> None:
+    callback = private(noise, epsilon=8.0, noise_multiplier=None)
+    run(callback)
+    assert callback.ledger is not None
+    assert 7.9 < callback.ledger.epsilon().epsilon <= 8.0
+    assert callback.ledger.steps == STEPS
+
+
+def test_what_is_said_of_it() -> None:
+    callback = private()
+    run(callback)
+    statement = callback.statement()
+    assert statement.sampling == "cyclic Poisson"
+    assert statement.noise == (
+        "Gaussian noise in floating point, correlated over the steps (banded: its strategy matrix has 3 bands)"
+    )
+    assert (
+        "noise is correlated over the steps: an example takes part in at most one of 3 steps, and its turns are accounted for "
+        "as 3 steps of the Poisson-subsampled Gaussian mechanism with q = 0.75"
+    ) in statement.caveats
+    other = private("lambda")
+    run(other)
+    assert any(
+        "are accounted for as one Gaussian mechanism with σ = " in caveat for caveat in other.statement().caveats
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"sampling": "poisson"}, "noise='banded' with sampling='poisson': expected sampling='cyclic_poisson'"),
+        (
+            {"noise": "independent"},
+            "sampling='cyclic_poisson' with noise='independent': expected noise that is correlated",
+        ),
+        ({"noise_bands": 5}, "noise_bands=5 with expected_batch_size=6 of 24: expected at most 4 bands"),
+        (
+            {"noise_bands": 8, "expected_batch_size": 2},
+            "noise_bands=8 with 7 steps: expected at most as many bands as steps",
+        ),
+        ({"simulate": 2}, "noise='banded' with simulate=2: expected simulate=1"),
+        ({"max_batch_size": 9}, "noise='banded' with max_batch_size=9: expected max_batch_size=None"),
+        ({"secure": True, "seed": None}, "noise='banded' with secure=True: expected secure=False"),
+        ({"privacy_unit": list(range(24))}, "noise='banded' with privacy_unit=…: expected privacy_unit=None"),
+        ({"public_optimizers": [0]}, r"noise='banded' with public_optimizers=\[0\]: expected public_optimizers=\[\]"),
+        ({"clipping": "quantile"}, "noise='banded' with clipping='quantile': expected a clip norm that stays"),
+        ({"noise": "pink"}, "noise='pink': expected one of 'independent', 'banded', 'lambda', 'bisr'"),
+        ({"noise_bands": 0}, "noise_bands=0: expected at least 1"),
+        ({"noise_momentum": 1.0}, r"noise_momentum=1.0: expected a number in \[0, 1\)"),
+        ({"sampling": "shuffled"}, "sampling='shuffled': expected one of 'poisson'"),
+    ],
+)
+def test_what_is_not_proved_is_refused(options: dict[str, Any], problem: str) -> None:
+    with pytest.raises((ValueError, PreflightError), match=problem):
+        run(private(**options))
+
+
+class ByHand(Regressor):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+
+
+def test_manual_optimization_and_a_run_without_an_end_are_refused() -> None:
+    with pytest.raises(PreflightError, match="noise='banded' with manual optimization: expected automatic"):
+        trainer(private(), max_steps=STEPS).fit(ByHand(), data())
+    with pytest.raises(PreflightError, match="noise='banded' without an end: expected Trainer"):
+        trainer(private(), max_steps=-1, max_time="00:00:01:00").fit(regressor(), data())
+
+
+@pytest.mark.parametrize("noise", BANDS)
+def test_what_is_charged_agrees_with_dp_accounting(noise: str) -> None:
+    """Composed from its own events: the sampled Gaussian in rounds, or one Gaussian of the sensitivity by matrices."""
+    callback = private(noise, noise_multiplier=1.3)
+    run(callback)
+    assert callback.ledger is not None
+    mechanism = callback.ledger.plan.mechanism
+    correlation = mechanism.noise.correlation
+    assert correlation is not None
+    event: Any = dp_event.SelfComposedDpEvent(
+        dp_event.PoissonSampledDpEvent(3 * BATCH / EXAMPLES, dp_event.GaussianDpEvent(1.3)), 3
+    )
+    if noise != "banded":
+        column = np.zeros(STEPS)
+        column[: correlation.bands] = correlation.matrix
+        strategy = np.linalg.inv(toeplitz(column, np.zeros(STEPS)))
+        strategy /= np.linalg.norm(strategy, axis=0).max()
+        moved = np.linalg.norm(strategy[:, :: EXAMPLES // BATCH].sum(1))
+        event = dp_event.GaussianDpEvent(1.3 / moved)
+    other = PLDAccountant()
+    other.compose(event)
+    assert callback.ledger.epsilon().epsilon == pytest.approx(other.get_epsilon(1e-5), rel=2e-3, abs=0.012)
