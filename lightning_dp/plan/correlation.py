@@ -238,13 +238,13 @@ def check_goes_with_noise(
     said = f"noise={correlation.style!r}"
     if sampling != "cyclic_poisson":
         raise ValueError(
-            f"{said} with sampling={sampling!r}: expected sampling='cyclic_poisson'. An example's parts in several steps add up "
-            "in correlated noise, and only the steps in between keep them apart. Give sampling='cyclic_poisson'."
+            f"{said} with sampling={sampling!r}: expected sampling='cyclic_poisson'. An example's parts in several steps add "
+            "up in correlated noise, and only the steps in between keep them apart. Give sampling='cyclic_poisson'."
         )
     if max_batch_size is not None:
         raise ValueError(
-            f"{said} with max_batch_size={max_batch_size}: expected draws of any size. What cut draws take from δ is not proved "
-            "for it. Leave out one of the two."
+            f"{said} with max_batch_size={max_batch_size}: expected draws of any size. What cut draws take from δ is not "
+            "proved for it. Leave out one of the two."
         )
     if unit is not None:
         raise ValueError(
@@ -253,12 +253,12 @@ def check_goes_with_noise(
         )
     if adapted:
         raise ValueError(
-            f"{said} with clipping={clipping!r}: expected a clip norm that stays. Noise of steps with another clip norm cancels "
-            "in part only, and this is not tested. Leave out one of the two."
+            f"{said} with clipping={clipping!r}: expected a clip norm that stays. Noise of steps with another clip norm "
+            "cancels in part only, and this is not tested. Leave out one of the two."
         )
     if groups * expected_batch_size > dataset_size:
         raise ValueError(
             f"noise_bands={correlation.bands} with expected_batch_size={expected_batch_size:g} of {dataset_size}: expected at "
-            f"most {int(dataset_size // expected_batch_size)} bands. A group has 1/b of the examples, and a step draws the batch "
-            "from one. Lower noise_bands or the batch."
+            f"most {int(dataset_size // expected_batch_size)} bands. A group has 1/b of the examples, and a step draws the "
+            "batch from one. Lower noise_bands or the batch."
         )
