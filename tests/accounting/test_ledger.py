@@ -190,6 +190,7 @@ def test_state_is_plain_numbers() -> None:
                 "unit": "example",
                 "sampling": "poisson",
                 "stretch": "",
+                "noise": "independent",
                 "row_wise": [],
                 "public_state": [],
             }
