@@ -154,8 +154,10 @@ def run(fit: Fit, private: Callable[..., DifferentialPrivacy], mute: Any, folder
         with noted() as tried:
             case(f"layer_{name}", module())
         torch.save(tried, folder / f"tried-{name}-{ranks}.pt")
+    case("layer_slaclip", Block(), private(clipping="slaclip"))
     uneven = 1 + int(os.environ["RANK"]) if ranks > 1 else None
     case("layer_few", Block(), private(**FEW, physical_batch_size=uneven), max_steps=12)
+    case("layer_quantile", Block(), private(**FEW, physical_batch_size=uneven, clipping="quantile"), max_steps=8)
     if ranks == 1:
         return
     fit("thaws", folder, ranks, private(), module=Thaws())

@@ -151,6 +151,7 @@ def fit(
         kept["kept"] = sum(local(p).numel() for p in module.parameters())
         kept["state"] = sum(local(s["momentum_buffer"]).numel() for s in optimizer.state.values())
         kept["after"] = whole_weights(module)
+        kept["carried"] = dp.state_dict()["mechanism"]
         kept["steps"], kept["epsilon"] = dp.ledger.steps, dp.statement().epsilon
         kept["val"] = float(module.trainer.callback_metrics.get("val/loss", 0.0))
         torch.save(kept, folder / f"{case}-{ranks}-{module.trainer.global_rank}.pt")
@@ -185,6 +186,8 @@ def run(folder: Path, ranks: int) -> None:
     for engine in ENGINES:
         fit(engine, folder, ranks, private(engine=engine))
     fit("odd", folder, ranks, private(), module=Odd())
+    for style in ("quantile", "slaclip"):
+        fit(style, folder, ranks, private(clipping=style))
     fit("validated", folder, ranks, private(), val=loader(), val_check_interval=2, check_val_every_n_epoch=None)
     fit("secure", folder, ranks, private(seed=None, secure=True), max_steps=2)
     fit("users", folder, ranks, private(expected_batch_size=8, privacy_unit=[i // 3 for i in range(64)]))

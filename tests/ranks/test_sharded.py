@@ -51,6 +51,17 @@ def test_tied_layers_groups_and_a_sharded_lightning_module_reach_them_too(result
     torch.testing.assert_close(results("odd")["after"], results("odd", 1)["after"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["quantile", "slaclip", "layer_quantile", "layer_slaclip"])
+def test_a_clip_norm_that_is_adapted_is_the_same_on_all_ranks(results: Any, case: str) -> None:
+    """Its coordinates are whole on every rank, whatever becomes of the parameters, and have noise once."""
+    alone, parts = results(case, 1), [results(case, 2, rank) for rank in range(2)]
+    of_ranks = [part["carried"]["clipping"] for part in parts]
+    assert of_ranks[0] == of_ranks[1]
+    assert of_ranks[0]["clip_norm"] == pytest.approx(alone["carried"]["clipping"]["clip_norm"], rel=1e-4)
+    assert of_ranks[0]["released"] == pytest.approx(alone["carried"]["clipping"]["released"], rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(parts[0]["after"], alone["after"], rtol=1e-4, atol=1e-5)
+
+
 def test_users_are_drawn_and_clipped_alike_by_sharded_ranks(results: Any) -> None:
     torch.testing.assert_close(results("users")["after"], results("users", 1)["after"], rtol=1e-5, atol=1e-6)
     assert float((results("users")["after"] - results("vmap")["after"]).abs().max()) > 1e-3
