@@ -14,6 +14,7 @@ from lightning_dp import DifferentialPrivacy
 from lightning_dp.engines import ghost, vmap
 from lightning_dp.engines.select import EngineError
 from lightning_dp.errors import PreflightError
+from lightning_dp.mechanism.adaptive import INDICATOR
 from lightning_dp.step import engine_comparison
 from tests.conftest import loader, regressor, trainer, weights
 
@@ -86,3 +87,28 @@ def test_weights_and_random_numbers_are_as_without_comparisons(monkeypatch: pyte
         logged = {name: one for name, one in module.trainer.callback_metrics.items() if name != "dp/data_wait"}
         found.append((weights(module), torch.rand(3), logged))
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("times", [-1.0, 3.0])
+def test_where_a_norm_is_at_c_rounding_may_say_otherwise_but_no_length_is_let_through(
+    monkeypatch: pytest.MonkeyPatch, times: float
+) -> None:
+    """An engine that says of every example that its norm is on the other side of C, or says so three times as loudly."""
+    monkeypatch.setattr(engine_comparison, "compares_at", lambda key, step: True)
+
+    def clipped_sum(self: Any, *given: Any, **options: Any) -> Any:
+        found = PLAIN(self, *given, **options)
+        beside = {name: times * one for name, one in found.gradient.items() if name == INDICATOR}
+        return replace(found, gradient={**found.gradient, **beside})
+
+    monkeypatch.setattr(vmap.VmapEngine, "clipped_sum", clipped_sum)
+    privacy = DifferentialPrivacy(
+        noise_multiplier=1.0, clip_norm=0.01, engine="vmap", seed=3, clipping="quantile", quantile_weight=1.0
+    )
+    if times == -1.0:
+        fit("vmap", privacy)
+        return
+    with pytest.raises(
+        PreflightError, match=r"gives a clipped gradient of norm 0\.01\d*, and its norm is to be at most 0\.01"
+    ):
+        fit("vmap", privacy)
