@@ -31,12 +31,17 @@ def log_likelihood_ratio(released: Scores, mechanism: Mechanism) -> Scores:
     """
     clip_norm, q = mechanism.clipping.clip_norm, mechanism.sampling.probability
     x = released * mechanism.divisor / (clip_norm if math.isfinite(clip_norm) else 1.0)
-    if mechanism.noise_std == 0:
+    if mechanism.noise.noise_multiplier == 0:
         return x
-    z = (2.0 * x - 1.0) / (2.0 * (mechanism.noise_std / clip_norm) ** 2)
+    z = (2.0 * x - 1.0) / (2.0 * noise_on_a_canary(mechanism) ** 2)
     if q == 1:
         return z
     return np.logaddexp(math.log1p(-q), math.log(q) + z)
+
+
+def noise_on_a_canary(mechanism: Mechanism) -> float:
+    """σ·S/C, from the numbers themselves and not by the property that the noise reads: what is audited may be wrong there."""
+    return mechanism.noise.noise_multiplier * mechanism.sensitivity / mechanism.clipping.clip_norm
 
 
 def plan_accuracy(plan: PrivacyPlan, steps: int, seed: int = 0) -> float:
@@ -55,7 +60,7 @@ def plan_accuracy(plan: PrivacyPlan, steps: int, seed: int = 0) -> float:
     generator = np.random.default_rng(seed)
     members = np.arange(SIMULATED) % 2 == 0
     scores = np.zeros(SIMULATED)
-    unit, noise = plan.clip_norm / plan.expected_batch_size, plan.noise_std / plan.clip_norm
+    unit, noise = plan.clip_norm / plan.expected_batch_size, noise_on_a_canary(plan.mechanism)
     for _ in range(steps):
         drawn = members & (generator.random(SIMULATED) < plan.sampling_probability)
         noisy = drawn + noise * generator.standard_normal(SIMULATED)
