@@ -4,5 +4,7 @@ What they compute follows from released gradients and public numbers alone, so n
 """
 
 from lightning_dp.optim.adamw import DPAdamW
+from lightning_dp.optim.micro_adam import DPMicroAdam
+from lightning_dp.optim.muon import DPMuon
 
-__all__ = ["DPAdamW"]
+__all__ = ["DPAdamW", "DPMicroAdam", "DPMuon"]

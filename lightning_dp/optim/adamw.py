@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_dp.optim.arguments import check_adam_arguments
+from lightning_dp.optim.arguments import check_adam_arguments, check_floor
 from lightning_dp.optim.noise_std import NOISE_STD, take_noise_std
-from lightning_dp.validate import number
 
 DEFAULT_FLOOR = 0.1
 """Three standard deviations of a second moment that is all noise, at β₂ = 0.999: √(2·(1−β₂)/(1+β₂)) = 0.03."""
@@ -72,10 +71,7 @@ class DPAdamW(Optimizer):
         floor: float = DEFAULT_FLOOR,
     ) -> None:
         betas = check_adam_arguments(lr, betas, eps, weight_decay)
-        if not 0 < number("floor", floor) < float("inf"):
-            raise ValueError(
-                f"floor={floor}: expected a number above 0, in units of the noise's variance, such as 0.1."
-            )
+        check_floor(floor)
         defaults = {
             "lr": lr,
             "betas": betas,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+
 from lightning_dp.validate import number, shown
 
 
@@ -26,3 +31,18 @@ def decay(name: str, value: float) -> None:
     """Raise ``ValueError`` unless ``value`` lies in [0, 1)."""
     if not 0 <= number(name, value) < 1:
         raise ValueError(f"{name}={value}: expected a number in [0, 1), such as 0.9.")
+
+
+def check_floor(floor: float) -> None:
+    """Raise ``ValueError`` unless ``floor`` is a finite number above 0."""
+    if not 0 < number("floor", floor) < float("inf"):
+        raise ValueError(f"floor={floor}: expected a number above 0, in units of the noise's variance, such as 0.1.")
+
+
+def check_whole(optimizer: str, group: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a rank holds only its part of a parameter, for an optimizer that has to see all of it."""
+    if any(isinstance(one, DTensor) for one in group["params"]):
+        raise ValueError(
+            f"{optimizer} with sharded parameters: expected whole ones, of which it takes the largest coordinates or the "
+            "singular values. Use strategy='ddp' or a single device; lightning_dp.optim.DPAdamW takes shards."
+        )

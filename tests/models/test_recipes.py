@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.cli.recipes import RecipeCLI
 from lightning_dp.models import ImageClassifier, NormFreeNet, WideResNet
+from lightning_dp.optim import DPAdamW, DPMicroAdam, DPMuon
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes"
@@ -96,7 +97,7 @@ def test_no_recipe_and_no_part_is_forgotten() -> None:
     used = {config.removeprefix("recipes/") for name in RECIPES for config in configs(name)}
     assert used >= set(RECIPES)
     assert set(PARTS) <= used
-    assert len(RECIPES) == 58
+    assert len(RECIPES) == 61
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -179,9 +180,11 @@ def test_steps_and_batch_are_those_of_the_header_and_the_last_step_is_validated(
     assert (private.epsilon, private.delta, private.clip_norm) == (epsilon, delta, 1.0)
     assert private.seed is None, "a shipped recipe draws its noise from secret entropy"
     optimizer = cli.model.configure_optimizers()
-    assert type(optimizer) is torch.optim.SGD
+    known = [kind for kind in (DPAdamW, DPMicroAdam, DPMuon) if kind.__name__[2:].lower() in name.replace("_", "")]
+    assert type(optimizer) is (known or [torch.optim.SGD])[0]
+    assert optimizer.defaults["weight_decay"] == 0
     momentum = 0.0 if private.noise == "independent" else 0.9  # correlated noise cancels in what momentum adds up
-    assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (momentum, 0)
+    assert known or optimizer.defaults["momentum"] == momentum
 
 
 def test_parts_without_a_recipe_do_not_train_without_privacy(monkeypatch: pytest.MonkeyPatch) -> None:

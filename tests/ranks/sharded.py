@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dp import DifferentialPrivacy, ExponentialMovingAverage
+from lightning_dp.optim import DPAdamW, DPMuon
 from tests.conftest import Regressor, loader, trainer
 from tests.guarantees import mutations
 from tests.guarantees import mutations_sharded as sharded_mutations
@@ -60,6 +61,17 @@ class Sharded(Regressor):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr, momentum=0.9)
+
+
+class Adaptive(Sharded):
+    """With an optimizer that knows the noise; or with one that would need whole matrices."""
+
+    def __init__(self, kind: Any = DPAdamW) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def configure_optimizers(self) -> Any:
+        return self.kind([p for p in self.parameters() if p.requires_grad], lr=0.03)
 
 
 class Mute(Sharded):
@@ -149,7 +161,7 @@ def fit(
     def remember() -> None:
         optimizer = module.trainer.optimizers[0]
         kept["kept"] = sum(local(p).numel() for p in module.parameters())
-        kept["state"] = sum(local(s["momentum_buffer"]).numel() for s in optimizer.state.values())
+        kept["state"] = sum(local(s.get("momentum_buffer", s.get("exp_avg"))).numel() for s in optimizer.state.values())
         kept["after"] = whole_weights(module)
         kept["carried"] = dp.state_dict()["mechanism"]
         kept["steps"], kept["epsilon"] = dp.ledger.steps, dp.statement().epsilon
@@ -190,6 +202,7 @@ def run(folder: Path, ranks: int) -> None:
         fit(style, folder, ranks, private(clipping=style))
     fit("validated", folder, ranks, private(), val=loader(), val_check_interval=2, check_val_every_n_epoch=None)
     fit("secure", folder, ranks, private(seed=None, secure=True), max_steps=2)
+    fit("adamw", folder, ranks, private(), module=Adaptive())
     fit("users", folder, ranks, private(expected_batch_size=8, privacy_unit=[i // 3 for i in range(64)]))
     if ranks == RANKS:
         fit("looked_at", folder, ranks, private(), module=Looking())
@@ -200,6 +213,10 @@ def run(folder: Path, ranks: int) -> None:
         half.save_checkpoint(folder / f"{kind}-{ranks}.ckpt")
         options = strategy_of(ranks, full=kind == "full")
         fit(f"{kind}_resumed", folder, ranks, private(), ckpt=folder / f"{kind}-{ranks}.ckpt", **options)
+    if ranks == RANKS:
+        half = fit("adamw_half", folder, ranks, private(), module=Adaptive(), max_steps=3, **strategy_of(ranks))
+        half.save_checkpoint(folder / "adamw.ckpt")
+        fit("adamw_resumed", folder, ranks, private(), module=Adaptive(), ckpt=folder / "adamw.ckpt")
     layerwise.run(fit, private, Mute, folder, ranks)
     if ranks == RANKS:
         for name in BUGS:
@@ -216,6 +233,7 @@ def run(folder: Path, ranks: int) -> None:
 
 def refusals(folder: Path) -> None:
     refusal("tensor_parallel", folder, Sharded(), strategy=ModelParallelStrategy())
+    refusal("muon", folder, Adaptive(DPMuon))
     refusal("not_sharded", folder, HalfSharded())
     refusal("mp_policy", folder, Sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))
     refusal("placement", folder, Sharded(shard_placement_fn=lambda p: Shard(1) if p.shape == (7, 4) else Shard(0)))

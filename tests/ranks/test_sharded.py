@@ -62,6 +62,13 @@ def test_a_clip_norm_that_is_adapted_is_the_same_on_all_ranks(results: Any, case
     torch.testing.assert_close(parts[0]["after"], alone["after"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["adamw", "adamw_resumed"])
+def test_an_optimizer_that_knows_the_noise_is_told_it_on_every_rank_and_after_a_resume(results: Any, case: str) -> None:
+    assert not torch.equal(results("adamw", 1)["before"], results("adamw", 1)["after"])
+    for rank in range(2):
+        torch.testing.assert_close(results(case, 2, rank)["after"], results("adamw", 1)["after"], rtol=1e-4, atol=1e-5)
+
+
 def test_users_are_drawn_and_clipped_alike_by_sharded_ranks(results: Any) -> None:
     torch.testing.assert_close(results("users")["after"], results("users", 1)["after"], rtol=1e-5, atol=1e-6)
     assert float((results("users")["after"] - results("vmap")["after"]).abs().max()) > 1e-3
@@ -195,6 +202,7 @@ def noise_of(result: dict[str, Any]) -> Any:
         ("mp_policy", "mp_policy with param_dtype=torch.bfloat16: expected fully_shard without.*bf16-mixed"),
         ("average", "ExponentialMovingAverage.*with sharded parameters: expected neither together.*strategy='ddp'"),
         ("manual", "automatic_optimization=False with sharded parameters: expected True.*strategy='ddp'"),
+        ("muon", "DPMuon with sharded parameters: expected whole ones.*DPAdamW takes shards"),
         ("clip", "gradient_clip_val=1.0, an argument of the Trainer: expected None or 0"),
         ("layer_engine", "gather='layer' with engine='vmap'.*expected 'ghost'.*gather='step'"),
         ("layer_on_one", "gather differs between ranks: 'step' on rank 0, 'layer' on rank 1"),
