@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
+from lightning_dp.errors import PreflightError
 from lightning_dp.validate import number, shown
 
 
@@ -40,9 +41,9 @@ def check_floor(floor: float) -> None:
 
 
 def check_whole(optimizer: str, group: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if a rank holds only its part of a parameter, for an optimizer that has to see all of it."""
+    """Raise ``PreflightError`` if a rank holds only its part of a parameter, for an optimizer that has to see all of it."""
     if any(isinstance(one, DTensor) for one in group["params"]):
-        raise ValueError(
+        raise PreflightError(
             f"{optimizer} with sharded parameters: expected whole ones, of which it takes the largest coordinates or the "
             "singular values. Use strategy='ddp' or a single device; lightning_dp.optim.DPAdamW takes shards."
         )

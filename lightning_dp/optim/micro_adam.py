@@ -49,7 +49,8 @@ class DPMicroAdam(Optimizer):
         window: how many sparse gradients the moments are made of, at least 1.
 
     Raises:
-        ValueError: a number is out of range, or parameters are sharded: the largest coordinates are those of all of it.
+        ValueError: a number is out of range.
+        PreflightError: a parameter is sharded: the largest coordinates are those of all of it.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(4))

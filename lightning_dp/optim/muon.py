@@ -72,7 +72,8 @@ class DPMuon(Optimizer):
         orthogonalize: whether matrices are stepped on by Muon; for groups.
 
     Raises:
-        ValueError: a number is out of range, or a parameter is sharded or complex.
+        ValueError: a number is out of range, or a parameter is complex.
+        PreflightError: a parameter is sharded.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2))

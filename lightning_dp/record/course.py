@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
 
 from lightning_dp.lightning_internals import either
 from lightning_dp.mechanism.trainable import trainable
@@ -61,7 +62,7 @@ def _facts(trainer: pl.Trainer, more: tuple[object, ...]) -> Iterator[str]:
     yield _plain(more)
     yield f"{module.automatic_optimization} {trainer.precision}"
     for optimizer in trainer.optimizers:
-        yield f"{_name(optimizer)} {len(optimizer.param_groups)} {_plain(sorted(optimizer.defaults.items()))}"
+        yield f"{_name(optimizer)} {len(optimizer.param_groups)} {_plain(_defaults(optimizer))}"
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
         given = [name for name in inspect.signature(type(scheduler).__init__).parameters if name != "last_epoch"]
@@ -77,6 +78,14 @@ def _facts(trainer: pl.Trainer, more: tuple[object, ...]) -> Iterator[str]:
             continue
         yield f"{kind.__module__}.{kind.__qualname__}"
         yield from (_code(part.__code__) for part in vars(kind).values() if isinstance(part, FunctionType))
+
+
+def _defaults(optimizer: Optimizer) -> list[tuple[str, Any]]:
+    """Its own, without the one that ``load_state_dict`` adds to those that do not have it."""
+    own = inspect.signature(type(optimizer).__init__).parameters
+    return sorted(
+        (name, value) for name, value in optimizer.defaults.items() if name in own or name != "differentiable"
+    )
 
 
 def _code(code: CodeType) -> str:

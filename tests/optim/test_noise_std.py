@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import lightning_dp.mechanism.release as release_module
+import lightning_dp.record.course as course_module
 import lightning_dp.step.manual.objective as manual_module
 import lightning_dp.step.objective as objective_module
 from lightning_dp import DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.mechanism.gaussian import GaussianNoise
 from lightning_dp.optim import DPAdamW
 from lightning_dp.optim.noise_std import take_noise_std, tell_noise_std
+from lightning_dp.record.course import facts_of
 from tests.conftest import Regressor, loader, regressor, trainer, weights
 from tests.guarantees.mutations import caught, patched
 from tests.training.manual_modules import Gan
@@ -221,3 +223,21 @@ def test_a_stock_adam_gets_one_line_of_advice(caplog: pytest.LogCaptureFixture) 
     assert [text.split()[1] for text in advice(torch.optim.Adam)] == ["Adam"]
     assert [text.split()[1] for text in advice(torch.optim.AdamW)] == ["AdamW"]
     assert advice(torch.optim.Adam, noise_multiplier=0.0) == advice(DPAdamW) == advice(torch.optim.SGD) == []
+
+
+def test_an_optimizer_of_ones_own_goes_on_with_the_same_noise_after_its_state_was_loaded() -> None:
+    """``load_state_dict`` adds a default to it; were that taken for another optimizer, a known seed would give other noise."""
+
+    def facts() -> list[str]:
+        module = adaptive()
+        fit = trainer(max_steps=1)
+        fit.fit(module, loader())
+        (optimizer,) = fit.optimizers
+        before = facts_of(fit)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert "differentiable" in optimizer.defaults
+        return [before, facts_of(fit)]
+
+    assert len(set(facts())) == 1
+    with patched((course_module, "_defaults", lambda optimizer: sorted(optimizer.defaults.items()))):
+        assert len(set(facts())) == 2
