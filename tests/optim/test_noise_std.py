@@ -123,9 +123,16 @@ def test_what_is_told_is_what_was_added(module: Any, times: float, options: dict
 
 
 def test_it_is_that_of_the_step_where_it_changes_from_step_to_step() -> None:
-    with patched((release_module, "noise_of", lambda mechanism: Growing(mechanism.noise_std))):
+    with patched((release_module, "noise_of", lambda mechanism, *_: Growing(mechanism.noise_std))):
         (optimizer,) = run(Mute())
     assert optimizer.told == pytest.approx([SIGMA * CLIP / BATCH * (1 + step) for step in range(3)])
+    assert optimizer.agrees()
+
+
+@pytest.mark.parametrize("options", [{"clipping": "quantile"}, {"clipping": "slaclip"}, {"noise": "banded"}])
+def test_it_is_what_an_adapted_clip_norm_or_correlated_noise_makes_of_it(options: dict[str, Any]) -> None:
+    (optimizer,) = run(Mute(), steps=5, **options)
+    assert len({round(told, 9) for told in optimizer.told}) > 1
     assert optimizer.agrees()
 
 
