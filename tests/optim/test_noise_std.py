@@ -129,7 +129,9 @@ def test_it_is_that_of_the_step_where_it_changes_from_step_to_step() -> None:
     assert optimizer.agrees()
 
 
-@pytest.mark.parametrize("options", [{"clipping": "quantile"}, {"clipping": "slaclip"}, {"noise": "banded"}])
+@pytest.mark.parametrize(
+    "options", [{"clipping": "quantile"}, {"clipping": "slaclip"}, {"noise": "banded", "sampling": "cyclic_poisson"}]
+)
 def test_it_is_what_an_adapted_clip_norm_or_correlated_noise_makes_of_it(options: dict[str, Any]) -> None:
     (optimizer,) = run(Mute(), steps=5, **options)
     assert len({round(told, 9) for told in optimizer.told}) > 1
