@@ -140,6 +140,12 @@ def run(folder: Path, case: str, ranks: int) -> None:
             static_shapes=True, physical_batch_size="auto",
         )  # fmt: skip
         fit = on_ranks(ranks, max_steps=6)
+    elif case == "adapted":  # about three examples a step: now and then a rank has none that says anything of C
+        module = regressor()
+        private = DifferentialPrivacy(
+            noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=3, clipping="quantile"
+        )  # fmt: skip
+        fit = on_ranks(ranks, max_steps=6)
     elif case == "users":  # twelve, with three to six examples, of which four take part
         module = regressor()
         private = DifferentialPrivacy(

@@ -25,9 +25,7 @@ RANKS = [1, 2, 3]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = (
-        "equal,by_name,different_start,noise,zero,storm,views,styled,measured,users,secret,gan,raw,simulated,disagree"
-    )
+    cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,adapted,users,secret,gan,raw,simulated,disagree"
     cases += ",frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.ranks.ranks", str(folder), cases],
@@ -55,6 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "views",
         "styled",
         "measured",
+        "adapted",
         "users",
         "secret",
         "gan",
@@ -70,7 +69,19 @@ def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) ->
 
 @pytest.mark.parametrize(
     "case",
-    ["equal", "by_name", "different_start", "zero", "storm", "views", "styled", "measured", "users", "simulated"],
+    [
+        "equal",
+        "by_name",
+        "different_start",
+        "zero",
+        "storm",
+        "views",
+        "styled",
+        "measured",
+        "adapted",
+        "users",
+        "simulated",
+    ],
 )
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_reaches_the_weights_of_one(results: Any, case: str, ranks: int) -> None:
