@@ -25,8 +25,10 @@ RANKS = [1, 2, 3]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("ranks")
-    cases = "equal,by_name,different_start,noise,zero,storm,views,styled,measured,adapted,users,secret,gan,raw,simulated,disagree"
-    cases += ",frozen_on_one"
+    cases = (
+        "equal,by_name,different_start,noise,zero,storm,views,styled,measured,adapted,users,secret,gan,raw,simulated"
+    )
+    cases += ",disagree,frozen_on_one"
     done = subprocess.run(
         [sys.executable, "-m", "tests.ranks.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
