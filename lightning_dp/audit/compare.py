@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from lightning_dp.audit.decorrelated import decorrelated
 from lightning_dp.audit.noise_law import Noised, noise_fault
 from lightning_dp.audit.recording import Recording, StepNotes, Sum
 from lightning_dp.audit.sketch import Leaf
@@ -66,7 +67,7 @@ def own_fault(run: Recording, tolerance: Tolerance) -> Found | None:
         for step in run.steps
         for one, release in zip(step.sums, step.releases, strict=False)
     ]
-    unlikely = noise_fault(noised)
+    unlikely = noise_fault(decorrelated(noised, run.correlation))
     return None if unlikely is None else Found("noise", unlikely.step, unlikely.text, name=unlikely.name)
 
 

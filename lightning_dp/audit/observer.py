@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dp.audit.canaries import NOT_A_CANARY, WithCanaries, coordinates
+from lightning_dp.audit.decorrelated import score
 from lightning_dp.audit.expected import Scores, log_likelihood_ratio
 from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.lightning_internals import before_transfer, transfer
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.step.logs import StepCapture
 
 
@@ -35,6 +37,8 @@ class Observer(pl.Callback):
         self.loader: DataLoader[Any] | None = None
         self.white_box: Scores = np.zeros(0)
         self.black_box: Scores = np.zeros(0)
+        self._rows: list[Scores] = []
+        self._mechanism: Mechanism | None = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -46,11 +50,19 @@ class Observer(pl.Callback):
         mechanism, gradient = self._private.released, coordinates(pl_module).grad
         assert mechanism is not None
         assert gradient is not None
-        self.white_box += log_likelihood_ratio(gradient.detach().flatten().double().cpu().numpy(), mechanism)
+        released, self._mechanism = gradient.detach().flatten().double().cpu().numpy(), mechanism
+        if mechanism.noise.correlation is not None and mechanism.noise_std > 0:
+            self._rows.append(released * mechanism.divisor / mechanism.clipping.clip_norm)
+        else:
+            self.white_box += log_likelihood_ratio(released, mechanism)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.black_box = self.black_box - self._losses(trainer, pl_module)
+        correlation = None if self._mechanism is None else self._mechanism.noise.correlation
+        if self._mechanism is not None and correlation is not None and self._rows:
+            sigma, q = self._mechanism.noise.noise_multiplier, self._mechanism.sampling.probability
+            self.white_box += score(np.array(self._rows), correlation, sigma, q)
 
     def _losses(self, trainer: pl.Trainer, module: pl.LightningModule) -> Scores:
         """The loss of each input-space canary, by the module's own training_step in eval mode."""

@@ -25,6 +25,7 @@ from lightning_dp.loading.loader import LogicalBatch
 from lightning_dp.mechanism.adaptive import INDICATOR, released_beside
 from lightning_dp.mechanism.grid import SHORTER
 from lightning_dp.mechanism.state import MechanismState
+from lightning_dp.plan.correlation import Correlation
 from lightning_dp.step.open_step import MicroBatches, OpenStep
 from lightning_dp.step.planned import Run
 from lightning_dp.step.tally import Tally
@@ -103,12 +104,14 @@ class Recording:
         steps: in their order.
         leaving: what a checkpoint at the end holds.
         hidden: what else there was at the end.
+        correlation: of the noise over the steps, ``None`` if it is independent.
     """
 
     given: Recording | None = None
     steps: list[StepNotes] = field(default_factory=list)
     leaving: dict[str, Leaf] = field(default_factory=dict)
     hidden: dict[str, Leaf] = field(default_factory=dict)
+    correlation: Correlation | None = None
 
     def open_step(self, run: Run, sample: LogicalBatch, rest: tuple[Any, ...], tally: Tally) -> OpenStep:
         """Opens a step that is noted here."""
@@ -116,6 +119,7 @@ class Recording:
         module = step.run.planned.module
         drawn = [int(number) for piece in step.sample.pieces for number in piece.units]
         bound, left = step.mechanism.sensitivity, leaving(module.trainer)
+        self.correlation = step.mechanism.noise.correlation
         self.steps.append(StepNotes(step.sample.step, bound, drawn, left, hidden_state(module)))
         return step
 

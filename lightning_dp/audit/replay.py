@@ -39,6 +39,7 @@ from lightning_dp.loading.like import loader_like
 from lightning_dp.loading.privacy_unit import unit_from
 from lightning_dp.look.loader import check_loader
 from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.plan.correlation import INDEPENDENT
 from lightning_dp.record.account import Account
 from lightning_dp.step.open_step import Replay
 
@@ -151,6 +152,9 @@ class Replays:
             assert private.privacy_unit is not None
             private.privacy_unit = unit_from(self.owners, private.privacy_unit.most, static_shapes=False)
         private.dataset_size = private.expected_batch_size = 2 * numbers
+        if private.noise != INDEPENDENT:  # every record takes part whenever it is its group's turn
+            private.noise_bands = min(private.noise_bands, self.steps)
+            private.dataset_size *= private.noise_bands if private.noise == "banded" else 2
         left_out = frozenset() if neighbour.absent is None else frozenset({self.number(neighbour.absent)})
         private.replay = Replay(RandomKey.from_seed(self.seed), recording.open_step, left_out, unread)
         return loader_like(loader, self.last, BATCHES)

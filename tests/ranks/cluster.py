@@ -182,6 +182,7 @@ def _node(folder: Path, host: str, hosts: tuple[str, str]) -> None:
 def main(folder: Path) -> None:
     for ranks in (1, 2, 3):
         launch(folder, "uneven", run("uneven"), ranks)
+        launch(folder, "correlated", lambda to: training_runs.correlated(on_cluster, to), ranks)
     launch(folder, "plain", run("plain"), 1)
     launch(folder, "as_many_charged", run("plain", max_steps=CHARGED), 1)
     launch(folder, "slurm", run("plain", num_nodes=2), 2, nodes=2, told=slurm)

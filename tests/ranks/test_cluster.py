@@ -106,6 +106,20 @@ def test_ranks_of_different_speed_micro_batches_and_engines_reach_the_weights_of
             assert here["steps"] == 12
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("noise", ["banded", "lambda", "bisr"])
+def test_correlated_noise_is_that_of_one_rank_and_goes_on_at_another_number_of_them(
+    results: Any, noise: str, ranks: int
+) -> None:
+    alone = results("correlated", 1)[noise]
+    for rank in range(ranks):
+        here = results("correlated", ranks, rank)
+        for found in (here[noise], here[f"{noise}, resumed"]):
+            torch.testing.assert_close(found["weights"], alone["weights"], rtol=1e-5, atol=1e-6)
+            assert found["privacy"]["epsilon"] == alone["privacy"]["epsilon"]
+            assert found["steps"] == STEPS
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_rank_reads_its_part_of_each_sample_once_and_nothing_else(results: Any, ranks: int) -> None:
     together: list[list[int]] = [[] for _ in range(12)]

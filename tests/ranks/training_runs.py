@@ -286,6 +286,35 @@ def stretch(make_trainer: Any, folder: Path, until: int, seed: int | None = 7, *
     return {**outcome(module, callback), "noised": noised, "sampled": sampled.indices}
 
 
+class SavesAt(L.Callback):
+    """Saves a checkpoint in the middle of a run."""
+
+    def __init__(self, step: int, file: Path) -> None:
+        self.step, self.file = step, file
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.file)
+
+
+def correlated(make_trainer: Any, folder: Path) -> dict[str, Any]:
+    """Six steps with each kind of correlated noise, and the last of them again from the checkpoint of the launch before."""
+    found: dict[str, Any] = {}
+    for noise in ("banded", "lambda", "bisr"):
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        arguments = {"sampling": "cyclic_poisson", "noise": noise, "noise_bands": 3, "noise_momentum": 0.9}
+        module, callback = regressor(), private(**arguments)
+        saves = SavesAt(3, folder / f"correlated_{noise}_{ranks}.ckpt")
+        make_trainer(callback, saves, max_steps=STEPS).fit(module, loader())
+        found[noise] = outcome(module, callback)
+        before = folder / f"correlated_{noise}_{ranks - 1}.ckpt"
+        if before.exists():
+            module, callback = regressor(), private(**arguments)
+            make_trainer(callback, max_steps=STEPS).fit(module, loader(), ckpt_path=before)
+            found[f"{noise}, resumed"] = outcome(module, callback)
+    return found
+
+
 class Sampled(L.Callback):
     """Which examples this rank was given at each step."""
 

@@ -13,6 +13,7 @@ from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 from scipy.linalg import toeplitz
 from torch import Tensor
 
+import lightning_dp.loading.draws as draws_module
 import lightning_dp.mechanism.correlated as correlated_module
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
@@ -20,6 +21,9 @@ from lightning_dp.accounting.phase import phase_of
 from lightning_dp.mechanism.correlated import STATE
 from lightning_dp.mechanism.cyclic import cyclic_poisson_sample, groups_of
 from lightning_dp.mechanism.randomness import RandomKey, Stream
+from lightning_dp.mechanism.sampling import poisson_sample
+from lightning_dp.plan.correlation import Correlation
+from lightning_dp.plan.mechanism import Event, Mechanism
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
 from tests.faults.lives import StopAt
 from tests.guarantees.mutations import caught, patched
@@ -156,6 +160,31 @@ def test_planted_stretches_that_go_on_with_another_key_are_caught(tmp_path: Path
         )
 
 
+class CrashError(Exception):
+    """Planted."""
+
+
+def crash(_: Any) -> None:
+    raise CrashError
+
+
+@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.filterwarnings("ignore:An interrupted fit took 2 steps")
+def test_steps_lost_in_a_crash_are_charged_with_the_noise_they_had_and_what_goes_on_has_other(
+    seed: int | None, tmp_path: Path
+) -> None:
+    saved, first, resumed = tmp_path / "a.ckpt", private(seed=seed), private(seed=seed)
+    stops = (StopAt(4, lambda fit: fit.save_checkpoint(saved)), StopAt(6, crash))
+    with pytest.raises(CrashError):
+        trainer(first, *stops, max_steps=8, default_root_dir=tmp_path).fit(heavy(), data())
+    run(resumed, steps=8, ckpt_path=saved, default_root_dir=tmp_path)
+    assert resumed.ledger is not None
+    assert resumed.ledger.steps == 6 + 4
+    assert resumed.ledger.phases == (Phase(SIGMA, 0.75, 2 + 2),)  # ⌈6/3⌉ + ⌈4/3⌉
+    assert resumed.state_dict()["mechanism"][STATE]["begun"] == 6
+    assert len({entry["stretch"] for entry in resumed.ledger.state_dict()["phases"]}) == 2
+
+
 def test_independent_and_correlated_noise_follow_each_other_as_mechanisms_of_their_own(tmp_path: Path) -> None:
     plain = DifferentialPrivacy(noise_multiplier=SIGMA, clip_norm=CLIP, seed=3)
     _, fit = run(plain, steps=3)
@@ -267,3 +296,27 @@ def test_what_is_charged_agrees_with_dp_accounting(noise: str) -> None:
     other = PLDAccountant()
     other.compose(event)
     assert callback.ledger.epsilon().epsilon == pytest.approx(other.get_epsilon(1e-5), rel=2e-3, abs=0.012)
+
+
+PLANTED: dict[str, Any] = {
+    "charged as if a group were everybody": (
+        Mechanism,
+        "event",
+        lambda self: Event(self.noise.noise_multiplier, 1 / 12),
+    ),
+    "one turn for all of them": (Correlation, "sensitivity", lambda self, steps, groups: 1.0),
+}
+
+
+def test_planted_charges_are_caught() -> None:
+    for name, noise in zip(PLANTED, ("banded", "lambda"), strict=True):
+        with caught(patched(PLANTED[name])):
+            test_what_is_charged_agrees_with_dp_accounting(noise)
+
+
+def test_planted_draws_of_everybody_in_every_step_are_caught() -> None:
+    def everybody(key: RandomKey, groups: Any, step: int, probability: float) -> Any:
+        return poisson_sample(key.generator(Stream.SAMPLING, step), EXAMPLES, BATCH / EXAMPLES)
+
+    with caught(patched((draws_module, "cyclic_poisson_sample", everybody))):
+        test_a_run_is_the_one_by_hand("banded")
