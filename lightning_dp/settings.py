@@ -13,7 +13,7 @@ from lightning_dp.mechanism.secure import check_secure
 from lightning_dp.plan.adaptation import NAMES, adaptation_of
 from lightning_dp.plan.clipping import Clipping, ClippingStyle, check_clip_norm, check_clipping
 from lightning_dp.plan.correlation import INDEPENDENT, NoiseStyle, check_bands, check_momentum, check_noise
-from lightning_dp.plan.mechanism import SamplingScheme, check_noise_multiplier, check_sampling
+from lightning_dp.plan.mechanism import IN_BLOCKS, SamplingScheme, check_noise_multiplier, check_sampling
 from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
 from lightning_dp.plan.simulation import check_simulation
 from lightning_dp.validate import shown, truth, whole
@@ -134,8 +134,13 @@ class PrivacySettings:
         check_clipping(self.clipping, self.automatic_gamma, self.clip_norm)
         adaptation_of(self.clipping, **{name: getattr(self, name) for name in NAMES})
         check_simulation(self.simulate)
-        truth(secure=self.secure)
         check_sampling(self.sampling)
+        if self.sampling in IN_BLOCKS and self.simulate > 1:
+            raise ValueError(
+                f"simulate={self.simulate} with sampling={self.sampling!r}: expected sampling='poisson', since a step of a "
+                "simulation, with less of the batch, belongs to no block of the run that it stands for."
+            )
+        truth(secure=self.secure)
         check_correlated(self)
         for name in ("expected_batch_size", "dataset_size", "max_batch_size"):
             value = getattr(self, name)

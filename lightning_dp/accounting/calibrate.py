@@ -10,7 +10,7 @@ from lightning_dp.accounting.epsilon import MOST_MECHANISMS, epsilon_bound, few,
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.prv import EPSILON_ERROR, PrvFailureError, PrvGrid
 from lightning_dp.accounting.rdp import rdp_epsilon
-from lightning_dp.plan.mechanism import check_sampling_probability
+from lightning_dp.plan.mechanism import block_of, check_sampling_probability
 from lightning_dp.plan.privacy_plan import MOST_STEPS, check_delta, check_epsilon
 from lightning_dp.validate import whole
 
@@ -125,14 +125,14 @@ class _Search:
 
     def by_coarse_prv(self, start: float) -> float:
         """A guess at σ from PRV's estimate on a coarse grid; where PRV fails, the last good guess."""
-        aim = self.target - EPSILON_ERROR * min(1.0, self.target)
+        history, aim = tuple(map(_alike, self.history)), self.target - EPSILON_ERROR * min(1.0, self.target)
         sigma, slope = start, -1.1
         last: tuple[float, float] | None = None
         for _ in range(8):
             try:
-                asked = self.phase(sigma)
+                asked = _alike(self.phase(sigma))
                 grid = PrvGrid(
-                    self.history,
+                    history,
                     asked.noise_multiplier,
                     asked.sampling_probability,
                     self.delta,
@@ -177,6 +177,13 @@ class _Search:
             last = here
             guess = math.exp(here[0] - here[1] / slope)
         return holds
+
+
+def _alike(phase: Phase) -> Phase:
+    """Poisson-sampled steps that cost about as much: enough for a guess."""
+    if phase.law == "poisson":
+        return phase
+    return Phase(phase.noise_multiplier, phase.sampling_probability, phase.steps * block_of(phase.sampling_probability))
 
 
 def _secant_slope(last: tuple[float, float] | None, here: tuple[float, float], fallback: float) -> float:

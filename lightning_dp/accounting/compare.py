@@ -48,7 +48,7 @@ def side_by_side(phases: Sequence[Phase], delta: float) -> dict[str, float | Non
 def pld_epsilon(
     phases: Sequence[Phase], delta: float, *, pessimistic: bool, interval: float = PLD_INTERVAL
 ) -> float | None:
-    """ε by privacy loss distributions, both directions; ``None`` where ``dp-accounting`` is not installed.
+    """ε by privacy loss distributions, both directions; ``None`` where ``dp-accounting`` is not installed or has no such event.
 
     Args:
         phases: runs of identical steps.
@@ -56,7 +56,7 @@ def pld_epsilon(
         pessimistic: an upper bound (True) or a lower one, up to rounding.
         interval: the grid of privacy losses.
     """
-    if find_spec("dp_accounting") is None:
+    if find_spec("dp_accounting") is None or any(phase.law != "poisson" for phase in phases):
         return None
     taken = [phase for phase in phases if phase.steps]
     if not taken:

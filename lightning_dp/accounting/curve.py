@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve
+from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
 from lightning_dp.accounting.phase import Phase, phase_of
 from lightning_dp.plan.mechanism import Mechanism
+from lightning_dp.plan.privacy_plan import check_delta
 
 
 class MechanismCurve:
@@ -27,7 +28,7 @@ class MechanismCurve:
         self._history, self._mechanism, self._delta, self._begun = tuple(history), mechanism, delta, begun
         self._foreseen = None if max_steps is None else self._phase(max_steps)
         self._curves: dict[tuple[float, float], EpsilonCurve] = {}
-        self._curve(self._phase(0))  # which checks the numbers
+        check_delta(delta)
 
     def at(self, steps: int) -> EpsilonBound:
         """The bound after the history followed by ``steps`` steps.
@@ -38,6 +39,8 @@ class MechanismCurve:
         if steps < 0:
             raise ValueError(f"steps={steps}: expected a non-negative number of steps after the history.")
         phase = self._phase(steps)
+        if any(one.law != "poisson" for one in (phase, *self._history)):
+            return epsilon_bound([*self._history, phase], self._delta)
         return self._curve(phase).at(phase.steps)
 
     def rdp_steps(self, epsilon: float) -> float:

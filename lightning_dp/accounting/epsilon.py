@@ -1,4 +1,4 @@
-"""ε as an upper bound at every step, for add/remove-one neighbours and Poisson sampling."""
+"""ε as an upper bound at every step, for add/remove-one neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from functools import lru_cache
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
-from lightning_dp.accounting.phase import Phase
+from lightning_dp.accounting.phase import Law, Phase
+from lightning_dp.accounting.pld import pld_bound
 from lightning_dp.accounting.prv import EPSILON_ERROR, PrvFailureError, PrvGrid
 from lightning_dp.accounting.rdp import (
     epsilon_of_log_moments,
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _FIRST_CAPACITY = 1024
+_NO_NOISE = "a step without noise was taken: nobody is protected"
 MOST_MECHANISMS = 32
 """Phases of different σ or q that are composed one by one; of more than these, neighbours are put together."""
 
@@ -42,8 +44,8 @@ class EpsilonBound:
 
     Args:
         epsilon: the bound; ``math.inf`` if a step had no noise.
-        accountant: ``"PRV"`` (privacy random variables), ``"RDP"`` (Rényi) or ``"exact"`` (no steps, no
-            noise, or the Gaussian mechanism without subsampling).
+        accountant: ``"PRV"`` (privacy random variables), ``"PLD"`` (privacy loss distributions), ``"RDP"`` (Rényi) or
+            ``"exact"`` (no steps, no noise, or the Gaussian mechanism without subsampling).
         note: what a reader should know about how the bound was obtained, or ``None``.
     """
 
@@ -65,6 +67,7 @@ def epsilon_bound(phases: Sequence[Phase], delta: float) -> EpsilonBound:
     | a step with σ = 0 | ``math.inf``, exact |
     | q = 1 throughout | the Gaussian mechanism's own ε, exact |
     | otherwise | the PRV upper bound, with at most 0.01 of discretisation error included |
+    | a block of an allocation among them | an upper bound by privacy loss distributions |
     | PRV fails numerically, or RDP is smaller | the RDP upper bound, with the reason in ``note`` |
 
     The composition is that of mechanisms fixed in advance: σ and q may change between phases, but should not
@@ -96,9 +99,22 @@ def epsilon_bound(phases: Sequence[Phase], delta: float) -> EpsilonBound:
 def _bound_of(phases: tuple[Phase, ...], delta: float) -> EpsilonBound:
     if not phases:
         return EpsilonBound(0.0, "exact")
+    if any(phase.law != "poisson" for phase in phases):
+        return _by_losses(phases, delta)
     *history, last = phases
     curve = EpsilonCurve(history, last.noise_multiplier, last.sampling_probability, delta, last.steps)
     return curve.at(last.steps)
+
+
+def _by_losses(phases: tuple[Phase, ...], delta: float) -> EpsilonBound:
+    if any(phase.noise_multiplier == 0 for phase in phases):
+        return EpsilonBound(math.inf, "exact", _NO_NOISE)
+    by_rdp = epsilon_of_log_moments(total_log_moments(phases), delta)
+    try:
+        by_pld = pld_bound(phases, delta)
+    except PrvFailureError as failure:
+        return EpsilonBound(by_rdp, "RDP", f"ε is an RDP (Rényi) upper bound, without amplification, because {failure}")
+    return EpsilonBound(by_pld, "PLD") if by_pld <= by_rdp else EpsilonBound(by_rdp, "RDP")
 
 
 def gaussian_epsilon(phases: Iterable[Phase], delta: float) -> float:
@@ -214,7 +230,7 @@ class EpsilonCurve:
         if not phases:
             return EpsilonBound(0.0, "exact")
         if any(phase.noise_multiplier == 0 for phase in phases):
-            return EpsilonBound(math.inf, "exact", "a step without noise was taken: nobody is protected")
+            return EpsilonBound(math.inf, "exact", _NO_NOISE)
         if all(phase.sampling_probability == 1 for phase in phases):
             return EpsilonBound(gaussian_epsilon(phases, self._delta), "exact")
         moments = total_log_moments(self._history) + current.steps * log_moments(self._sigma, self._q)
@@ -249,12 +265,12 @@ class EpsilonCurve:
 
 def pool(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     """Add up the steps of equal mechanisms: composition does not depend on the order."""
-    steps: dict[tuple[float, float], int] = {}
+    steps: dict[tuple[float, float, Law], int] = {}
     for phase in phases:
         if phase.steps:
-            key = (phase.noise_multiplier, phase.sampling_probability)
+            key = (phase.noise_multiplier, phase.sampling_probability, phase.law)
             steps[key] = steps.get(key, 0) + phase.steps
-    return tuple(Phase(sigma, q, count) for (sigma, q), count in steps.items())
+    return tuple(Phase(sigma, q, count, law) for (sigma, q, law), count in steps.items())
 
 
 def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, ...]:
@@ -262,7 +278,8 @@ def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, 
 
     Phases next to each other in σ are put together with the smallest σ and the largest q among them. Less noise only adds
     to the loss (the noise that is missing could be added afterwards), and so does a larger q (a sample of probability
-    q' < q is a sample of one of probability q, and convexity of the hockey-stick divergence does the rest).
+    q' < q is a sample of one of probability q, and convexity of the hockey-stick divergence does the rest). So does a shorter
+    block: one step of k is one of k' < k that were drawn among the k first.
 
     Example:
         >>> len(few(tuple(Phase(1.0 + i / 1000, 0.1, 1) for i in range(3000)))) <= MOST_MECHANISMS
@@ -270,6 +287,11 @@ def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, 
     """
     if len(pooled) <= most:
         return pooled
+    laws = dict.fromkeys(phase.law for phase in pooled)
+    if len(laws) > 1:
+        return tuple(
+            one for law in laws for one in few(tuple(phase for phase in pooled if phase.law == law), most // len(laws))
+        )
     ordered = sorted(pooled, key=lambda phase: (phase.noise_multiplier, phase.sampling_probability))
     size = math.ceil(len(ordered) / most)
     groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
@@ -278,6 +300,7 @@ def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, 
             min(phase.noise_multiplier for phase in group),
             max(phase.sampling_probability for phase in group),
             sum(phase.steps for phase in group),
+            group[0].law,
         )
         for group in groups
     )

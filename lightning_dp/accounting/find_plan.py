@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from lightning_dp.accounting.reserve import noise_with_reserve
 from lightning_dp.errors import PreflightError
 from lightning_dp.plan.clipping import Clipping
 from lightning_dp.plan.correlation import DEFAULT_BANDS, INDEPENDENT, Correlation, NoiseStyle
-from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseScale, Sampling, SamplingScheme
+from lightning_dp.plan.mechanism import EXAMPLE, IN_BLOCKS, Mechanism, NoiseScale, Sampling, SamplingScheme
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 
@@ -32,7 +33,8 @@ class Wanted:
         max_batch_size: M, or ``None`` for draws of any size.
         resolution: Δ, the clip norm in units of the grid of discrete noise, or ``None`` for noise in floating point.
         coordinates: P, how many trainable coordinates there are; needed with ``resolution``.
-        sampling: the scheme by which samples are drawn.
+        sampling: how samples are drawn. In blocks of k steps B is made N/k, with the smallest k that keeps it at most what is
+            asked for.
         noise: how noise is correlated over the steps.
         noise_bands: how many bands the strategy matrix, or its inverse, has.
         noise_momentum: β of the workload that the matrix is found for.
@@ -96,7 +98,7 @@ def find_plan(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None = No
 def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) -> PrivacyPlan:
     """All of :func:`find_plan` that takes no search: where σ is to be found, it is 1 for now. Quick, so every rank does it."""
     size = known.length if wanted.dataset_size is None else wanted.dataset_size
-    batch = wanted.expected_batch_size
+    batch: float | None = wanted.expected_batch_size
     if batch is None:
         batch = (known.batch_size or 1) * known.ranks
         if batch > size > 0:
@@ -112,6 +114,8 @@ def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) 
             f"dataset_size={size} with max_batch_size={wanted.max_batch_size}: expected at least the dataset's length, of "
             "which draws above the bound are counted. Give a larger dataset_size, or leave out max_batch_size."
         )
+    if wanted.sampling in IN_BLOCKS and 0 < batch <= size:
+        batch = size / math.ceil(size / batch)
     sigma = 1.0 if wanted.noise_multiplier is None else wanted.noise_multiplier
     mechanism = Mechanism(
         Sampling(size, batch, wanted.max_batch_size),

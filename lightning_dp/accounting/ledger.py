@@ -62,7 +62,7 @@ class Ledger:
         >>> ledger = Ledger(plan)
         >>> ledger.charge()
         >>> ledger.steps, ledger.phases
-        (1, (Phase(noise_multiplier=2.0, sampling_probability=0.1, steps=1),))
+        (1, (Phase(noise_multiplier=2.0, sampling_probability=0.1, steps=1, law='poisson'),))
     """
 
     def __init__(self, plan: PrivacyPlan, assumed: Assumptions = NOTHING_ASSUMED, stretch: str | None = None) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from lightning_dp.accounting.entry import Entry
-from lightning_dp.accounting.phase import same_mechanism
+from lightning_dp.accounting.phase import phase_of, same_mechanism
 
 
 def notes_on(entries: Sequence[Entry]) -> tuple[str, ...]:
     """Sentences for the statement, of all entries of a ledger in order."""
     notes: list[str] = []
-    if any(not same_mechanism(a.phase(), b.phase()) for a, b in pairwise(entries)):
+    if any(not same_mechanism(phase_of(a.mechanism, 0), phase_of(b.mechanism, 0)) for a, b in pairwise(entries)):
         notes.append(
             "the noise multiplier or the sampling probability changed during training: the phases are "
             "composed as if chosen in advance, and a change must not depend on what earlier ones released"
@@ -49,6 +49,12 @@ def notes_on(entries: Sequence[Entry]) -> tuple[str, ...]:
         for a, b in pairwise(entry.numbers[name] for entry in entries):
             if a != b:
                 notes.append(meaning.format(a=a, b=b))
+    begun = len({entry.stretch for entry in entries} - {""})
+    if begun > 1:
+        notes.append(
+            f"the randomness of steps that are accounted for together began anew {begun - 1} "
+            f"time{'s' if begun > 2 else ''}, since a secret key is never saved: what was under way then counts as whole"
+        )
     return (*notes, *_gamma_notes(entries), *_adaptation_notes(entries))
 
 

@@ -1,26 +1,41 @@
-"""A run of identical DP-SGD steps, the unit in which spent privacy is counted."""
+"""A run of identical rounds of DP-SGD, the unit in which spent privacy is counted."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from lightning_dp.plan.mechanism import Mechanism, check_noise_multiplier, check_sampling_probability
+from lightning_dp.plan.mechanism import (
+    IN_BLOCKS,
+    Mechanism,
+    SamplingScheme,
+    block_of,
+    check_noise_multiplier,
+    check_sampling_probability,
+)
 from lightning_dp.plan.privacy_plan import MOST_STEPS
 from lightning_dp.validate import whole
+
+Law = Literal["poisson", "allocation"]
+"""What is composed: a step whose sample each example enters with probability q, or a block of 1/q steps of which each example
+is in exactly one, with the same probability in each and independently of all others and of other blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """``steps`` identical steps of the Poisson-subsampled Gaussian mechanism.
+    """``steps`` identical rounds with Gaussian noise, independent of each other.
 
     Args:
         noise_multiplier: σ, the noise's standard deviation in units of the clip norm. 0 means no noise.
         sampling_probability: q, the probability with which each example enters a step's sample.
-        steps: how many such steps were (or will be) taken.
+        steps: how many rounds were (or will be) taken: steps with the law ``"poisson"``, blocks with ``"allocation"``.
+        law: what a round is.
 
     Raises:
-        ValueError: σ is negative or not finite, q is outside (0, 1], or ``steps`` is negative.
+        ValueError: σ is negative or not finite, q is outside (0, 1], or ``steps`` is negative; or with an allocation 1/q is
+            no whole number.
 
     Example:
         >>> Phase(noise_multiplier=3.0, sampling_probability=4096 / 50000, steps=875).steps
@@ -30,12 +45,15 @@ class Phase:
     noise_multiplier: float
     sampling_probability: float
     steps: int
+    law: Law = "poisson"
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
         check_sampling_probability(self.sampling_probability)
         if whole("steps", self.steps, high=MOST_STEPS) < 0:
             raise ValueError(f"steps={self.steps}: expected a non-negative number. Count the steps that were taken.")
+        if self.law == "allocation":
+            block_of(self.sampling_probability)
 
 
 def phase_of(mechanism: Mechanism, steps: int) -> Phase:
@@ -53,7 +71,9 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
         >>> from lightning_dp.plan.mechanism import Mechanism
         >>> step = Mechanism.of(noise_multiplier=3.0, clip_norm=1.0, dataset_size=1000, expected_batch_size=100)
         >>> phase_of(step, 50)
-        Phase(noise_multiplier=3.0, sampling_probability=0.1, steps=50)
+        Phase(noise_multiplier=3.0, sampling_probability=0.1, steps=50, law='poisson')
+        >>> phase_of(step.but(sampling="random_allocation"), 42)
+        Phase(noise_multiplier=3.0, sampling_probability=0.1, steps=5, law='allocation')
 
     With cyclic Poisson sampling in b groups and noise correlated by a strategy matrix C:
 
@@ -70,7 +90,7 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
     sigma, q = mechanism.event()
     correlation = mechanism.noise.correlation
     if correlation is None:
-        return Phase(sigma, q, steps)
+        return phase_of_numbers(sigma, q, steps, mechanism.sampling.scheme)
     if not correlation.of_inverse:
         groups = mechanism.groups
         return Phase(sigma, min(1.0, groups * q), -(-steps // groups))
@@ -78,8 +98,32 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
     return Phase(sigma * correlation.column_norm / moved, 1.0, min(1, steps))
 
 
+def phase_of_numbers(
+    noise_multiplier: float, sampling_probability: float, steps: int, sampling: SamplingScheme = "poisson"
+) -> Phase:
+    """:func:`phase_of` steps of which no more than this is known.
+
+    With ``"random_allocation"`` the blocks are composed. With ``"balls_in_bins"`` an example is in the same step of each block,
+    so that n blocks tell as much of it as one with noise σ/√n: the mean of their outputs is all that matters.
+
+    Raises:
+        ValueError: as of :class:`Phase`.
+    """
+    if sampling == "poisson":
+        return Phase(noise_multiplier, sampling_probability, steps)
+    if sampling not in IN_BLOCKS:
+        raise ValueError(f"sampling={sampling!r}: expected one of 'poisson', {', '.join(map(repr, IN_BLOCKS))}.")
+    blocks = -(-steps // block_of(sampling_probability))
+    if sampling == "random_allocation" or blocks == 0:
+        return Phase(noise_multiplier, sampling_probability, blocks, "allocation")
+    return Phase(noise_multiplier / math.sqrt(blocks), sampling_probability, 1, "allocation")
+
+
 def phases_of(
-    noise_multipliers: Sequence[float], sampling_probabilities: Sequence[float], steps: Sequence[int]
+    noise_multipliers: Sequence[float],
+    sampling_probabilities: Sequence[float],
+    steps: Sequence[int],
+    sampling: SamplingScheme = "poisson",
 ) -> tuple[Phase, ...]:
     """The phases of a plan whose σ, q or both change: the i-th numbers belong together, a single one to all phases.
 
@@ -99,7 +143,9 @@ def phases_of(
                 "its own."
             )
     whole = [list(values) * (count if len(values) == 1 else 1) for values in given.values()]
-    return tuple(Phase(float(sigma), float(q), int(taken)) for sigma, q, taken in zip(*whole, strict=True))
+    return tuple(
+        phase_of_numbers(float(sigma), float(q), int(taken), sampling) for sigma, q, taken in zip(*whole, strict=True)
+    )
 
 
 def merge_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:
@@ -107,7 +153,7 @@ def merge_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:
 
     Example:
         >>> merge_phases([Phase(1.0, 0.1, 3), Phase(1.0, 0.1, 4), Phase(2.0, 0.1, 0)])
-        (Phase(noise_multiplier=1.0, sampling_probability=0.1, steps=7),)
+        (Phase(noise_multiplier=1.0, sampling_probability=0.1, steps=7, law='poisson'),)
     """
     merged: list[Phase] = []
     for phase in phases:
@@ -122,5 +168,5 @@ def merge_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:
 
 
 def same_mechanism(a: Phase, b: Phase) -> bool:
-    """Whether one step of ``a`` and one step of ``b`` have the same privacy loss (equal σ and q)."""
-    return a.noise_multiplier == b.noise_multiplier and a.sampling_probability == b.sampling_probability
+    """Whether one round of ``a`` and one of ``b`` have the same privacy loss (equal σ, q and law)."""
+    return (a.noise_multiplier, a.sampling_probability, a.law) == (b.noise_multiplier, b.sampling_probability, b.law)

@@ -238,10 +238,10 @@ class PrvGrid:
         offset = spectrum.history_offset + steps * spectrum.step_offset
         start = min(max(self._size // 2 - math.ceil(offset / self._cell) - 1, 0), self._size - 1)
         t = np.arange(start - self._size // 2, self._size - self._size // 2, dtype=np.float64)
-        return _invert(np.asarray(t * self._cell + offset, dtype=np.float64), pmf[start:], target)
+        return invert(np.asarray(t * self._cell + offset, dtype=np.float64), pmf[start:], target)
 
 
-def _invert(t: FloatArray, pmf: FloatArray, delta: float) -> float:
+def invert(t: FloatArray, pmf: FloatArray, delta: float) -> float:
     """The smallest ε >= 0 with Σ pmf·(1 - exp(ε - t))₊ <= ``delta`` (Gopi et al. 2021, eq. 1)."""
     mass = np.cumsum(pmf[::-1])[::-1]
     tilted = np.cumsum((pmf * np.exp(-t))[::-1])[::-1]

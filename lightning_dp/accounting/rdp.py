@@ -83,7 +83,9 @@ def total_log_moments(phases: Iterable[Phase]) -> FloatArray:
     total = np.zeros_like(_SHIFTED_ORDERS)
     for phase in phases:
         if phase.steps:
-            total = total + phase.steps * log_moments(phase.noise_multiplier, phase.sampling_probability)
+            # An allocation counts as if the example's step were known: one step with q = 1 (quasi-convexity).
+            q = phase.sampling_probability if phase.law == "poisson" else 1.0
+            total = total + phase.steps * log_moments(phase.noise_multiplier, q)
     return total
 
 

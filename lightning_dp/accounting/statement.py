@@ -10,7 +10,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal
 
 from lightning_dp.accounting.ledger import Ledger
-from lightning_dp.accounting.phase import Phase, phase_of, same_mechanism
+from lightning_dp.accounting.phase import Phase, phase_of
 from lightning_dp.plan.adaptation import numbers_of
 from lightning_dp.plan.clipping import ClippingStyle
 from lightning_dp.plan.mechanism import Mechanism, NoiseKind, SamplingScheme
@@ -19,6 +19,7 @@ from lightning_dp.version import __version__
 
 _ACCOUNTANTS = {
     "PRV": "PRV accountant (upper bound)",
+    "PLD": "PLD accountant (upper bound)",
     "RDP": "RDP accountant (upper bound)",
     "exact": "exact accounting",
 }
@@ -29,7 +30,12 @@ _ADAPTED = (
     "the clip norm is adapted from step to step by numbers that are released beside the gradient, in the one vector whose norm "
     "is bounded and that gets the noise; ε does not depend on what they are"
 )
-_SAMPLING: dict[SamplingScheme, str] = {"poisson": SAMPLING, "cyclic_poisson": f"cyclic {SAMPLING}"}
+_BLOCKS: dict[SamplingScheme, str] = {
+    "random_allocation": "each example is in exactly one of every {block} steps, drawn anew for each such block; a block that "
+    "is begun counts as whole",
+    "balls_in_bins": "each example is in exactly one of every {block} steps, the same in each such block; a block that is "
+    "begun counts as whole, and n blocks as one with σ/√n",
+}
 
 _COMPOSED = "composed of "
 _MOST_LISTED = 32
@@ -52,7 +58,7 @@ class Statement:
         epsilon: upper bound on ε after ``steps`` steps, not rounded; ``math.inf`` without noise.
         delta: δ.
         target_epsilon: the ε that training was not to exceed, or ``None``.
-        accountant: ``"PRV"``, ``"RDP"`` or ``"exact"``.
+        accountant: ``"PRV"``, ``"PLD"``, ``"RDP"`` or ``"exact"``.
         neighbouring_relation: who is protected.
         sampling: how examples are drawn.
         sampling_probability: q.
@@ -124,8 +130,10 @@ class Statement:
         found = [*caveats] if simulation is None else [simulation, *caveats]
         if randomness == "reproducible":
             found.append(_KNOWN_SEED)
-        if len(phases) > 1 or (phases and not _is_current(phases[-1], ledger)):
+        if phases not in ((), (phase_of(plan.mechanism, ledger.steps),)):
             found.append(f"{_COMPOSED}{_count(len(phases), 'phase')}: " + _list(phases))
+        if plan.sampling in _BLOCKS:
+            found.append(_BLOCKS[plan.sampling].format(block=plan.mechanism.sampling.block))
         if plan.clipping_rule.adaptation is not None:
             found.append(_ADAPTED)
         found.extend(_how_accounted(ledger))
@@ -138,9 +146,7 @@ class Statement:
             target_epsilon=plan.target_epsilon,
             accountant=bound.accountant,
             neighbouring_relation=plan.neighbouring_relation,
-            sampling=_SAMPLING[plan.sampling]
-            if plan.max_batch_size is None
-            else f"truncated {_SAMPLING[plan.sampling]}",
+            sampling=("" if plan.max_batch_size is None else "truncated ") + SAMPLING[plan.sampling],
             sampling_probability=plan.sampling_probability,
             dataset_size=plan.dataset_size,
             expected_batch_size=plan.expected_batch_size,
@@ -220,10 +226,6 @@ def _discrete(mechanism: Mechanism) -> str:
 _IN_WORDS: dict[NoiseKind, Callable[[Mechanism], str]] = {"floating": _floating, "discrete": _discrete}
 
 
-def _is_current(phase: Phase, ledger: Ledger) -> bool:
-    return same_mechanism(phase, phase_of(ledger.plan.mechanism, ledger.steps - ledger.begun_at))
-
-
 def _how_accounted(ledger: Ledger) -> list[str]:
     """What the accountant composes for the steps of the current mechanism, where it is not the steps themselves."""
     mechanism, steps = ledger.plan.mechanism, ledger.steps - ledger.begun_at
@@ -249,7 +251,7 @@ def _list(phases: Sequence[Phase]) -> str:
 
 def _describe(phase: Phase) -> str:
     return (
-        f"{_count(phase.steps, 'step')} with q = {_plain(phase.sampling_probability)}, "
+        f"{_count(phase.steps, 'step' if phase.law == 'poisson' else 'block')} with q = {_plain(phase.sampling_probability)}, "
         f"σ = {_plain(phase.noise_multiplier)}"
     )
 

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from lightning_dp.accounting.phase import phase_of
+from lightning_dp.accounting.pld import pld_delta
 from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
@@ -50,13 +52,15 @@ def plan_accuracy(plan: PrivacyPlan, steps: int, seed: int = 0) -> float:
     A canary of gradient norm C is drawn with probability q at each of ``steps`` steps and N(0, (σS/C)²) is added; the guess
     is "in" where the log-likelihood ratio is above 0. No test of any kind guesses better on average, since the coins are
     fair: this is (1 + δ(0)) / 2, with δ(0) the total variation distance between training with and without the canary.
-    Five standard errors of the simulation are added.
+    Five standard errors of the simulation are added. Where the steps are not memoryless, δ(0) is the accountant's.
 
     Args:
         plan: with σ > 0.
         steps: T.
         seed: of the simulation.
     """
+    if not plan.mechanism.memoryless:
+        return (1.0 + pld_delta([phase_of(plan.mechanism, steps)], 0.0)) / 2.0
     generator = np.random.default_rng(seed)
     members = np.arange(SIMULATED) % 2 == 0
     scores = np.zeros(SIMULATED)

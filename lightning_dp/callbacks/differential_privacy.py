@@ -100,7 +100,9 @@ class DifferentialPrivacy(Callback):
             alone, as an average of them, needs no such word.)
 
         sampling: ``"poisson"``, or ``"cyclic_poisson"``: every example is in one of b groups at random, and a step draws from
-            the group whose turn it is.
+            the group whose turn it is. Or in blocks of
+            k = ⌈N/B⌉ steps, of which each example is in exactly one, drawn anew for each block (``"random_allocation"``) or the
+            same in all (``"balls_in_bins"``): B is then N/k, and a block that is begun counts as whole.
         noise: ``"independent"``, or noise correlated over the steps, which partly cancels in the sum that momentum SGD makes:
             ``"banded"``, ``"lambda"`` or ``"bisr"`` (:class:`lightning_dp.plan.correlation.Correlation`). It needs
             ``sampling="cyclic_poisson"``.

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for, phases_of, side_by_side
-from lightning_dp.plan.mechanism import check_noise_multiplier, check_sampling_probability
-from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
+from lightning_dp.accounting import Phase, epsilon_bound, phases_of, side_by_side
+from lightning_dp.accounting.calibrate import noise_for
+from lightning_dp.accounting.phase import phase_of_numbers
+from lightning_dp.plan.mechanism import IN_BLOCKS, SamplingScheme, check_noise_multiplier, check_sampling_probability
+from lightning_dp.plan.privacy_plan import SAMPLING, check_delta, check_epsilon
 from lightning_dp.version import __version__
 
 OVERVIEW = """\
@@ -34,6 +36,7 @@ lightning-dp COMMAND --help says more. --version prints the version.
 _NAMES = {
     "prv": "PRV, upper bound       ",
     "rdp": "RDP, upper bound       ",
+    "pld": "PLD, upper bound       ",
     "pld_low": "PLD, optimistic        ",
     "pld_high": "PLD, pessimistic       ",
 }
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _epsilon(words: Sequence[str]) -> None:
-    parser = _parser("epsilon", "Print an upper bound on ε of DP-SGD with Poisson sampling (add/remove one example).")
+    parser = _parser("epsilon", "Print an upper bound on ε of DP-SGD (add/remove one example).")
     parser.add_argument(
         "--noise-multiplier", type=float, nargs="+", required=True, metavar="S", help="σ, noise over clip norm"
     )
@@ -88,7 +91,7 @@ def _epsilon(words: Sequence[str]) -> None:
     try:
         for sigma in args.noise_multiplier:
             check_noise_multiplier(sigma)
-        phases = phases_of(args.noise_multiplier, args.sampling_probability, args.steps)
+        phases = phases_of(args.noise_multiplier, args.sampling_probability, args.steps, args.sampling)
         bound = epsilon_bound(phases, args.delta)
         others = side_by_side(phases, args.delta) if args.all else {}
     except ValueError as error:
@@ -97,13 +100,18 @@ def _epsilon(words: Sequence[str]) -> None:
         also = {f"epsilon_{name}": epsilon for name, epsilon in others.items()}
         _print_json(epsilon=bound.epsilon, delta=args.delta, accountant=bound.accountant, note=bound.note, **also)
         return
+    count, numbers = len(phases), [args.noise_multiplier, args.sampling_probability, args.steps]
     plan = ", then ".join(
-        f"σ = {phase.noise_multiplier:g}, q = {phase.sampling_probability:g}, {phase.steps} steps" for phase in phases
+        f"σ = {sigma:g}, q = {q:g}, {steps} steps"
+        for sigma, q, steps in zip(*([*one] * (count if len(one) == 1 else 1) for one in numbers), strict=True)
     )
+    plan += _drawn(args.sampling)
     note = "; " + bound.note if bound.note else ""
     print(f"ε ≤ {_up(bound.epsilon)} at δ = {args.delta:g}: {plan} ({bound.accountant} accountant{note})")
     for name, epsilon in others.items():
-        print(f"  {_NAMES[name]}  {'not installed (dp-accounting)' if epsilon is None else _up(epsilon)}")
+        missing = "not installed (dp-accounting)" if args.sampling == "poisson" else "only for Poisson sampling"
+        label = _NAMES["pld" if name == "prv" and bound.accountant == "PLD" else name]
+        print(f"  {label}  {missing if epsilon is None else _up(epsilon)}")
 
 
 def _calibrate(words: Sequence[str]) -> None:
@@ -112,8 +120,14 @@ def _calibrate(words: Sequence[str]) -> None:
     args = _parse_common(parser, words)
     try:
         check_epsilon(args.epsilon)
-        sigma = noise_multiplier_for(args.epsilon, args.delta, args.sampling_probability, args.steps)
-        bound = epsilon_bound([Phase(sigma, args.sampling_probability, args.steps)], args.delta)
+        if args.steps < 1:
+            raise ValueError(f"steps={args.steps}: expected at least 1 step to calibrate the noise for.")
+
+        def phase(sigma: float) -> Phase:
+            return phase_of_numbers(sigma, args.sampling_probability, args.steps, args.sampling)
+
+        sigma = noise_for(args.epsilon, args.delta, phase)
+        bound = epsilon_bound([phase(sigma)], args.delta)
     except ValueError as error:
         parser.error(str(error))
     if args.json:
@@ -127,7 +141,7 @@ def _calibrate(words: Sequence[str]) -> None:
         return
     print(
         f"σ = {sigma:.6g} keeps ε ≤ {_up(bound.epsilon)} (target {args.epsilon:g}) at δ = {args.delta:g}: "
-        f"q = {args.sampling_probability:g}, {args.steps} steps ({bound.accountant} accountant)"
+        f"q = {args.sampling_probability:g}, {args.steps} steps{_drawn(args.sampling)} ({bound.accountant} accountant)"
     )
 
 
@@ -140,10 +154,17 @@ def _parse_common(parser: argparse.ArgumentParser, words: Sequence[str], several
     parser.add_argument(
         "--sampling-probability",
         **number,
-        type=float,
+        type=_fraction,
         required=True,
         metavar="Q",
-        help="q, expected batch size / dataset size",
+        help="q, expected batch size / dataset size, such as 0.1 or 1/12",
+    )
+    parser.add_argument(
+        "--sampling",
+        choices=("poisson", *IN_BLOCKS),
+        default="poisson",
+        help="how samples are drawn; with the others each example is in one of every 1/Q steps, and a part of these counts as "
+        "the whole",
     )
     parser.add_argument("--steps", **number, type=int, required=True, metavar="T", help="number of private steps")
     parser.add_argument("--delta", type=float, required=True, metavar="D", help="δ, well below 1 / dataset size")
@@ -159,6 +180,18 @@ def _parse_common(parser: argparse.ArgumentParser, words: Sequence[str], several
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def _fraction(text: str) -> float:
+    """A number, also as a fraction: 1/12 has no short decimal."""
+    over, _, under = text.partition("/")
+    if under and float(under) == 0.0:
+        raise ValueError("a fraction over 0")
+    return float(over) / float(under) if under else float(over)
+
+
+def _drawn(sampling: SamplingScheme) -> str:
+    return "" if sampling == "poisson" else f", {SAMPLING[sampling]} sampling"
 
 
 def _up(epsilon: float) -> str:

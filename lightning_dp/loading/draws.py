@@ -12,7 +12,14 @@ from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.mechanism.cyclic import cyclic_poisson_sample, groups_of
 from lightning_dp.mechanism.keystream import Keystream
 from lightning_dp.mechanism.randomness import RandomKey, Stream
-from lightning_dp.mechanism.sampling import cut, exact_poisson_sample, poisson_sample, rank_slice
+from lightning_dp.mechanism.sampling import (
+    allocation,
+    cut,
+    exact_allocation,
+    exact_poisson_sample,
+    poisson_sample,
+    rank_slice,
+)
 from lightning_dp.plan.mechanism import NoiseKind
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
@@ -20,12 +27,28 @@ from lightning_dp.plan.privacy_plan import PrivacyPlan
 class Draws:
     """The global draw of each step, made once and shared by the schedule of workers and the loop.
 
+    Args:
+        dataset: what is drawn from.
+        plan: how.
+        key: its SAMPLING stream is used.
+        rank: whose part is given.
+        world_size: the number of ranks.
+        units: whose each example is, or ``None``.
+        begun_at: number of the step with which ``key`` began: blocks are counted from there.
+
     Attributes:
         left_out: numbers that are dropped from every draw, as if they had never been in the data: a replay's neighbour.
     """
 
     def __init__(
-        self, dataset: Any, plan: PrivacyPlan, key: RandomKey, rank: int, world_size: int, units: Units | None
+        self,
+        dataset: Any,
+        plan: PrivacyPlan,
+        key: RandomKey,
+        rank: int,
+        world_size: int,
+        units: Units | None,
+        begun_at: int = 0,
     ) -> None:
         self.dataset_size, self._plan, self._key = len(dataset if units is None else units), plan, key
         self._units = units
@@ -34,6 +57,8 @@ class Draws:
         if isinstance(dataset, HeldRecords):
             self._mine = dataset.held
         self._made: dict[int, tuple[Indices, int]] = {}
+        self._begun_at = begun_at
+        self._allocated: dict[int, Indices] = {}
         self.left_out: list[int] = []
 
     def at(self, step: int) -> tuple[Indices, int]:
@@ -49,11 +74,26 @@ class Draws:
 
     def _drawn(self, step: int) -> Indices:
         mechanism, q = self._plan.mechanism, self._plan.sampling_probability
+        if mechanism.sampling.block > 1:
+            return self._in_the_block(step)
         if mechanism.sampling.scheme == "cyclic_poisson":
             if self._groups is None:
                 self._groups = groups_of(self._key, self.dataset_size, mechanism.groups)
             return cyclic_poisson_sample(self._key, self._groups, step, min(1.0, mechanism.groups * q))
         return _DRAWN[mechanism.noise.kind](self._key, step, self.dataset_size, q)
+
+    def _in_the_block(self, step: int) -> Indices:
+        """The examples whose step of the block this is."""
+        block = self._plan.mechanism.sampling.block
+        number, place = divmod(step - self._begun_at, block)
+        if number < 0:
+            raise ValueError(f"step={step}: expected at least {self._begun_at}, where the randomness began.")
+        first = self._begun_at + (number * block if self._plan.sampling == "random_allocation" else 0)
+        if first not in self._allocated:
+            self._allocated = dict([*self._allocated.items()][-1:])  # that of the block before is still read
+            make = _ALLOCATED[self._plan.mechanism.noise.kind]
+            self._allocated[first] = make(self._key, first, self.dataset_size, block)
+        return np.flatnonzero(self._allocated[first] == place)
 
     def pieces(self, step: int, physical_batch_size: int) -> list[Piece]:
         """This rank's part of the step's draw, micro-batch by micro-batch."""
@@ -85,3 +125,18 @@ _DRAWN: dict[NoiseKind, Callable[[RandomKey, int, int, float], Indices]] = {
     "discrete": _exact,
 }
 """How a draw is made beside each kind of noise: both from one cryptographic generator, or both from a fast one."""
+
+
+def _pseudorandom_allocation(key: RandomKey, first: int, size: int, block: int) -> Indices:
+    return allocation(key.generator(Stream.SAMPLING, first), size, block)
+
+
+def _exact_allocation(key: RandomKey, first: int, size: int, block: int) -> Indices:
+    return exact_allocation(Keystream.of(key, Stream.SAMPLING, first), size, block)
+
+
+_ALLOCATED: dict[NoiseKind, Callable[[RandomKey, int, int, int], Indices]] = {
+    "floating": _pseudorandom_allocation,
+    "discrete": _exact_allocation,
+}
+"""How a block is allocated, in the same way."""

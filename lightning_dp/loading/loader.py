@@ -64,7 +64,7 @@ class LogicalBatch:
 
 
 class PoissonLoader:
-    """Replaces the user's training loader: the same dataset, collate_fn and workers, but Poisson sampling.
+    """Replaces the user's training loader: the same dataset, collate_fn and workers, but private sampling.
 
     Its items are :class:`LogicalBatch` objects, one for each DP step; its length, the number of steps in an epoch, is that
     of the user's loader, so that whoever counts batches counts right. Step t's sample depends on the key and t alone: all ranks
@@ -81,6 +81,7 @@ class PoissonLoader:
         next_step: says the number of the next step when an epoch begins (how many the ledger has charged).
         units: whose each example is: users are drawn in the place of examples. ``None`` if each is a unit of its own.
         row_wise: what the user vouches for, see :mod:`lightning_dp.loading.row_wise`.
+        begun_at: number of the step with which the key's randomness began, see :class:`~lightning_dp.loading.draws.Draws`.
 
     Attributes:
         examples: reads and collates, see :class:`~lightning_dp.loading.examples.Examples`.
@@ -101,6 +102,7 @@ class PoissonLoader:
         next_step: Callable[[], int],
         units: Units | None = None,
         row_wise: Sequence[str] = (),
+        begun_at: int = 0,
     ) -> None:
         self.dataset = loader.dataset
         self.examples = Examples(loader.dataset, loader.collate_fn, row_wise)
@@ -114,10 +116,10 @@ class PoissonLoader:
         self._next_step = next_step
         self._source: _MicroBatchSource | None = None
         self._open: _MicroBatchSource | None = None
-        self._order = order(loader.dataset) if world_size > 1 else ""
+        self._order = order(loader.dataset) if world_size > 1 or not plan.mechanism.memoryless else ""
         self.units = units
         self._given = loader
-        self._draws = Draws(loader.dataset, plan, key, rank, world_size, units)
+        self._draws = Draws(loader.dataset, plan, key, rank, world_size, units, begun_at)
         self._schedule = _Schedule(self._draws, physical_batch_size, self.examples.seeded)
         self._micro_batch_loader = _rebuild(loader, self._schedule, self.examples)
 
@@ -141,8 +143,8 @@ class PoissonLoader:
         if self._order and order(self.dataset) != self._order:
             raise ValueError(
                 f"dataset={type(self.dataset).__name__} has other indices than when its loader was made: expected them to "
-                "stay, since the ranks compare their data once for each loader. Return a new loader from train_dataloader, "
-                "with Trainer(reload_dataloaders_every_n_epochs=1)."
+                "stay: the ranks compare their data once for each loader, and where steps come in blocks, it follows from an "
+                "example's index which it is in. Return a new loader, with Trainer(reload_dataloaders_every_n_epochs=1)."
             )
         self.settle()
         first = self._next_step()

@@ -14,7 +14,13 @@ from lightning_dp.batches.units import Units
 from lightning_dp.errors import PreflightError
 from lightning_dp.look.correlated_noise import check_goes_with_correlated_noise, momentum_of
 from lightning_dp.look.epochs import check_draws_in_an_epoch, check_end_was_given
-from lightning_dp.look.planning import agreed_plan, check_batch_after_resume, check_delta_for, check_plan_stays
+from lightning_dp.look.planning import (
+    agreed_plan,
+    check_batch_after_resume,
+    check_dataset_stays,
+    check_delta_for,
+    check_plan_stays,
+)
 from lightning_dp.mechanism.adaptive import in_force
 from lightning_dp.mechanism.complex import coordinates
 from lightning_dp.mechanism.secure import resolution
@@ -115,6 +121,7 @@ def check_still_agreed(
     Raises:
         PreflightError: see the message.
     """
+    check_dataset_stays(agreed.ledger.plan)
     privacy, spent = settings.privacy, None if account.before is None else account.before.ledger
     wanted = _wanted(privacy, agreed.noise_multiplier, module.trainer)
     real = agreed_plan(world, loader, units, wanted, as_if_real(spent, privacy.simulate), remaining_steps)

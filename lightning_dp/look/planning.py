@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from lightning_dp.accounting.find_plan import Known, Wanted, before_noise, ledger_of, with_noise
+from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.batches.units import Units
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.errors import PreflightError
@@ -111,6 +112,33 @@ def check_batch_after_resume(
             f"expected_batch_size=None with {ranks} ranks after {ranks_before}: expected the batch of the steps before, "
             f"{before:g}, and the loader's batch_size × ranks is {now:g}. Give DifferentialPrivacy(expected_batch_size="
             f"{before:g}) to go on as before at any number of ranks, or {now:g} to change it on purpose."
+        )
+
+
+def check_blocks(ledger: Ledger) -> None:
+    """Warn where the last block of the plan is cut: it costs as much as a whole one."""
+    plan = ledger.plan
+    block = plan.mechanism.sampling.block
+    remaining = 0 if plan.steps is None else plan.steps - ledger.begun_at
+    if remaining % block:
+        warn_user(
+            f"sampling={plan.sampling!r} with {remaining} steps to take in blocks of {block}: expected a multiple of {block}, "
+            f"such as {remaining - remaining % block or block} or {remaining - remaining % block + block}. A part of a block "
+            "costs as much as the whole, since an example may be in any of its steps; ε is that of the whole block."
+        )
+
+
+def check_dataset_stays(plan: PrivacyPlan) -> None:
+    """Refuse another loader in mid-run where it follows from an example's index which steps it may be in.
+
+    Raises:
+        PreflightError: see the message.
+    """
+    if not plan.mechanism.memoryless:
+        raise PreflightError(
+            f"sampling={plan.sampling!r} with reload_dataloaders_every_n_epochs: expected one training loader throughout. "
+            "It follows from an example's index which steps it may be in, and in another order it might be in more. "
+            "Leave out reload_dataloaders_every_n_epochs, or give sampling='poisson'."
         )
 
 

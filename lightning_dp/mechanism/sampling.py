@@ -1,4 +1,4 @@
-"""Poisson sampling: which examples take part in a step."""
+"""Which examples take part in a step: by Poisson sampling, or in one step of each block."""
 
 from __future__ import annotations
 
@@ -66,6 +66,44 @@ def exact_poisson_sample(stream: Keystream, dataset_size: int, sampling_probabil
         for index in np.flatnonzero(words == np.uint64(first)):
             members[index] = LazyUniform(int(words[index]), stream.spare).below(threshold)
     return np.flatnonzero(members).astype(np.int64, copy=False)
+
+
+def allocation(generator: np.random.Generator, dataset_size: int, block: int) -> npt.NDArray[np.int64]:
+    """In which step of a block of ``block`` each of ``dataset_size`` examples is, ``(N,)``: uniform, and independent.
+
+    Args:
+        generator: source of randomness; the same generator state gives the same allocation.
+        dataset_size: N, the actual number of examples.
+        block: k, at least 1.
+
+    Guarantee:
+        An example is in exactly one step of the block, each with probability 1/k, independently of every other example. So
+        the size of a step's sample is Binomial(N, 1/k) and no fixed number, and adding or removing an example moves nobody
+        else, as the accountant assumes.
+
+    Example:
+        >>> bool((allocation(np.random.default_rng(0), 1000, 4) < 4).all())
+        True
+
+    Source: Feldman and Shenfeld 2025 (arXiv 2502.08202); Chua et al. 2024 (arXiv 2412.16802), Algorithm 3.
+    """
+    return generator.integers(block, size=dataset_size, dtype=np.int64)
+
+
+def exact_allocation(stream: Keystream, dataset_size: int, block: int) -> npt.NDArray[np.int64]:
+    """:func:`allocation` from a cryptographic generator, with probabilities of exactly 1/k.
+
+    A word of 64 bits for each example; the few at the top that would favour some steps are drawn again.
+
+    Example:
+        >>> exact_allocation(Keystream(bytes(32)), 5, 1).tolist()
+        [0, 0, 0, 0, 0]
+    """
+    words = stream.words(dataset_size).copy()
+    fair = 2**WORD_BITS - 2**WORD_BITS % block
+    while fair < 2**WORD_BITS and (again := np.flatnonzero(words >= np.uint64(fair))).size:
+        words[again] = stream.spare.words(again.size)
+    return (words % np.uint64(block)).astype(np.int64)
 
 
 def cut(generator: np.random.Generator, drawn: npt.NDArray[np.int64], max_batch_size: int) -> npt.NDArray[np.int64]:

@@ -19,8 +19,10 @@ EXAMPLE = "example"
 """The privacy unit unless another is named."""
 
 
-SamplingScheme = Literal["poisson", "cyclic_poisson"]
+SamplingScheme = Literal["poisson", "cyclic_poisson", "random_allocation", "balls_in_bins"]
 """How a step's sample is drawn."""
+IN_BLOCKS: tuple[SamplingScheme, ...] = ("random_allocation", "balls_in_bins")
+"""Those in which each example is in exactly one step of a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,10 @@ class Sampling:
     With ``"poisson"`` every example enters a step's sample independently with probability q = B / N. With
     ``"cyclic_poisson"`` every example is in one of b groups (:attr:`Mechanism.groups`), step t draws from group t mod b, and
     there every example enters independently with probability b·B / N.
+
+    With the others steps come in blocks of k = N / B, a whole number, and every example is in exactly one step of a block, with
+    the same probability in each and independently of all other examples: with ``"random_allocation"`` in a step that is drawn
+    anew for each block, with ``"balls_in_bins"`` in the same one of all blocks.
 
     Args:
         dataset_size: N, the public number of examples.
@@ -69,11 +75,22 @@ class Sampling:
             )
         if self.max_batch_size is not None:
             check_max_batch_size(self.max_batch_size)
+        if self.scheme in IN_BLOCKS and abs(1 / q - round(1 / q)) > 1e-9 / q:
+            raise ValueError(
+                f"expected_batch_size={self.expected_batch_size} with dataset_size={self.dataset_size} and "
+                f"sampling={self.scheme!r}: expected a block of a whole number of steps, N / B. Give N / k for one of k steps, "
+                f"such as {self.dataset_size / max(1, round(1 / q))}."
+            )
 
     @property
     def probability(self) -> float:
         """Q = B / N."""
         return self.expected_batch_size / self.dataset_size
+
+    @property
+    def block(self) -> int:
+        """k, of how many steps an example is in exactly one; 1 where it may be in any."""
+        return round(1 / self.probability) if self.scheme in IN_BLOCKS else 1
 
 
 NoiseKind = Literal["floating", "discrete"]
@@ -321,6 +338,22 @@ def check_sampling(scheme: object) -> None:
     if scheme not in get_args(SamplingScheme):
         names = ", ".join(map(repr, get_args(SamplingScheme)))
         raise ValueError(f"sampling={shown(scheme)}: expected one of {names}.")
+
+
+def block_of(sampling_probability: float) -> int:
+    """1/q = k, how many steps a block has.
+
+    Raises:
+        ValueError: it is no whole number, to one part in a million.
+    """
+    check_sampling_probability(sampling_probability)
+    exact = 1.0 / sampling_probability
+    if math.isinf(exact) or abs(exact - round(exact)) > 1e-6 * exact:
+        raise ValueError(
+            f"sampling_probability={sampling_probability}: expected 1/k for blocks of k steps, with k a whole number, since "
+            f"each example is in exactly one step of a block. Give 1/{max(1, round(min(exact, 1e15)))}."
+        )
+    return round(exact)
 
 
 def check_max_batch_size(max_batch_size: int) -> None:

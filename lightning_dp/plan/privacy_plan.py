@@ -14,7 +14,13 @@ from lightning_dp.validate import number, whole
 MOST_STEPS = 10**15
 """Counts up to here are exact as floating-point numbers, and so is arithmetic with them."""
 
-SAMPLING = "Poisson"
+SAMPLING: dict[SamplingScheme, str] = {
+    "poisson": "Poisson",
+    "cyclic_poisson": "cyclic Poisson",
+    "random_allocation": "random-allocation",
+    "balls_in_bins": "balls-in-bins",
+}
+"""In words."""
 
 _NAMES = (
     "noise_multiplier", "clip_norm", "delta", "dataset_size", "expected_batch_size", "steps", "target_epsilon",

@@ -30,6 +30,7 @@ ADAPTED: dict[str, Any] = {"clip_quantile": 0.7, "clip_learning_rate": 0.1, "qua
 OTHERS: dict[str, Any] = {
     "noise_multiplier": 3.0, "clip_norm": 0.5, "dataset_size": 2000, "expected_batch_size": 50, "clipping": "flat",
     "automatic_gamma": 0.5, "max_batch_size": 400, "resolution": 2**21, "coordinates": 10, "unit": "patient",
+    "sampling": "random_allocation",
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def old_state(**numbers: Any) -> dict[str, Any]:
 def test_no_number_of_the_mechanism_falls_off() -> None:
     plan = PrivacyPlan(**NUMBERS)
     adapted, slack = plan.but(clipping="quantile"), plan.but(clipping="slaclip")
-    of_sampling = {"sampling", "noise"}  # of which others do not go with these
+    of_sampling = {"noise"}  # of which others do not go with these
     assert {*OTHERS, *ADAPTED, "slack_bins"} == set(plan.mechanism.numbers) - of_sampling
     for name, value in OTHERS.items():
         assert Entry.of(plan.but(**{name: value}), 1) != Entry.of(plan, 1), name

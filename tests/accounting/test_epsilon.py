@@ -203,7 +203,7 @@ def test_numpy_trouble_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_a_number(*_: object) -> float:
         return float(np.log(np.array([-1.0]))[0])
 
-    monkeypatch.setattr("lightning_dp.accounting.prv._invert", not_a_number)
+    monkeypatch.setattr("lightning_dp.accounting.prv.invert", not_a_number)
     bound = EpsilonCurve([], 1.25, 0.1, 1e-5, 10).at(10)
     assert bound.accountant == "RDP"
     assert "nan" in str(bound.note)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lightning_dp.accounting import Phase, epsilon_bound
+from lightning_dp.accounting.phase import phase_of_numbers
 from lightning_dp.cli.main import main
 from tests.conftest import PATIENCE
 from tests.nearly import assert_nearly
@@ -64,6 +65,23 @@ def test_a_missing_accountant_is_said(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr("lightning_dp.accounting.compare.find_spec", lambda name: None)
     told = said(capsys, "epsilon", "--noise-multiplier", "3", *CIFAR, "--all")
     assert told.count("not installed (dp-accounting)") == 2
+
+
+@pytest.mark.parametrize("sampling", ["random_allocation", "balls_in_bins"])
+def test_epsilon_and_calibrate_of_blocks(capsys: pytest.CaptureFixture[str], sampling: str) -> None:
+    blocks = ["--sampling", sampling, "--sampling-probability", "1/12", "--steps", "25", "--delta", "1e-5"]
+    found = json.loads(said(capsys, "epsilon", "--noise-multiplier", "2", *blocks, "--json", "--all"))
+    assert found["accountant"] == "PLD"
+    assert found["epsilon_pld_low"] is None
+    assert found["epsilon"] == epsilon_bound([phase_of_numbers(2.0, 1 / 12, 36, sampling)], 1e-5).epsilon  # type: ignore[arg-type]
+    line = said(capsys, "epsilon", "--noise-multiplier", "2", *blocks, "--all")
+    assert f"q = 0.0833333, 25 steps, {sampling.replace('_', '-')} sampling (PLD accountant)" in line
+    assert "only for Poisson sampling" in line
+    sigma = json.loads(said(capsys, "calibrate", "--epsilon", "2", *blocks, "--json"))["noise_multiplier"]
+    assert 1.99 <= epsilon_bound([phase_of_numbers(sigma, 1 / 12, 25, sampling)], 1e-5).epsilon <= 2.0  # type: ignore[arg-type]
+    with pytest.raises(SystemExit):
+        main(["epsilon", "--noise-multiplier", "2", *blocks[:2], "--sampling-probability", "0.3", *blocks[4:]])
+    assert "expected 1/k for blocks of k steps" in capsys.readouterr().err
 
 
 def test_calibrate_is_the_inverse_of_epsilon(capsys: pytest.CaptureFixture[str]) -> None:

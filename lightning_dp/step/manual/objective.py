@@ -123,6 +123,12 @@ class ManualObjective:
                 output = module.training_step(self._script.placeholder, *step.rest)
             finally:
                 self._live.clear()
+        if not live.released and not planned.ledger.plan.mechanism.memoryless:
+            raise PreflightError(
+                f"sampling={planned.ledger.plan.sampling!r}: expected a private step in every training_step, since each "
+                "example is in one step of a block, and a sample that is not stepped on would not be counted. Step in "
+                "every batch, or give sampling='poisson'."
+            )
         step.tally.unused_samples += not live.released
         if live.losses:
             raise PreflightError(
