@@ -220,6 +220,8 @@ def _floating(mechanism: Mechanism) -> str:
 
 def _discrete(mechanism: Mechanism) -> str:
     norm, units = mechanism.sensitivity, mechanism.noise.resolution or 1
+    if mechanism.clipping.adaptation is not None:  # the grid is as fine as C is small
+        return f"discrete Gaussian noise (sensitivity = {units} units of a grid)"
     return f"discrete Gaussian noise (grid {norm / units:.3g}, sensitivity {_plain(norm)} = {units} units)"
 
 

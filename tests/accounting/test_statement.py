@@ -113,6 +113,10 @@ def test_the_clipping_style_is_said() -> None:
     assert followed.adaptation == {"clip_quantile": 0.8, "clip_learning_rate": 0.2, "quantile_weight": 0.2}
     assert any(caveat.startswith("the clip norm is adapted") for caveat in followed.caveats)
     assert followed.epsilon == statement.epsilon
+    on_a_grid = make_ledger(3, clipping="slaclip", resolution=2**20, coordinates=9)
+    assert Statement.of(on_a_grid, randomness="secret").noise == (
+        "discrete Gaussian noise (sensitivity = 1048576 units of a grid)"
+    )
     layers = Statement.of(make_ledger(3, clipping="per_layer", automatic_gamma=0.5), randomness="secret")
     assert "C = 1.0 (per layer clipping), 3 steps" in str(layers)
     assert layers.automatic_gamma is None
