@@ -50,6 +50,7 @@ from lightning_dp.step.open_step import OpenStep, Replay
 from lightning_dp.step.planned import Planned, Run
 from lightning_dp.step.private_step import PrivateStep
 from lightning_dp.step.tally import Tally
+from lightning_dp.step.two_points import GHOST
 from lightning_dp.step.user_hooks import UserHooks
 from lightning_dp.step.without_data import WithoutData
 
@@ -72,7 +73,7 @@ class Fit:
     """
 
     def __init__(self, asked: Any, account: Account, trainer: pl.Trainer, views: Views | None) -> None:
-        self.tally = Tally()
+        self.tally = Tally(filtered=account.filtered)
         self._asked, self._account, self._trainer, self._views = asked, account, trainer, views
         self._at_start = Progress.of(trainer)
         self._agreed: Agreed | None = None
@@ -309,9 +310,11 @@ class Fit:
         """
         settings, module = Settings.of(self._asked), planned.module
         if module.automatic_optimization:
-            loss_function = loss_of_training_step(planned)
-            selection = selection or engine_for(planned, settings.speed.engine, most, loss_function)
-            return AutomaticObjective(WithoutData(planned)), selection, loss_function
+            rule = settings.privacy.filter
+            loss_function = loss_of_training_step(planned, rule=rule)
+            cannot = {} if rule is None else {"ghost": GHOST}
+            selection = selection or engine_for(planned, settings.speed.engine, most, loss_function, cannot=cannot)
+            return AutomaticObjective(WithoutData(planned), rule), selection, loss_function
         public, size = settings.privacy.public_optimizers, settings.speed.physical_batch_size
         form, given = planned.form, planned.given
         self._script = script = late_dry_run(self._script, module, planned.logs, form, given, public, size)

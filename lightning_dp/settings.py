@@ -13,6 +13,7 @@ from lightning_dp.mechanism.secure import check_secure
 from lightning_dp.plan.adaptation import NAMES, adaptation_of
 from lightning_dp.plan.clipping import Clipping, ClippingStyle, check_clip_norm, check_clipping
 from lightning_dp.plan.correlation import INDEPENDENT, NoiseStyle, check_bands, check_momentum, check_noise
+from lightning_dp.plan.filtering import FilterStyle, GradientFilter, filter_of
 from lightning_dp.plan.mechanism import IN_BLOCKS, SamplingScheme, check_noise_multiplier, check_sampling
 from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
 from lightning_dp.plan.simulation import check_simulation
@@ -114,6 +115,9 @@ class PrivacySettings:
     noise: NoiseStyle
     noise_bands: int
     noise_momentum: float | None
+    gradient_filter: FilterStyle | None
+    filter_gain: float
+    filter_lookahead: float
     public_optimizers: tuple[int, ...]
     privacy_unit: PrivacyUnit | None
     row_wise: tuple[str, ...]
@@ -142,6 +146,11 @@ class PrivacySettings:
             )
         truth(secure=self.secure)
         check_correlated(self)
+        if self.filter is not None and self.noise != INDEPENDENT:
+            raise ValueError(
+                f"gradient_filter={self.gradient_filter!r} with noise={self.noise!r}: expected independent noise, which "
+                "is what the filter takes out. Leave out one of the two."
+            )
         for name in ("expected_batch_size", "dataset_size", "max_batch_size"):
             value = getattr(self, name)
             if value is not None and whole(name, value) < 1:
@@ -159,6 +168,11 @@ class PrivacySettings:
         """How a step clips."""
         adaptation = adaptation_of(self.clipping, **{name: getattr(self, name) for name in NAMES})
         return Clipping(self.clip_norm, self.clipping, self.automatic_gamma, adaptation)
+
+    @property
+    def filter(self) -> GradientFilter | None:
+        """What is between release and optimizer."""
+        return filter_of(self.gradient_filter, self.filter_gain, self.filter_lookahead)
 
     @property
     def randomness(self) -> Literal["secret", "reproducible"]:
@@ -209,6 +223,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         privacy = self.privacy
+        if privacy.filter is not None and self.speed.engine == "ghost":
+            raise ValueError(
+                f"gradient_filter={privacy.gradient_filter!r} with engine='ghost': expected 'auto', 'vmap' or 'loop'. The "
+                "layers of ghost see one set of weights in a step, and the filter takes gradients at two."
+            )
         check_secure(
             privacy.secure, seed=privacy.seed, noise_multiplier=privacy.noise_multiplier, engine=self.speed.engine
         )

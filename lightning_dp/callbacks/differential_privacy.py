@@ -18,11 +18,14 @@ from lightning_dp.lightning_internals import Callback
 from lightning_dp.loading.privacy_unit import unit_from
 from lightning_dp.loading.row_wise import check_row_wise
 from lightning_dp.look.advice import advise_optimizers, check_decisions
+from lightning_dp.look.filtered import check_filter
 from lightning_dp.look.module import check_module, check_optimizers
 from lightning_dp.look.public_optimizers import check_public_optimizers
 from lightning_dp.look.trainer import check_before_setup
+from lightning_dp.mechanism.filtering import KEY
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, ClippingStyle
 from lightning_dp.plan.correlation import DEFAULT_BANDS, NoiseStyle
+from lightning_dp.plan.filtering import DEFAULT_GAIN, DEFAULT_LOOKAHEAD, FilterStyle
 from lightning_dp.plan.mechanism import Mechanism, SamplingScheme
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.agreement import check_same_on_every_rank, facts
@@ -108,6 +111,10 @@ class DifferentialPrivacy(Callback):
             ``sampling="cyclic_poisson"``.
         noise_bands: how many bands the strategy matrix has, of ``"banded"``, or its inverse, of ``"bisr"``.
         noise_momentum: β for which the matrix is found; ``None`` for the optimizer's own.
+        gradient_filter: ``"disk"`` to put a Kalman filter between release and optimizer, at two gradients an example and the
+            same ε (:class:`lightning_dp.plan.filtering.GradientFilter`).
+        filter_gain: κ of ``"disk"``.
+        filter_lookahead: γ of ``"disk"``.
 
     Raises:
         ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
@@ -155,6 +162,9 @@ class DifferentialPrivacy(Callback):
         noise: NoiseStyle = "independent",
         noise_bands: int = DEFAULT_BANDS,
         noise_momentum: float | None = None,
+        gradient_filter: FilterStyle | None = None,
+        filter_gain: float = DEFAULT_GAIN,
+        filter_lookahead: float = DEFAULT_LOOKAHEAD,
     ) -> None:
         self.epsilon = epsilon
         self.noise_multiplier = noise_multiplier
@@ -181,6 +191,9 @@ class DifferentialPrivacy(Callback):
         self.noise: NoiseStyle = noise
         self.noise_bands = noise_bands
         self.noise_momentum = noise_momentum
+        self.gradient_filter: FilterStyle | None = gradient_filter
+        self.filter_gain = filter_gain
+        self.filter_lookahead = filter_lookahead
         register_strategies()  # of a root of Lightning that was imported after this package
         self.public_optimizers = check_places(public_optimizers)
         self.row_wise = check_row_wise(row_wise)
@@ -240,6 +253,7 @@ class DifferentialPrivacy(Callback):
         check_module(pl_module)  # again: configure_model may have added the layers
         check_optimizers(pl_module, trainer.optimizers)
         check_public_optimizers(pl_module, trainer.optimizers, self.public_optimizers)
+        check_filter(Settings.of(self).privacy.filter, trainer, pl_module)
         check_decisions(trainer, pl_module)
         advise_optimizers(trainer.optimizers, self.public_optimizers, self.noise_multiplier)
         if not trainer.strategy.restore_checkpoint_after_setup:
@@ -301,6 +315,14 @@ class DifferentialPrivacy(Callback):
             return
         on_every_rank(world_of(trainer.strategy), lambda: spent_of(checkpoint, self.state_key), PreflightError)
         self._under_way.goes_on_from(checkpoint)
+        self._account.filtered.load_state_dict(checkpoint.get(KEY))
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.gradient_filter is not None:
+            checkpoint[KEY] = self._account.filtered.state_dict()
 
     @property
     def _under_way(self) -> Fit:

@@ -81,7 +81,11 @@ def agree(
     """
     privacy, where = settings.privacy, places(trainer, trainer.ckpt_path)
     assumed = Assumptions(privacy.row_wise, privacy.public_state)
-    more = (privacy.automatic_gamma, settings.data.batch_axis, *([] if assumed == Assumptions() else [assumed]))
+    vouched, filtered = (
+        [] if assumed == Assumptions() else [assumed],
+        [] if privacy.filter is None else [privacy.filter],
+    )
+    more = (privacy.automatic_gamma, settings.data.batch_axis, *vouched, *filtered)
     facts = "" if privacy.seed is None else facts_of(trainer, *more)
     lost = on_rank_zero(world, lambda: lost_since(account.before, where, facts))
     if account.before is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
+import torch
 from torch import Tensor, nn
 
 from lightning_dp.engines.loop import LoopEngine
@@ -12,22 +14,30 @@ from lightning_dp.engines.select import EngineName, Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.look.engine_check import check_engines
 from lightning_dp.mechanism.trainable import trainable
+from lightning_dp.plan.filtering import GradientFilter
 from lightning_dp.step.manual.global_step import global_step
 from lightning_dp.step.manual.loss import Wanted, loss_up_to
 from lightning_dp.step.manual.objective import Key, ManualObjective
 from lightning_dp.step.manual.script import Script, held_by_optimizers
 from lightning_dp.step.planned import Planned
+from lightning_dp.step.two_points import loss_at_two_points
 from lightning_dp.step.user_loss import example_loss, takes_batch_idx
 
 
-def loss_of_training_step(planned: Planned, fixed: Mapping[str, Tensor] | None = None) -> LossFunction:
+def loss_of_training_step(
+    planned: Planned, fixed: Mapping[str, Tensor] | None = None, rule: GradientFilter | None = None
+) -> LossFunction:
     """The user's training_step on one example of the first batch.
 
     Args:
         planned: of whose module.
         fixed: values of parameters that are not differentiated, by name.
+        rule: of a filter, by which it is run at two points.
     """
     rest = (0,) if takes_batch_idx(planned.module) else ()
+    if rule is not None:
+        still = {name: torch.zeros_like(one) for name, one in trainable(planned.module).items()}
+        return loss_at_two_points(planned.form, planned.logs, rest, rule, still)
     return example_loss(planned.form, planned.logs, rest, fixed=fixed)
 
 
@@ -37,6 +47,7 @@ def engine_for(
     most: int,
     loss_function: LossFunction,
     parameters: Mapping[str, nn.Parameter] | None = None,
+    cannot: Mapping[str, str] = MappingProxyType({}),
 ) -> Selection:
     """The engine for one loss, tried on the first examples.
 
@@ -46,13 +57,14 @@ def engine_for(
         most: how many examples a micro-batch may have.
         loss_function: of one example.
         parameters: what is differentiated, by name; ``None`` for everything trainable.
+        cannot: engines that are not tried, and why.
 
     Raises:
         EngineError: the engine asked for cannot run this training_step.
         PreflightError: training_step cannot be run on examples one by one.
     """
     given = trainable(planned.module) if parameters is None else parameters
-    return check_engines(planned, name, loss_function, given, most)
+    return check_engines(planned, name, loss_function, given, most, cannot)
 
 
 def manual_objective(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -43,6 +44,7 @@ def check_engines(
     loss_function: LossFunction,
     parameters: Mapping[str, nn.Parameter] | None = None,
     most: int = CHECKED_EXAMPLES,
+    cannot: Mapping[str, str] = MappingProxyType({}),
 ) -> Selection:
     """The first engine that runs this training_step, and agrees with the loop.
 
@@ -52,6 +54,7 @@ def check_engines(
         loss_function: the user's training_step on one example.
         parameters: what is differentiated, by name; ``None`` for everything trainable.
         most: of micro-batches of one, only one example is tried: in those no hook can mix anything.
+        cannot: engines that are not tried, and why.
 
     Raises:
         EngineError: the engine asked for cannot run this training_step.
@@ -69,6 +72,8 @@ def check_engines(
         drawing = seeded(on_device, np.arange(examples, dtype=np.uint64), 0)
 
         def check(engine: Engine) -> None:
+            if engine.name in cannot:
+                raise NotImplementedError(cannot[engine.name])
             try:
                 if not engine.is_reference:
                     check_nothing_is_lost(engine, loss_function, given, one, module, tolerance(module))

@@ -335,7 +335,7 @@ class Mechanism:
 
 def check_sampling(scheme: object) -> None:
     """Raise ``ValueError`` unless ``scheme`` is the name of a sampling scheme."""
-    if scheme not in get_args(SamplingScheme):
+    if not isinstance(scheme, str) or scheme not in get_args(SamplingScheme):
         names = ", ".join(map(repr, get_args(SamplingScheme)))
         raise ValueError(f"sampling={shown(scheme)}: expected one of {names}.")
 

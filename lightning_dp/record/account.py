@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.mechanism.filtering import FilterState
 from lightning_dp.mechanism.state import NOTHING
 from lightning_dp.record.checkpoint import Spent, of_a_copy
 from lightning_dp.record.journal import Journal
@@ -26,12 +27,14 @@ class Account:
         before: what was spent before the plan in force, with the steps found in journals; ``None`` if nothing was.
         unused_samples: how many samples were drawn and not stepped on, over all fits.
         carried: what the mechanism carries to the next step.
+        filtered: what a gradient filter carries to the next step of the fit.
     """
 
     def __init__(self) -> None:
         self.before: Spent | None = None
         self.unused_samples = 0
         self.carried = NOTHING
+        self.filtered = FilterState()
         self._ledger: Ledger | None = None
         self._report: Report | None = None
         self._world_size: int | None = None
@@ -100,6 +103,7 @@ class Account:
     def start_fit(self, trainer: pl.Trainer) -> None:
         """A fit begins: all that was spent so far was spent before it."""
         self.before = self.now()
+        self.filtered = FilterState()
         self._at_home = not in_a_child(trainer)
         if self._at_home:
             forget(self._address)

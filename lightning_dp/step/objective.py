@@ -17,11 +17,13 @@ from lightning_dp.loading.form import ExampleForm
 from lightning_dp.mechanism.complex import as_complex_like, as_real_pairs
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.optim.noise_std import tell_noise_std
+from lightning_dp.plan.filtering import GradientFilter
 from lightning_dp.ranks.sharding import reshard
 from lightning_dp.step.open_step import OpenStep
 from lightning_dp.step.parameter_hooks import put_gradient
 from lightning_dp.step.planned import Planned
 from lightning_dp.step.spectral import SpectralNorms
+from lightning_dp.step.two_points import loss_at_two_points
 from lightning_dp.step.user_loss import example_loss, takes_batch_idx
 from lightning_dp.step.without_data import WithoutData
 
@@ -50,10 +52,11 @@ class AutomaticObjective:
 
     Args:
         without_data: runs training_step on an example without content, for what it logs where no example is drawn.
+        rule: of a filter between release and optimizer.
     """
 
-    def __init__(self, without_data: WithoutData) -> None:
-        self._without_data = without_data
+    def __init__(self, without_data: WithoutData, rule: GradientFilter | None = None) -> None:
+        self._without_data, self._rule = without_data, rule
         self._unreleased: list[tuple[OpenStep, Accumulated]] = []
 
     def losses(self, planned: Planned, form: ExampleForm) -> Losses:
@@ -74,6 +77,9 @@ class AutomaticObjective:
         if run.layers is not None:
             given, fixed = run.layers.begin(step.sample.step)
         loss_function = example_loss(planned.form, planned.logs, step.rest, fixed=fixed)
+        moved = {} if self._rule is None else step.tally.filtered.moved(trainable(planned.module))
+        if self._rule is not None and moved:
+            loss_function = loss_at_two_points(planned.form, planned.logs, step.rest, self._rule, moved)
         total = step.clipped_sum(run.selection, loss_function, given, step.micro_batches())
         self._unreleased[:] = [(step, total)]
         alone = partial(self._without_data, loss_function, as_real_pairs(given))
@@ -100,11 +106,13 @@ class AutomaticObjective:
         strategy.pre_backward(loss)
         strategy.precision_plugin.pre_backward(loss, module)
         reshard(module)  # a hook that called the module has left a part of it whole
-        gradient = step.release(total.gradient)
+        gradient, noise_std = step.release(total.gradient), step.tally.noise_std
+        if self._rule is not None:
+            gradient, noise_std = step.tally.filtered.passed(gradient, noise_std, trainable(module), self._rule)
         for name, parameter in trainable(module).items():
             put_gradient(parameter, as_complex_like(gradient[name], parameter))
         for optimizer in module.trainer.optimizers:
-            tell_noise_std(optimizer, step.tally.noise_std)
+            tell_noise_std(optimizer, noise_std)
         loss = strategy.precision_plugin.post_backward(loss, module)
         strategy.post_backward(loss)
         return loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_dp.accounting import Ledger
+from lightning_dp.mechanism.filtering import FilterState
 from lightning_dp.mechanism.state import NOTHING, MechanismState
 from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.step.never_moved import NeverMoved
@@ -20,6 +21,7 @@ class Tally:
         never_moved: parameters that no example has moved. **Private**.
         carried: what the mechanism carries to the next step. Public.
         noise_std: the standard deviation of the noise on each coordinate of the last gradient that was released. Public.
+        filtered: what a gradient filter carries to the next step. Public.
         released: the mechanism of the last release, with the C and the σ that it had. Public.
     """
 
@@ -28,6 +30,7 @@ class Tally:
     never_moved: NeverMoved = field(default_factory=NeverMoved)
     carried: MechanismState = NOTHING
     noise_std: float = 0.0
+    filtered: FilterState = field(default_factory=FilterState)
     released: Mechanism | None = None
 
     def next_step(self, ledger: Ledger) -> int:

@@ -48,6 +48,12 @@ def test_right_code_stays_below_its_claim(engine: str, epsilon: float) -> None:
         assert result.epsilon_lower > 0.2 * epsilon  # the audit sees something at all
 
 
+def test_a_filter_behind_the_release_tells_no_more_than_the_release() -> None:
+    result = audited(4.0, steps=4, gradient=500, gradient_filter="disk")
+    assert result.verdict == "consistent"
+    assert 0 <= result.epsilon_lower < result.epsilon_claimed <= 4.0
+
+
 @contextmanager
 def unclipped_and_not_compared() -> Iterator[None]:
     """No clipping, where no comparison of the engine with plain backward passes is in the way."""

@@ -29,6 +29,7 @@ ARGUMENTS = {
     "public_optimizers": None, "static_shapes": False, "batch_axis": 0, "privacy_unit": None, "max_examples_per_unit": None,
     "clip_quantile": None, "clip_learning_rate": None, "quantile_weight": None, "slack_bins": None,
     "sampling": "poisson", "noise": "independent", "noise_bands": 4, "noise_momentum": None,
+    "gradient_filter": None, "filter_gain": 0.7, "filter_lookahead": 0.5,
 }  # fmt: skip
 PLAN = {
     "noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, "expected_batch_size": 10.0, "steps": 5,
@@ -87,7 +88,7 @@ def test_a_plan_holds_numbers_that_make_sense(changes: dict[str, Any]) -> None:
 
 NEWEST = ("simulate", "batch_axis", "static_shapes", "public_optimizers", "secure", "privacy_unit", "clipping",
           "automatic_gamma", "max_examples_per_unit", "clip_quantile", "slack_bins", "sampling", "noise", "noise_bands",
-          "noise_momentum")  # fmt: skip
+          "noise_momentum", "gradient_filter", "filter_gain", "filter_lookahead")  # fmt: skip
 
 
 @settings(max_examples=500)

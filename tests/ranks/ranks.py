@@ -14,6 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.batches.transforms import ViewTransform
+from lightning_dp.optim import DPMicroAdam
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
 from tests.training.manual_modules import gan
 
@@ -107,6 +108,13 @@ def run(folder: Path, case: str, ranks: int) -> None:
         module.on_fit_start = lambda: None
         module.setup = lambda stage: torch.nn.init.constant_(module.net[0].bias, 0.1 * module.trainer.global_rank)
         private = DifferentialPrivacy(noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16)
+        fit = on_ranks(ranks, max_steps=6)
+    elif case == "filtered":  # and an optimizer that looks for the largest coordinates
+        module = regressor()
+        module.configure_optimizers = lambda: DPMicroAdam(module.parameters(), lr=0.01, density=0.3)
+        private = DifferentialPrivacy(
+            noise_multiplier=0.5, clip_norm=0.3, seed=7, expected_batch_size=16, gradient_filter="disk"
+        )
         fit = on_ranks(ranks, max_steps=6)
     elif case == "noise":
         module = Mute()

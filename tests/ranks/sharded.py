@@ -233,6 +233,7 @@ def run(folder: Path, ranks: int) -> None:
 
 def refusals(folder: Path) -> None:
     refusal("tensor_parallel", folder, Sharded(), strategy=ModelParallelStrategy())
+    refusal("filter", folder, Sharded(), dp={"gradient_filter": "disk"})
     refusal("muon", folder, Adaptive(DPMuon))
     refusal("not_sharded", folder, HalfSharded())
     refusal("mp_policy", folder, Sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))

@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     cases = (
         "equal,by_name,different_start,noise,zero,storm,views,styled,measured,adapted,users,secret,gan,raw,simulated"
     )
-    cases += ",disagree,frozen_on_one"
+    cases += ",disagree,frozen_on_one,filtered"
     done = subprocess.run(
         [sys.executable, "-m", "tests.ranks.ranks", str(folder), cases],
         cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
@@ -60,6 +60,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "secret",
         "gan",
         "simulated",
+        "filtered",
     ],
 )
 def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) -> None:
@@ -83,6 +84,7 @@ def test_all_ranks_hold_the_same_weights(results: Any, case: str, ranks: int) ->
         "adapted",
         "users",
         "simulated",
+        "filtered",
     ],
 )
 @pytest.mark.parametrize("ranks", [2, 3])

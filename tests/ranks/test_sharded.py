@@ -202,6 +202,7 @@ def noise_of(result: dict[str, Any]) -> Any:
         ("mp_policy", "mp_policy with param_dtype=torch.bfloat16: expected fully_shard without.*bf16-mixed"),
         ("average", "ExponentialMovingAverage.*with sharded parameters: expected neither together.*strategy='ddp'"),
         ("manual", "automatic_optimization=False with sharded parameters: expected True.*strategy='ddp'"),
+        ("filter", "gradient_filter='disk' with sharded parameters: expected whole ones.*strategy='ddp'"),
         ("muon", "DPMuon with sharded parameters: expected whole ones.*DPAdamW takes shards"),
         ("clip", "gradient_clip_val=1.0, an argument of the Trainer: expected None or 0"),
         ("layer_engine", "gather='layer' with engine='vmap'.*expected 'ghost'.*gather='step'"),

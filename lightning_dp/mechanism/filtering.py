@@ -1,0 +1,89 @@
+"""What a filter carries from step to step: the weights of the step before, and the filtered gradient. All of it is public."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.plan.filtering import GradientFilter
+
+KEY = "lightning_dp_gradient_filter"
+"""Where a checkpoint holds it."""
+
+
+@dataclass
+class FilterState:
+    """Empty before the first step, and again where other parameters are trained than in the step before.
+
+    Attributes:
+        weights: of the step before, by name.
+        gradient: the filtered gradient m, by name.
+        variance: of the noise on each coordinate of that.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+    variance: float = 0.0
+
+    def moved(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From the weights of the step before to these, by name; nothing if they are not the same parameters."""
+        if not _alike(self.weights, weights):
+            return {}
+        return {name: now.detach() - self.weights[name].to(now.device) for name, now in weights.items()}
+
+    def passed(
+        self,
+        released: Mapping[str, Tensor],
+        noise_std: float,
+        weights: Mapping[str, Tensor],
+        rule: GradientFilter,
+    ) -> tuple[dict[str, Tensor], float]:
+        """Take a release into the filter.
+
+        Args:
+            released: the noisy gradient.
+            noise_std: of the noise on each of its coordinates, independent of that of other steps.
+            weights: at which it was taken.
+            rule: the numbers.
+
+        Returns:
+            m, and the standard deviation of the noise on each of its coordinates.
+        """
+        goes_on = _alike(self.weights, weights) and _alike(self.gradient, released)
+        self.weights = {name: now.detach().clone() for name, now in weights.items()}
+        if goes_on:
+            before = {name: self.gradient[name].to(new.device, new.dtype) for name, new in released.items()}
+            self.gradient = {name: torch.lerp(before[name], new, rule.gain) for name, new in released.items()}
+            self.variance = (1 - rule.gain) ** 2 * self.variance + rule.gain**2 * noise_std**2
+        else:
+            self.gradient = {name: new.clone() for name, new in released.items()}
+            self.variance = noise_std**2
+        return {name: kept.clone() for name, kept in self.gradient.items()}, self.variance**0.5
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"weights": dict(self.weights), "gradient": dict(self.gradient), "variance": self.variance}
+
+    def load_state_dict(self, raw: object) -> None:
+        """The inverse of :meth:`state_dict`; what a checkpoint without a filter holds empties it.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if raw is None:
+            raw = FilterState().state_dict()
+        if not isinstance(raw, dict) or raw.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"{KEY} in the checkpoint is a {type(raw).__name__}: expected the state of a gradient filter. Resume from a "
+                "checkpoint that is whole and unedited."
+            )
+        self.weights, self.gradient, self.variance = dict(raw["weights"]), dict(raw["gradient"]), float(raw["variance"])
+
+
+def _alike(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    """Whether these are tensors of the same names and shapes, in whatever order."""
+    return before.keys() == now.keys() and all(before[name].shape == one.shape for name, one in now.items())
