@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lightning_dp.plan.correlation import MOST_STEPS as MOST_ROWS
 from lightning_dp.plan.mechanism import (
     IN_BLOCKS,
     Mechanism,
@@ -94,6 +95,8 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
     if not correlation.of_inverse:
         groups = mechanism.groups
         return Phase(sigma, min(1.0, groups * q), -(-steps // groups))
+    if steps > MOST_ROWS:
+        return Phase(0.0, 1.0, 1)  # no bound at all: more rows than anybody computes a sensitivity of
     moved = correlation.sensitivity(max(1, steps), mechanism.groups)
     return Phase(sigma * correlation.column_norm / moved, 1.0, min(1, steps))
 

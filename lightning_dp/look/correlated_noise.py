@@ -12,13 +12,13 @@ from lightning_dp.settings import PrivacySettings
 
 
 def momentum_of(trainer: pl.Trainer) -> float:
-    """The momentum of the first optimizer, for which a strategy matrix is found; of Adam its first β, and 0 without any.
+    """The momentum that the first optimizer was made with, for which a matrix is found; of Adam its first β, 0 without any.
 
-    It is public, and has to do with utility alone.
+    It is public, and has to do with utility alone. What a schedule makes of it later does not matter.
     """
-    groups: list[dict[str, Any]] = trainer.optimizers[0].param_groups if trainer.optimizers else []
-    given: Any = groups[0] if groups else {}
-    momentum = given.get("momentum", next(iter(given.get("betas", ())), 0.0))
+    given: dict[str, Any] = trainer.optimizers[0].defaults if trainer.optimizers else {}
+    betas = given.get("betas")
+    momentum: Any = given.get("momentum", betas[0] if isinstance(betas, (list, tuple)) and betas else 0.0)
     try:
         momentum = float(momentum)
     except (TypeError, ValueError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import lightning_dp.mechanism.correlated as correlated_module
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
 from lightning_dp.accounting.phase import phase_of
+from lightning_dp.look.correlated_noise import momentum_of
 from lightning_dp.mechanism.correlated import STATE
 from lightning_dp.mechanism.cyclic import cyclic_poisson_sample, groups_of
 from lightning_dp.mechanism.randomness import RandomKey, Stream
@@ -117,6 +120,23 @@ def test_the_optimizers_momentum_is_what_the_matrix_is_found_for_unless_another_
     assert "momentum 0.0: " in callback.plan.mechanism.numbers["noise"]
 
 
+def test_the_momentum_is_the_one_an_optimizer_was_made_with() -> None:
+    """OneCycleLR writes into param_groups; a resumed run would be planned for another workload."""
+    weight = [torch.nn.Parameter(torch.zeros(2))]
+    heavy_ball = torch.optim.SGD(weight, lr=0.1, momentum=0.7)
+    torch.optim.lr_scheduler.OneCycleLR(heavy_ball, max_lr=0.1, total_steps=9)
+    assert heavy_ball.param_groups[0]["momentum"] != 0.7
+    given: list[tuple[list[Any], float]] = [
+        ([heavy_ball], 0.7),
+        ([torch.optim.Adam(weight, betas=(0.8, 0.9))], 0.8),
+        ([torch.optim.Adagrad(weight)], 0.0),
+        ([], 0.0),
+    ]
+    for optimizers, momentum in given:
+        fit: Any = SimpleNamespace(optimizers=optimizers)
+        assert momentum_of(fit) == momentum
+
+
 @pytest.mark.parametrize("noise", BANDS)
 def test_with_a_known_seed_a_run_that_is_resumed_is_the_uninterrupted_one(noise: str, tmp_path: Path) -> None:
     whole, saved = private(noise), tmp_path / "a.ckpt"
@@ -149,6 +169,8 @@ def test_with_another_key_noise_begins_anew_and_is_charged_as_a_mechanism_of_its
     assert resumed.state_dict()["mechanism"][STATE]["begun"] == 4
     apart = [phase_of(mechanism, 4), phase_of(mechanism, 2)]
     assert resumed.ledger.epsilon().epsilon == pytest.approx(epsilon_bound(apart, 1e-5).epsilon)
+    assert any("accounted for together began anew 1 time" in caveat for caveat in resumed.statement().caveats)
+    assert not any("sampling probability changed" in caveat for caveat in resumed.statement().caveats)
     if noise == "banded":  # ⌈4/3⌉ + ⌈2/3⌉ rounds, where together they would be ⌈6/3⌉
         assert resumed.ledger.phases == (Phase(SIGMA, 0.75, 3),)
 
@@ -296,6 +318,23 @@ def test_what_is_charged_agrees_with_dp_accounting(noise: str) -> None:
     other = PLDAccountant()
     other.compose(event)
     assert callback.ledger.epsilon().epsilon == pytest.approx(other.get_epsilon(1e-5), rel=2e-3, abs=0.012)
+
+
+@pytest.mark.parametrize("noise", BANDS)
+def test_more_steps_than_a_sensitivity_is_computed_of_have_no_bound(noise: str) -> None:
+    text = str(Correlation.found(noise, steps=20, momentum=0.9, groups=4, bands=3))
+    mechanism = Mechanism.of(
+        noise_multiplier=2.0,
+        clip_norm=1.0,
+        dataset_size=24,
+        expected_batch_size=6,
+        sampling="cyclic_poisson",
+        noise=text,
+    )
+    phases = [phase_of(mechanism, steps) for steps in (1, 3, 4, 20, 21, 1000, 10**12)]
+    losses = [epsilon_bound([phase], 1e-5).epsilon if phase.steps < 10**4 else math.inf for phase in phases]
+    assert losses == sorted(losses)
+    assert phases[-1] == (Phase(2.0, 0.75, -(-(10**12) // 3)) if noise == "banded" else Phase(0.0, 1.0, 1))
 
 
 PLANTED: dict[str, Any] = {
