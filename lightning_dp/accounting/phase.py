@@ -85,8 +85,7 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
 
     σ is in units of C's largest column norm times the clip norm, so that σ says how much noise one turn meets under both.
 
-    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153), Theorem 4 and section 4.1; Denisov et al. 2022 (arXiv 2202.08312),
-    Theorem 2.1.
+    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153), Theorem 4; Denisov et al. 2022 (arXiv 2202.08312), Theorem 2.1.
     """
     sigma, q = mechanism.event()
     correlation = mechanism.noise.correlation

@@ -50,7 +50,7 @@ class CorrelatedNoise:
         >>> torch.allclose(rows[0], z[0]), torch.allclose(rows[1], z[1] - 0.5 * z[0])
         (True, True)
 
-    Source: Denisov et al. 2022; banded C: Choquette-Choo et al. 2023 (arXiv 2306.08153), Algorithm 8; drawing past noise again:
+    Source: Denisov et al. 2022; banded C: Choquette-Choo et al. 2023 (arXiv 2306.08153); drawing past noise again:
     Kalinin, McKenna, Pagh, Lampert 2026 (arXiv 2601.22334).
     """
 

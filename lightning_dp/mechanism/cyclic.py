@@ -51,7 +51,7 @@ def cyclic_poisson_sample(
         Of b consecutive steps an example takes part in at most one, always the same one, and there with ``probability``,
         independently of everybody and of its other turns.
 
-    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153), section 4.1, Algorithm 2.
+    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153), Theorem 4 and the sampling that it is for.
     """
     members = groups[step % len(groups)]
     return np.sort(members[poisson_sample(key.generator(Stream.SAMPLING, step), len(members), probability)])

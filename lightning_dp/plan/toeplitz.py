@@ -31,7 +31,7 @@ def momentum_workload(steps: int, momentum: float) -> Series:
         >>> momentum_workload(3, 0.5)
         array([1.  , 1.5 , 1.75])
 
-    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153), section 2; Kalinin and Lampert 2024 (arXiv 2405.13763), equation 2.
+    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153); Kalinin and Lampert 2024 (arXiv 2405.13763).
     """
     return np.cumsum(momentum ** np.arange(steps, dtype=np.float64))
 
@@ -129,7 +129,7 @@ def best_banded(steps: int, bands: int, momentum: float) -> tuple[float, ...]:
         bands: b, at most T.
         momentum: β of the workload.
 
-    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153), section 4, in the Toeplitz form of McKenna 2024 (arXiv 2405.15913).
+    Source: Choquette-Choo et al. 2023 (arXiv 2306.08153), in the Toeplitz form of McKenna 2024 (arXiv 2405.15913).
 
     Example:
         >>> best_banded(100, 1, 0.9)
@@ -163,7 +163,7 @@ def inverse_square_root(bands: int, momentum: float) -> Series:
         >>> inverse_square_root(4, 0.0)
         array([ 1.    , -0.5   , -0.125 , -0.0625])
 
-    Source: Kalinin, McKenna, Upadhyay, Lampert 2025 (arXiv 2505.12128), section 3.
+    Source: Kalinin, McKenna, Upadhyay, Lampert 2025 (arXiv 2505.12128).
     """
     k = np.arange(1, bands)
     root = np.concatenate([[1.0], np.cumprod((2 * k - 3) / (2 * k))])
