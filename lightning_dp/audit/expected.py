@@ -74,12 +74,12 @@ def plan_accuracy(plan: PrivacyPlan, steps: int, seed: int = 0) -> float:
 
 
 def plan_p_value(scores: Scores, members: npt.NDArray[np.bool_], plan: PrivacyPlan, steps: int) -> float | None:
-    """How likely guesses this good are if the plan is followed; ``None`` for a plan without noise, or not step by step.
+    """How likely guesses this good are if the plan is followed; ``None`` for a plan without noise, or with correlated.
 
     The canaries' coordinates get noise and draws of their own, so under the plan the guesses are right independently of
     each other, each with at most :func:`plan_accuracy`.
     """
-    if plan.noise_multiplier == 0 or len(members) == 0 or not plan.mechanism.memoryless:
+    if plan.noise_multiplier == 0 or len(members) == 0 or plan.mechanism.noise.correlation is not None:
         return None
     correct = int(np.sum((scores > 0) == members))
     return float(stats.binom.sf(correct - 1, len(members), plan_accuracy(plan, steps)))
