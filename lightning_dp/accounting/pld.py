@@ -163,7 +163,7 @@ def _compose(
         spectrum = scipy.fft.rfft(wrapped)
         magnitude = np.maximum(np.abs(spectrum), np.finfo(np.float64).tiny)
         exponent += count * (np.log(magnitude) + 1j * np.angle(spectrum))
-        lost -= math.expm1(count * math.log1p(-min(law.infinite, 0.5)))
+        lost -= math.expm1(count * math.log1p(-min(law.infinite, 1.0 - 1e-12)))
     composed = np.exp(exponent)
     lost += ROUNDING * (sum(counts) + 32) * math.sqrt(2.0 * float(np.sum(np.abs(composed) ** 2)))
     mass = np.roll(scipy.fft.irfft(composed, size), -(first % size))

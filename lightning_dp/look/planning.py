@@ -121,9 +121,10 @@ def check_blocks(ledger: Ledger) -> None:
     block = plan.mechanism.sampling.block
     remaining = 0 if plan.steps is None else plan.steps - ledger.begun_at
     if remaining % block:
+        whole = remaining - remaining % block
         warn_user(
             f"sampling={plan.sampling!r} with {remaining} steps to take in blocks of {block}: expected a multiple of {block}, "
-            f"such as {remaining - remaining % block or block} or {remaining - remaining % block + block}. A part of a block "
+            f"such as {f'{whole} or ' if whole else ''}{whole + block}. A part of a block "
             "costs as much as the whole, since an example may be in any of its steps; ε is that of the whole block."
         )
 

@@ -114,6 +114,7 @@ def test_header_says_everything_and_its_cost_is_right(name: str) -> None:
     assert total == pytest.approx(steps * examples * views, rel=0.06)
 
 
+@pytest.mark.filterwarnings("ignore:sampling=.* steps to take in blocks of")  # two of them are no block
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_parses_instantiates_and_takes_two_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = yaml.safe_load((FOLDER / name).read_text())["trainer"].get("max_steps")
