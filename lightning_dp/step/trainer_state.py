@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from types import CellType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,7 +34,7 @@ def trainer_reach(module: pl.LightningModule) -> Reach:
     _attributes(reach, "the strategy's ", trainer.strategy, saves=SAVES)
     for what, several in (("callbacks", trainer.callbacks), ("optimizers", trainer.optimizers)):
         if isinstance(several, list):
-            reach.places.append(ListPlace(f"the Trainer's {what}", several))
+            reach.places.append(_Several(f"the Trainer's {what}", several))
     for callback in trainer.callbacks:
         reach.places.append(_Methods(f"a method of {type(callback).__name__}", callback))
     reach.places.append(_Methods("a method of the strategy", trainer.strategy))
@@ -104,6 +105,21 @@ def _tensors(optimizer: Optimizer) -> list[Tensor]:
     return [value for one in kept for value in one.values() if isinstance(value, Tensor)]
 
 
+class _Several(ListPlace):
+    """A list of objects, of which two hooks that put in objects alike are alike."""
+
+    @override
+    def held(self) -> Any:
+        return [type(one).__qualname__ for one in self._live]
+
+
+def _what_it_knows(function: Any) -> Any:
+    """A function's name and what its closure holds, to be compared."""
+    plain = getattr(function, "__func__", function)
+    cells = [cell for cell in getattr(plain, "__closure__", None) or () if cell != CellType()]  # without empty ones
+    return getattr(plain, "__qualname__", type(plain).__qualname__), [cell.cell_contents for cell in cells]
+
+
 class _Methods(Place):
     """The functions that stand in an object's ``__dict__``, such as those in the place of its methods."""
 
@@ -122,7 +138,7 @@ class _Methods(Place):
 
     @override
     def held(self) -> Any:
-        return self._functions()
+        return {name: _what_it_knows(value) for name, value in self._functions().items()}
 
     @override
     def put_back(self) -> None:

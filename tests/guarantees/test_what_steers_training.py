@@ -194,6 +194,10 @@ def _on_a_shelf(fit: Any, loss: Tensor) -> None:
     fit.center = float(loss)
 
 
+def _in_place_of_a_method(fit: Any, loss: Tensor) -> None:
+    fit.optimizers[0].zero_grad = _keeps(fit, float(loss))
+
+
 def _end_by_loss(fit: Any, loss: Tensor) -> None:
     fit.fit_loop.max_epochs = 1 if loss > 0 else 2
 
@@ -205,6 +209,7 @@ def _end_by_loss(fit: Any, loss: Tensor) -> None:
         (_by_metric, "should_stop"),
         (_on_a_shelf, "center"),
         (_end_by_loss, "max_epochs"),
+        (_in_place_of_a_method, "a method of optimizer 0"),
     ],
 )
 def test_a_hook_that_steers_training_by_private_values_is_refused(does: Any, what: str) -> None:

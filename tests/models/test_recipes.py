@@ -127,7 +127,7 @@ def test_it_parses_instantiates_and_takes_two_steps(name: str, monkeypatch: pyte
     assert planned is None or cli.config["trainer"]["max_steps"] == 2
     private, views = callback(cli, DifferentialPrivacy), callback(cli, AugmentationMultiplicity)
     stated = re.findall(r"x ([\d,]+) examples x (\d+) view(?!.*no augmentation)", header(name)["cost"])
-    assert [int(k) for _, k in stated] == ([] if views is None else [views.k])
+    assert [int(k) for _, k in stated] == ([] if views is None else [views.views.total])
     assert (private is None) == ("nonprivate" in name)
     size = 32 if isinstance(cli.model.network, WideResNet) else 64
     classes = cli.model.train_accuracy.num_classes
