@@ -50,8 +50,8 @@ def own_draw_on_every_rank() -> Iterator[None]:
     """Each rank samples its own part of the data, all with one seed: the local masks are identical."""
     draw, init = draws_module.poisson_sample, draws_module.Draws.__init__
 
-    def remember(self: Any, dataset: Any, plan: Any, key: Any, rank: int, world_size: int, units: Any) -> None:
-        init(self, dataset, plan, key, rank, world_size, units)
+    def remember(self: Any, dataset: Any, plan: Any, key: Any, rank: int, world_size: int, *rest: Any) -> None:
+        init(self, dataset, plan, key, rank, world_size, *rest)
         self._rank, self._world_size = rank, world_size
 
     def local(self: Any, step: int) -> Any:
