@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning_dp.accounting.entry as entry_module
 import lightning_dp.accounting.epsilon as epsilon_module
 import lightning_dp.accounting.find_plan as find_plan_module
 import lightning_dp.accounting.ledger as ledger_module
@@ -20,6 +19,7 @@ import lightning_dp.look.module as module_module
 import lightning_dp.record.report as report_module
 import lightning_dp.run as run_module
 from lightning_dp.accounting.epsilon import EpsilonBound
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.planned import Run
@@ -85,13 +85,13 @@ def any_loader_is_accepted() -> Iterator[None]:
 @contextmanager
 def accounted_with_one_over_the_loaders_length() -> Iterator[None]:
     """O#813: q = 1/len(loader), whatever the sampler does."""
-    original = entry_module.Entry.of
+    original = ledger_module.phase_of
 
-    def of(plan: PrivacyPlan, steps: int) -> Any:
-        wrong = plan.dataset_size / math.ceil(1 / plan.sampling_probability)
-        return original(plan.but(expected_batch_size=wrong), steps)
+    def of(mechanism: Mechanism, steps: int) -> Any:
+        wrong = mechanism.sampling.dataset_size / math.ceil(1 / mechanism.sampling.probability)
+        return original(mechanism.but(expected_batch_size=wrong), steps)
 
-    with patched((entry_module.Entry, "of", staticmethod(of))):
+    with patched((ledger_module, "phase_of", of)):
         yield
 
 
@@ -168,10 +168,8 @@ def ledger_never_says_no() -> Iterator[None]:
 @contextmanager
 def noise_found_too_small(factor: float) -> Iterator[None]:
     """The search for σ ends on the wrong side of the target."""
-    original = find_plan_module.noise_multiplier_for
-    with patched(
-        (find_plan_module, "noise_multiplier_for", lambda *args, **options: factor * original(*args, **options))
-    ):
+    original = find_plan_module.noise_for
+    with patched((find_plan_module, "noise_for", lambda *args, **options: factor * original(*args, **options))):
         yield
 
 
@@ -180,9 +178,10 @@ def epochs_rounded_down() -> Iterator[None]:
     """O#308: σ is found for fewer steps than the run will take."""
     original = agreed_module.agreed_plan
 
-    def agreed_plan(*others: Any) -> PrivacyPlan:
-        *others, remaining_steps = others
-        return original(*others, (remaining_steps or 4) - 3)
+    def agreed_plan(
+        world: Any, data: Any, units: Any, wanted: Any, spent: Any, remaining_steps: int | None, *rest: Any
+    ) -> PrivacyPlan:
+        return original(world, data, units, wanted, spent, (remaining_steps or 4) - 3, *rest)
 
     with patched((agreed_module, "agreed_plan", agreed_plan)):
         yield
