@@ -22,9 +22,9 @@ def test_engines_are_tried_once_for_each_set_of_parameters(monkeypatch: pytest.M
     tried: list[frozenset[str]] = []
     original = run.engine_for
 
-    def noted(planned: Any, *rest: Any) -> Any:
+    def noted(planned: Any, *rest: Any, **options: Any) -> Any:
         tried.append(frozenset(name for name, p in planned.module.named_parameters() if p.requires_grad))
-        return original(planned, *rest)
+        return original(planned, *rest, **options)
 
     monkeypatch.setattr(run, "engine_for", noted)
     torch.manual_seed(0)
