@@ -14,8 +14,9 @@ from lightning_dp.plan.adaptation import NAMES, adaptation_of
 from lightning_dp.plan.clipping import Clipping, ClippingStyle, check_clip_norm, check_clipping
 from lightning_dp.plan.correlation import INDEPENDENT, NoiseStyle, check_bands, check_momentum, check_noise
 from lightning_dp.plan.filtering import FilterStyle, GradientFilter, filter_of
-from lightning_dp.plan.mechanism import IN_BLOCKS, SamplingScheme, check_noise_multiplier, check_sampling
+from lightning_dp.plan.mechanism import check_noise_multiplier
 from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
+from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_sampling
 from lightning_dp.plan.simulation import check_simulation
 from lightning_dp.validate import shown, truth, whole
 

@@ -10,8 +10,8 @@ from lightning_dp.accounting.epsilon import MOST_MECHANISMS, epsilon_bound, few,
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.prv import EPSILON_ERROR, PrvFailureError, PrvGrid
 from lightning_dp.accounting.rdp import rdp_epsilon
-from lightning_dp.plan.mechanism import block_of, check_sampling_probability
 from lightning_dp.plan.privacy_plan import MOST_STEPS, check_delta, check_epsilon
+from lightning_dp.plan.sampling import block_of, check_sampling_probability
 from lightning_dp.validate import whole
 
 LARGEST_NOISE_MULTIPLIER = 1e6

@@ -15,8 +15,9 @@ from lightning_dp.accounting.reserve import noise_with_reserve
 from lightning_dp.errors import PreflightError
 from lightning_dp.plan.clipping import Clipping
 from lightning_dp.plan.correlation import DEFAULT_BANDS, INDEPENDENT, Correlation, NoiseStyle
-from lightning_dp.plan.mechanism import EXAMPLE, IN_BLOCKS, Mechanism, NoiseScale, Sampling, SamplingScheme
+from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseScale
 from lightning_dp.plan.privacy_plan import PrivacyPlan
+from lightning_dp.plan.sampling import IN_BLOCKS, Sampling, SamplingScheme
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_dp.plan.correlation import MOST_STEPS as MOST_ROWS
-from lightning_dp.plan.mechanism import (
-    IN_BLOCKS,
-    Mechanism,
-    SamplingScheme,
-    block_of,
-    check_noise_multiplier,
-    check_sampling_probability,
-)
+from lightning_dp.plan.mechanism import Mechanism, check_noise_multiplier
 from lightning_dp.plan.privacy_plan import MOST_STEPS
+from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, block_of, check_sampling_probability
 from lightning_dp.validate import whole
 
 Law = Literal["poisson", "allocation"]

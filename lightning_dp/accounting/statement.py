@@ -13,8 +13,9 @@ from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, phase_of
 from lightning_dp.plan.adaptation import numbers_of
 from lightning_dp.plan.clipping import ClippingStyle
-from lightning_dp.plan.mechanism import Mechanism, NoiseKind, SamplingScheme
+from lightning_dp.plan.mechanism import Mechanism, NoiseKind
 from lightning_dp.plan.privacy_plan import SAMPLING
+from lightning_dp.plan.sampling import SamplingScheme
 from lightning_dp.version import __version__
 
 _ACCOUNTANTS = {

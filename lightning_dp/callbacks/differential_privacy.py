@@ -26,8 +26,9 @@ from lightning_dp.mechanism.filtering import KEY
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, ClippingStyle
 from lightning_dp.plan.correlation import DEFAULT_BANDS, NoiseStyle
 from lightning_dp.plan.filtering import DEFAULT_GAIN, DEFAULT_LOOKAHEAD, FilterStyle
-from lightning_dp.plan.mechanism import Mechanism, SamplingScheme
+from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
+from lightning_dp.plan.sampling import SamplingScheme
 from lightning_dp.ranks.agreement import check_same_on_every_rank, facts
 from lightning_dp.ranks.gathering import on_every_rank
 from lightning_dp.ranks.world import world_of

@@ -12,8 +12,9 @@ from typing import Any
 from lightning_dp.accounting import Phase, epsilon_bound, phases_of, side_by_side
 from lightning_dp.accounting.calibrate import noise_for
 from lightning_dp.accounting.phase import phase_of_numbers
-from lightning_dp.plan.mechanism import IN_BLOCKS, SamplingScheme, check_noise_multiplier, check_sampling_probability
+from lightning_dp.plan.mechanism import check_noise_multiplier
 from lightning_dp.plan.privacy_plan import SAMPLING, check_delta, check_epsilon
+from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_sampling_probability
 from lightning_dp.version import __version__
 
 OVERVIEW = """\

@@ -8,7 +8,8 @@ from typing import Any, TypedDict, Unpack
 
 from lightning_dp.plan.adaptation import NAMES
 from lightning_dp.plan.clipping import Clipping, ClippingStyle
-from lightning_dp.plan.mechanism import Mechanism, SamplingScheme
+from lightning_dp.plan.mechanism import Mechanism
+from lightning_dp.plan.sampling import SamplingScheme
 from lightning_dp.validate import number, whole
 
 MOST_STEPS = 10**15
@@ -81,7 +82,7 @@ class PrivacyPlan:
             - ``clip_quantile``, ``clip_learning_rate``, ``quantile_weight``, ``slack_bins``: how C is adapted, see
               :mod:`lightning_dp.plan.adaptation`.
             - ``unit``: who is protected, ``"example"`` or the name of a user's field.
-            - ``sampling``: how samples are drawn, see :class:`lightning_dp.plan.mechanism.Sampling`.
+            - ``sampling``: how samples are drawn, see :class:`lightning_dp.plan.sampling.Sampling`.
             - ``noise``: ``"independent"``, or the text of a :class:`lightning_dp.plan.correlation.Correlation`.
         delta: δ of the (ε, δ) guarantee, in (0, 1).
         steps: T, the number of steps planned, or ``None`` if the end is not known in advance.

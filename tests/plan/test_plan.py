@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import lightning_dp.plan.privacy_plan
 from lightning_dp.plan.clipping import check_clip_norm
-from lightning_dp.plan.mechanism import check_noise_multiplier, check_sampling_probability
+from lightning_dp.plan.mechanism import check_noise_multiplier
 from lightning_dp.plan.privacy_plan import PrivacyPlan, check_delta, check_epsilon
+from lightning_dp.plan.sampling import check_sampling_probability
 
 GOOD: dict[str, Any] = {
     "noise_multiplier": 2.0,
