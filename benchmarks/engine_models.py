@@ -101,6 +101,7 @@ def _sentences(size: int, views: int) -> tuple[Tensor, Tensor]:
 TASKS = {
     "wrn": Task(lambda: WideResNet(16, 4, weight_standardisation=False), _images),
     "wrn-ws": Task(lambda: WideResNet(16, 4), _images),
+    "wrn40-ws": Task(lambda: WideResNet(40, 4), _images),
     "vit": Task(vision_transformer, _images),
     "lm": Task(language_model, _sentences),
 }

@@ -120,3 +120,45 @@ def trainer_over_engine(
     loader = DataLoader(TensorDataset(*TASKS[name].batch(8 * batch_size, views)), batch_size=batch_size)
     trainer.fit(_Module(net), loader)
     return turns.whole[WARM_UP:], turns.engine[WARM_UP:]
+
+
+class _CountsOneStep(L.Callback):
+    """Counts what happens between the ends of the last two steps: a whole step, with the loader."""
+
+    def __init__(self, counting: Callable[[], Any]) -> None:
+        self._counting = counting
+        self.counts: Any = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Begin after the last but one, end after the last."""
+        if trainer.global_step == WARM_UP:
+            self._open = self._counting()
+            self._open.__enter__()
+        elif trainer.global_step == WARM_UP + 1:
+            self._open.__exit__(None, None, None)
+            self.counts = self._open.counts
+
+
+def counted_steps(name: str, size: int, counting: Callable[[], Any]) -> dict[str, Any]:
+    """The counts of a whole step of a Trainer on all of a small data set, ``"private"`` and ``"plain"``.
+
+    Args:
+        name: name in ``engine_models.TASKS``.
+        size: examples in each of the private step's two micro-batches.
+        counting: makes a context whose ``counts`` say what was called in it.
+    """
+    found = {}
+    for kind in ("plain", "private"):
+        torch.manual_seed(0)
+        one = _CountsOneStep(counting)
+        privacy = DifferentialPrivacy(
+            noise_multiplier=1.0, clip_norm=CLIP_NORM, engine="ghost", physical_batch_size=size, seed=0
+        )
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, max_steps=WARM_UP + 1, callbacks=[one, *[privacy] * (kind == "private")],
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        data = TensorDataset(*TASKS[name].batch(2 * size, 1))
+        trainer.fit(_Module(TASKS[name].model()), DataLoader(data, batch_size=2 * size))
+        found[kind] = one.counts
+    return found

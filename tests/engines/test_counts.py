@@ -1,0 +1,63 @@
+"""What a micro-batch and a step take, beside the same without privacy, in numbers that are the same on every machine."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CEILINGS = {
+    "wrn": (7.96, 1.03, 1.70, 1),
+    "wrn-ws": (3.52, 1.03, 1.62, 21),
+    "vit": (5.79, 1.15, 1.51, 1),
+    "lm": (5.49, 1.20, 1.50, 1),
+}
+"""Model → calls, FLOPs and bytes ÷ those of a step without privacy, and host waits, of four examples. They only go down."""
+
+OF_A_STEP = (10.2, 97)
+"""Calls of a Trainer's whole step of the language model ÷ those without privacy, and calls that would be host waits."""
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("counts")
+
+
+@pytest.mark.parametrize("model", CEILINGS)
+def test_a_micro_batch(model: str, counts: Any) -> None:
+    found = counts.of_engines(model, 4, ["ghost"])
+    base, ours = found["plain"], found["ghost"]
+    calls, flops, most, waits = CEILINGS[model]
+    assert ours.total <= calls * base.total, ours.calls.most_common(12)
+    assert ours.flops <= flops * base.flops
+    assert ours.bytes <= most * base.bytes
+    assert ours.waits <= waits
+
+
+def test_a_step_of_a_trainer(counts: Any) -> None:
+    found = counts.of_trainer("lm", 4)
+    base, ours = found["plain"], found["private"]
+    calls, waits = OF_A_STEP
+    assert ours.total <= calls * base.total, ours.calls.most_common(12)
+    assert ours.waits <= waits
+
+
+def test_what_is_counted(counts: Any) -> None:
+    """A view is no call, an expanded tensor is read once, a multiplication and addition are two FLOPs, a truth value a wait."""
+    a, b = torch.ones(2, 3), torch.ones(3, 4)
+    with counts.Counting() as counting:
+        product = a.view(2, 3) @ b
+        product.add_(torch.ones(1).expand(2, 4)).squeeze_(0)
+        assert bool((product > 0).any())
+    found = counting.counts
+    assert dict(found.calls) == {
+        "mm.default": 1, "ones.default": 1, "add_.Tensor": 1, "gt.Scalar": 1, "any.default": 1,
+        "_local_scalar_dense.default": 1,
+    }  # fmt: skip
+    assert found.flops == 2 * 2 * 3 * 4
+    assert found.bytes == 4 * (6 + 12 + 8) + 4 + 4 * (8 + 1 + 8) + (4 * 8 + 8) + (8 + 1) + 1
+    assert found.waits == 1
