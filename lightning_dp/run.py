@@ -310,7 +310,7 @@ class Fit:
         """
         settings, module = Settings.of(self._asked), planned.module
         if module.automatic_optimization:
-            rule = settings.privacy.filter
+            rule = planned.ledger.plan.mechanism.filter
             loss_function = loss_of_training_step(planned, rule=rule)
             cannot = {} if rule is None else {"ghost": GHOST}
             selection = selection or engine_for(planned, settings.speed.engine, most, loss_function, cannot=cannot)

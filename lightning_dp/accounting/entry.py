@@ -15,6 +15,8 @@ from lightning_dp.plan.adaptation import NAMES as ADAPTED
 from lightning_dp.plan.adaptation import numbers_of
 from lightning_dp.plan.clipping import DEFAULT_GAMMA
 from lightning_dp.plan.correlation import INDEPENDENT
+from lightning_dp.plan.filtering import NAMES as FILTERED
+from lightning_dp.plan.filtering import filter_numbers
 from lightning_dp.plan.mechanism import EXAMPLE, Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan, check_delta
 from lightning_dp.validate import number, shown
@@ -23,16 +25,16 @@ REMEDY = "Resume from a checkpoint written by this version, whole and unedited; 
 FIELDS = (
     "steps", "noise_multiplier", "sampling_probability", "clip_norm", "expected_batch_size", "dataset_size", "delta",
     "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", *ADAPTED, "unit", "row_wise", "public_state",
-    "sampling", "stretch", "noise",
+    "sampling", "stretch", "noise", *FILTERED,
 )  # fmt: skip
 """What is written of an entry."""
 
-_NULLABLE = ("max_batch_size", "resolution", "coordinates", "automatic_gamma", *ADAPTED)
+_NULLABLE = ("max_batch_size", "resolution", "coordinates", "automatic_gamma", *ADAPTED, *FILTERED)
 _BESIDE = ("automatic_gamma", "stretch", *NAMES)
-_SINCE = {"sampling": "poisson", "noise": INDEPENDENT, **dict.fromkeys(ADAPTED)}
+_SINCE = {"sampling": "poisson", "noise": INDEPENDENT, **dict.fromkeys((*ADAPTED, *FILTERED))}
 """What a mechanism has since later versions, as it was before. In :meth:`Entry.text` only where it is another."""
 _COUNTS = ("steps", "dataset_size", "max_batch_size", "resolution", "coordinates", "slack_bins")
-_TEXTS = ("clipping", "unit", "sampling", "stretch", "noise")
+_TEXTS = ("clipping", "unit", "sampling", "stretch", "noise", "gradient_filter")
 _AT_FIRST = {
     "clipping": "flat", "unit": EXAMPLE, "automatic_gamma": None, "stretch": "", **_SINCE, **NOTHING_ASSUMED.numbers,
 }  # fmt: skip
@@ -149,6 +151,7 @@ class Entry:
             "sampling": step.sampling.scheme,
             "stretch": self.stretch,
             "noise": str(step.noise.correlation or INDEPENDENT),
+            **filter_numbers(step.filter),
             **self.assumed.numbers,
         }
 

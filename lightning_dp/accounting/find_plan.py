@@ -15,6 +15,7 @@ from lightning_dp.accounting.reserve import noise_with_reserve
 from lightning_dp.errors import PreflightError
 from lightning_dp.plan.clipping import Clipping
 from lightning_dp.plan.correlation import DEFAULT_BANDS, INDEPENDENT, Correlation, NoiseStyle
+from lightning_dp.plan.filtering import GradientFilter
 from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseScale
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.plan.sampling import IN_BLOCKS, Sampling, SamplingScheme
@@ -39,6 +40,7 @@ class Wanted:
         noise: how noise is correlated over the steps.
         noise_bands: how many bands the strategy matrix, or its inverse, has.
         noise_momentum: β of the workload that the matrix is found for.
+        filter: what is between release and optimizer, or ``None``.
     """
 
     delta: float
@@ -54,6 +56,7 @@ class Wanted:
     noise: NoiseStyle = "independent"
     noise_bands: int = DEFAULT_BANDS
     noise_momentum: float = 0.0
+    filter: GradientFilter | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +126,7 @@ def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) 
         wanted.clipping,
         NoiseScale(sigma, wanted.resolution, wanted.coordinates),
         known.unit,
+        wanted.filter,
     )
     plan = PrivacyPlan(mechanism, delta=wanted.delta, target_epsilon=wanted.epsilon)
     before = ledger_of(plan, spent)

@@ -55,7 +55,7 @@ def notes_on(entries: Sequence[Entry]) -> tuple[str, ...]:
             f"the randomness of steps that are accounted for together began anew {begun - 1} "
             f"time{'s' if begun > 2 else ''}, since a secret key is never saved: what was under way then counts as whole"
         )
-    return (*notes, *_gamma_notes(entries), *_adaptation_notes(entries))
+    return (*notes, *_gamma_notes(entries), *_adaptation_notes(entries), *_filter_notes(entries))
 
 
 def _gamma_notes(entries: Sequence[Entry]) -> list[str]:
@@ -82,4 +82,14 @@ def _adaptation_notes(entries: Sequence[Entry]) -> list[str]:
         f"how the clip norm is adapted changed during training from {a.adaptation} to {b.adaptation}; ε does not depend on it"
         for a, b in pairwise(rules)
         if a.style == b.style and a.adaptation != b.adaptation
+    ]
+
+
+def _filter_notes(entries: Sequence[Entry]) -> list[str]:
+    """What changed in what the optimizer gets of a release."""
+    return [
+        f"what is between release and optimizer changed during training from {a or 'nothing'} to {b or 'nothing'}, and began "
+        "anew then; ε does not depend on it"
+        for a, b in pairwise(entry.mechanism.filter for entry in entries)
+        if a != b
     ]

@@ -13,6 +13,7 @@ from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, phase_of
 from lightning_dp.plan.adaptation import numbers_of
 from lightning_dp.plan.clipping import ClippingStyle
+from lightning_dp.plan.filtering import filter_numbers
 from lightning_dp.plan.mechanism import Mechanism, NoiseKind
 from lightning_dp.plan.privacy_plan import SAMPLING
 from lightning_dp.plan.sampling import SamplingScheme
@@ -71,6 +72,8 @@ class Statement:
         clipping: the clipping style, ``"flat"``, ``"per_layer"``, ``"automatic"``, ``"quantile"`` or ``"slaclip"``.
         automatic_gamma: γ of the automatic style, ``None`` with the others.
         adaptation: how C is adapted, by :data:`lightning_dp.plan.adaptation.NAMES`; ``None`` if it is fixed.
+        gradient_filter: what is between release and optimizer, by :data:`lightning_dp.plan.filtering.NAMES`; ``None`` for
+            nothing.
         max_batch_size: M, the size to which a larger draw is cut, or ``None``.
         steps: steps taken, resumed history included.
         randomness: ``"secret"`` or ``"reproducible"``.
@@ -104,6 +107,7 @@ class Statement:
     clipping: ClippingStyle
     automatic_gamma: float | None
     adaptation: dict[str, float | int] | None
+    gradient_filter: dict[str, str | float] | None
     steps: int
     randomness: Literal["secret", "reproducible"]
     simulation: str | None
@@ -158,6 +162,7 @@ class Statement:
             clipping=plan.clipping,
             automatic_gamma=plan.automatic_gamma if plan.clipping == "automatic" else None,
             adaptation=_adaptation(plan.mechanism),
+            gradient_filter=None if plan.mechanism.filter is None else filter_numbers(plan.mechanism.filter),
             steps=ledger.steps,
             randomness=randomness,
             simulation=simulation,
@@ -186,13 +191,20 @@ class Statement:
         style = "" if self.clipping == "flat" else f" ({self.clipping.replace('_', ' ')} clipping)"
         style = style if self.adaptation is None else f" at first{style}"
         seed = ", from a known seed" if self.randomness == "reproducible" else ""
+        filtered = (
+            ""
+            if self.gradient_filter is None
+            else ", filtered before the optimizer ({})".format(
+                ", ".join(f"{name}={value}" for name, value in self.gradient_filter.items())
+            )
+        )
         noise = "" if self.noise == _FLOATING else f", {self.noise}"
         bound = "" if self.max_batch_size is None else f", at most {self.max_batch_size} examples a step"
         claim = "" if self.simulation is None else f"{self.simulation}. What was run is "
         return (
             f"{claim}(ε = {round_up(self.epsilon)}, δ = {self.delta:g})-DP, {self.neighbouring_relation}, "
             f"{self.sampling} sampling{mechanism}{bound}, C = {_plain(self.clip_norm)}{style}, "
-            f"{_count(self.steps, 'step')}{seed}{noise}, {_ACCOUNTANTS[self.accountant]}"
+            f"{_count(self.steps, 'step')}{seed}{noise}{filtered}, {_ACCOUNTANTS[self.accountant]}"
         )
 
 

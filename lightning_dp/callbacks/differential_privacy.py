@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger, Statement
@@ -316,7 +316,8 @@ class DifferentialPrivacy(Callback):
             return
         on_every_rank(world_of(trainer.strategy), lambda: spent_of(checkpoint, self.state_key), PreflightError)
         self._under_way.goes_on_from(checkpoint)
-        self._account.filtered.load_state_dict(checkpoint.get(KEY))
+        if said := self._account.filtered.load_state_dict(checkpoint.get(KEY), Settings.of(self).privacy.filter):
+            rank_zero_warn(f"{said} ε does not depend on it.")
 
     @override
     def on_save_checkpoint(

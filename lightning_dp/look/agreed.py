@@ -150,4 +150,5 @@ def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, trainer: p
         noise=privacy.noise,
         noise_bands=privacy.noise_bands,
         noise_momentum=momentum_of(trainer) if privacy.noise_momentum is None else privacy.noise_momentum,
+        filter=privacy.filter,
     )

@@ -23,11 +23,13 @@ class FilterState:
         weights: of the step before, by name.
         gradient: the filtered gradient m, by name.
         variance: of the noise on each coordinate of that.
+        rule: the numbers of the filter that it is the state of; ``None`` before the first step.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     gradient: dict[str, Tensor] = field(default_factory=dict)
     variance: float = 0.0
+    rule: GradientFilter | None = None
 
     def moved(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From the weights of the step before to these, by name; nothing if they are not the same parameters."""
@@ -53,6 +55,7 @@ class FilterState:
         Returns:
             m, and the standard deviation of the noise on each of its coordinates.
         """
+        self.rule = rule
         goes_on = _alike(self.weights, weights) and _alike(self.gradient, released)
         self.weights = {name: now.detach().clone() for name, now in weights.items()}
         if goes_on:
@@ -66,22 +69,42 @@ class FilterState:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"weights": dict(self.weights), "gradient": dict(self.gradient), "variance": self.variance}
+        return {
+            "weights": dict(self.weights),
+            "gradient": dict(self.gradient),
+            "variance": self.variance,
+            "rule": None if self.rule is None else [self.rule.gain, self.rule.lookahead],
+        }
 
-    def load_state_dict(self, raw: object) -> None:
-        """The inverse of :meth:`state_dict`; what a checkpoint without a filter holds empties it.
+    def load_state_dict(self, raw: object, rule: GradientFilter | None) -> str | None:
+        """The inverse of :meth:`state_dict`, for a fit with ``rule``. What another filter carried, or none, empties it.
+
+        Returns:
+            A sentence for the user if the filter begins anew although the run goes on.
 
         Raises:
             ValueError: it is something else.
         """
         if raw is None:
-            raw = FilterState().state_dict()
+            self._begin_anew()
+            return None if rule is None else f"The checkpoint has no gradient filter: {rule} begins with this fit."
         if not isinstance(raw, dict) or raw.keys() != self.state_dict().keys():
             raise ValueError(
                 f"{KEY} in the checkpoint is a {type(raw).__name__}: expected the state of a gradient filter. Resume from a "
                 "checkpoint that is whole and unedited."
             )
         self.weights, self.gradient, self.variance = dict(raw["weights"]), dict(raw["gradient"]), float(raw["variance"])
+        self.rule = None if raw["rule"] is None else GradientFilter(*raw["rule"])
+        if self.rule is None or self.rule == rule:
+            return None
+        before = self.rule
+        self._begin_anew()
+        return f"The checkpoint's gradients were filtered by {before}: what that carried is left out, and " + (
+            "nothing is filtered from here on." if rule is None else f"{rule} begins with this fit."
+        )
+
+    def _begin_anew(self) -> None:
+        self.weights, self.gradient, self.variance, self.rule = {}, {}, 0.0, None
 
 
 def _alike(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lightning_dp.validate import number, shown
 
 FilterStyle = Literal["disk"]
 DEFAULT_GAIN, DEFAULT_LOOKAHEAD = 0.7, 0.5
 SMALLEST_LOOKAHEAD = 1e-3
+NAMES = ("gradient_filter", "filter_gain", "filter_lookahead")
+"""What a filter is given by, as arguments and in the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,9 @@ class GradientFilter:
         c = (1 - self.gain) / (self.gain * self.lookahead)
         return 1.0 if abs(c - 1) < 1e-9 else c
 
+    def __str__(self) -> str:
+        return f"DiSK with κ = {self.gain:g} and γ = {self.lookahead:g}"
+
 
 def filter_of(style: object, gain: float, lookahead: float) -> GradientFilter | None:
     """The filter of these arguments; ``None`` for none.
@@ -73,3 +78,30 @@ def filter_of(style: object, gain: float, lookahead: float) -> GradientFilter | 
     if not isinstance(style, str) or style not in get_args(FilterStyle):
         raise ValueError(f"gradient_filter={shown(style)}: expected 'disk', or None for the gradients as they are.")
     return made
+
+
+def read_filter(style: object, gain: float | None, lookahead: float | None) -> GradientFilter | None:
+    """The filter of :func:`filter_numbers`, as a ledger has them: without a filter all are ``None``.
+
+    Raises:
+        ValueError: there is no such filter, a number is out of range, or there are numbers of no filter.
+    """
+    if style is not None and gain is not None and lookahead is not None:
+        return filter_of(style, gain, lookahead)
+    if (style, gain, lookahead) != (None, None, None):
+        raise ValueError(
+            f"gradient_filter={shown(style)}, filter_gain={shown(gain)}, filter_lookahead={shown(lookahead)}: expected all of "
+            "them, or None for each."
+        )
+    return None
+
+
+def filter_numbers(rule: GradientFilter | None) -> dict[str, Any]:
+    """By :data:`NAMES`, as plain values; all ``None`` without a filter.
+
+    Example:
+        >>> filter_numbers(GradientFilter(0.5, 1.0))
+        {'gradient_filter': 'disk', 'filter_gain': 0.5, 'filter_lookahead': 1.0}
+    """
+    values = (None, None, None) if rule is None else ("disk", float(rule.gain), float(rule.lookahead))
+    return dict(zip(NAMES, values, strict=True))

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from lightning_dp.plan.adaptation import adaptation_of, numbers_of
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
 from lightning_dp.plan.correlation import INDEPENDENT, Correlation, check_goes_with_noise
+from lightning_dp.plan.filtering import FilterStyle, GradientFilter, filter_numbers, read_filter
 from lightning_dp.plan.sampling import MOST_EXAMPLES, Sampling, SamplingScheme
 from lightning_dp.validate import number, whole
 
@@ -102,6 +103,7 @@ class Mechanism:
         clipping: C, the style, and γ.
         noise: σ, and the grid of discrete noise.
         unit: who is protected, ``"example"`` or the name of a user's field; N, B and M count these.
+        filter: what is between release and optimizer, ``None`` for nothing; no number of privacy depends on it.
 
     Raises:
         ValueError: the numbers do not go together.
@@ -122,6 +124,7 @@ class Mechanism:
     clipping: Clipping
     noise: NoiseScale
     unit: str = EXAMPLE
+    filter: GradientFilter | None = None
 
     def __post_init__(self) -> None:
         sigma, units = self.noise.noise_multiplier, self.noise.resolution
@@ -167,6 +170,9 @@ class Mechanism:
         unit: str = EXAMPLE,
         sampling: SamplingScheme = "poisson",
         noise: str = INDEPENDENT,
+        gradient_filter: FilterStyle | None = None,
+        filter_gain: float | None = None,
+        filter_lookahead: float | None = None,
     ) -> Mechanism:
         """The mechanism of these numbers, as a user, a checkpoint or a logger writes them: one beside the other."""
         adaptation = adaptation_of(
@@ -181,6 +187,7 @@ class Mechanism:
             Clipping(clip_norm, clipping, automatic_gamma, adaptation),
             NoiseScale(noise_multiplier, resolution, coordinates, Correlation.read(noise)),
             unit,
+            read_filter(gradient_filter, filter_gain, filter_lookahead),
         )
 
     @property
@@ -200,6 +207,7 @@ class Mechanism:
             "unit": self.unit,
             "sampling": self.sampling.scheme,
             "noise": str(self.noise.correlation or INDEPENDENT),
+            **filter_numbers(self.filter),
         }
 
     def but(self, **changes: Any) -> Mechanism:

@@ -8,6 +8,8 @@ from typing import Any, TypedDict, Unpack
 
 from lightning_dp.plan.adaptation import NAMES
 from lightning_dp.plan.clipping import Clipping, ClippingStyle
+from lightning_dp.plan.filtering import NAMES as FILTERED
+from lightning_dp.plan.filtering import FilterStyle
 from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.sampling import SamplingScheme
 from lightning_dp.validate import number, whole
@@ -26,7 +28,7 @@ SAMPLING: dict[SamplingScheme, str] = {
 _NAMES = (
     "noise_multiplier", "clip_norm", "delta", "dataset_size", "expected_batch_size", "steps", "target_epsilon",
     "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", *NAMES, "simulation", "unit", "sampling",
-    "noise",
+    "noise", *FILTERED,
 )  # fmt: skip
 """In the order in which they are shown."""
 
@@ -50,6 +52,9 @@ class Numbers(TypedDict, total=False):
     unit: str
     sampling: SamplingScheme
     noise: str
+    gradient_filter: FilterStyle | None
+    filter_gain: float | None
+    filter_lookahead: float | None
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -84,6 +89,7 @@ class PrivacyPlan:
             - ``unit``: who is protected, ``"example"`` or the name of a user's field.
             - ``sampling``: how samples are drawn, see :class:`lightning_dp.plan.sampling.Sampling`.
             - ``noise``: ``"independent"``, or the text of a :class:`lightning_dp.plan.correlation.Correlation`.
+            - ``gradient_filter``, ``filter_gain``, ``filter_lookahead``: see :mod:`lightning_dp.plan.filtering`.
         delta: δ of the (ε, δ) guarantee, in (0, 1).
         steps: T, the number of steps planned, or ``None`` if the end is not known in advance.
         target_epsilon: the ε that training must not exceed, or ``None`` if σ was given instead.

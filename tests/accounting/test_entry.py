@@ -27,6 +27,7 @@ NUMBERS: dict[str, Any] = {
     "unit": "user",
 }
 ADAPTED: dict[str, Any] = {"clip_quantile": 0.7, "clip_learning_rate": 0.1, "quantile_weight": 0.3}  # fmt: skip
+FILTERED: dict[str, Any] = {"gradient_filter": "disk", "filter_gain": 0.6, "filter_lookahead": 0.8}
 OTHERS: dict[str, Any] = {
     "noise_multiplier": 3.0, "clip_norm": 0.5, "dataset_size": 2000, "expected_batch_size": 50, "clipping": "flat",
     "automatic_gamma": 0.5, "max_batch_size": 400, "resolution": 2**21, "coordinates": 10, "unit": "patient",
@@ -56,14 +57,19 @@ def test_no_number_of_the_mechanism_falls_off() -> None:
     plan = PrivacyPlan(**NUMBERS)
     adapted, slack = plan.but(clipping="quantile"), plan.but(clipping="slaclip")
     of_sampling = {"noise"}  # of which others do not go with these
-    assert {*OTHERS, *ADAPTED, "slack_bins"} == set(plan.mechanism.numbers) - of_sampling
+    assert {*OTHERS, *ADAPTED, *FILTERED, "slack_bins"} == set(plan.mechanism.numbers) - of_sampling
     for name, value in OTHERS.items():
         assert Entry.of(plan.but(**{name: value}), 1) != Entry.of(plan, 1), name
     for name, value in ADAPTED.items():
         assert Entry.of(adapted.but(**{name: value}), 1) != Entry.of(adapted, 1), name
         assert Entry.of(adapted.but(**{name: value}), 1).text() != Entry.of(adapted, 1).text(), name
     assert Entry.of(slack.but(slack_bins=3), 1) != Entry.of(slack, 1)
-    for each in (plan, adapted.but(**ADAPTED), slack.but(slack_bins=3)):
+    filtered = plan.but(**FILTERED)
+    for name, value in FILTERED.items():
+        other = filtered.but(**{name: value / 2}) if name != "gradient_filter" else plan
+        assert Entry.of(other, 1) != Entry.of(filtered, 1), name
+        assert Entry.of(other, 1).text() != Entry.of(filtered, 1).text(), name
+    for each in (plan, adapted.but(**ADAPTED), slack.but(slack_bins=3), filtered):
         entry = Entry.of(each, 7)
         assert set(entry.numbers) == set(FIELDS)
         assert Entry.read(json.loads(json.dumps(entry.numbers))) == entry
@@ -71,7 +77,7 @@ def test_no_number_of_the_mechanism_falls_off() -> None:
 
 def test_the_key_of_a_run_that_adapts_nothing_is_as_it_was() -> None:
     """The text enters the key of a run with a known seed."""
-    assert not any(name in Entry.of(PrivacyPlan(**NUMBERS), 1).text() for name in (*ADAPTED, "slack_bins"))
+    assert not any(name in Entry.of(PrivacyPlan(**NUMBERS), 1).text() for name in (*ADAPTED, *FILTERED, "slack_bins"))
 
 
 def test_another_way_to_adapt_is_another_phase_and_is_said() -> None:
@@ -140,6 +146,9 @@ def test_numbers_enter_the_key_in_the_form_they_always_had() -> None:
         ({"clipping": "flat"}, "automatic_gamma=0.25 with clipping='flat': expected None"),
         ({"sampling_probability": 0.2}, r"sampling_probability=0.2 with expected_batch_size=100.0 .*expected their ratio"),
         ({"resolution": 0}, "resolution=0: expected at least 1"),
+        ({"filter_gain": 0.5}, "gradient_filter=None, filter_gain=0.5, filter_lookahead=None: expected all of them"),
+        ({**FILTERED, "gradient_filter": "kalman"}, "gradient_filter='kalman': expected 'disk', or None"),
+        ({**FILTERED, "filter_gain": "0.5"}, "filter_gain='0.5' in the ledger's state: expected a plain number"),
     ],
 )  # fmt: skip
 def test_a_line_that_nobody_writes_is_refused(change: dict[str, Any], text: str) -> None:

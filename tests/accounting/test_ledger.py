@@ -191,6 +191,9 @@ def test_state_is_plain_numbers() -> None:
                 "sampling": "poisson",
                 "stretch": "",
                 "noise": "independent",
+                "gradient_filter": None,
+                "filter_gain": None,
+                "filter_lookahead": None,
                 "row_wise": [],
                 "public_state": [],
             }

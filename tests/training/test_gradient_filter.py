@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from lightning_dp import (
     PreflightError,
     verify,
 )
+from lightning_dp.accounting import Phase, epsilon_bound
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import poisson_sample
 from lightning_dp.plan.filtering import GradientFilter
@@ -150,9 +153,58 @@ def test_a_gain_of_one_filters_nothing_and_costs_are_those_of_no_filter() -> Non
         own = private(**options)
         trainer(own, max_steps=2).fit(regressor(), loader())
         assert own.ledger is not None
-        return own.ledger.epsilon(), own.ledger.numbers
+        return own.ledger.epsilon(), own.ledger.phases
 
     assert spent() == spent(gradient_filter=None)
+
+
+def test_its_numbers_are_in_plan_ledger_journal_and_statement() -> None:
+    own = private(filter_gain=0.6)
+    trainer(own, max_steps=2).fit(regressor(), loader())
+    numbers = {"gradient_filter": "disk", "filter_gain": 0.6, "filter_lookahead": 0.5}
+    assert own.ledger is not None
+    assert own.plan is not None
+    journal = json.loads(Path("privacy.journal").read_text(encoding="utf-8"))["phase"]
+    assert all(numbers.items() <= found.items() for found in (own.plan.numbers, own.ledger.numbers, journal))
+    assert json.loads(Path("privacy.json").read_text(encoding="utf-8"))["gradient_filter"] == numbers
+    assert "filtered before the optimizer (gradient_filter=disk, filter_gain=0.6, filter_lookahead=0.5)" in str(
+        own.statement()
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (
+            {},
+            {"filter_gain": 0.4},
+            r"filtered by DiSK with κ = 0.7 and γ = 0.5: .* DiSK with κ = 0.4 and γ = 0.5 begins",
+        ),
+        (
+            {},
+            {"gradient_filter": None},
+            r"filtered by DiSK with κ = 0.7 and γ = 0.5: .* nothing is filtered from here on",
+        ),
+        ({"gradient_filter": None}, {}, r"has no gradient filter: DiSK with κ = 0.7 and γ = 0.5 begins with this fit"),
+    ],
+)
+def test_another_filter_begins_anew_and_is_said(before: Any, after: Any, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "half.ckpt"
+    trainer(private(**before), SavedAt(3, path), max_steps=3).fit(regressor(), loader())
+    own, module = private(**after), regressor()
+    with pytest.warns(UserWarning, match=said):
+        trainer(own, max_steps=5).fit(module, loader(), ckpt_path=path)
+    assert own.ledger is not None
+    assert own.ledger.epsilon() == epsilon_bound([Phase(SIGMA, 16 / 64, 5)], 1e-5)
+    assert any("between release and optimizer changed during training" in one for one in own.statement().caveats)
+    saved = torch.load(path, weights_only=True)
+    saved.pop(filtering_module.KEY, None)  # nothing of the other filter is gone on from
+    torch.save(saved, tmp_path / "without.ckpt")
+    other = regressor()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(private(**after), max_steps=5).fit(other, loader(), ckpt_path=tmp_path / "without.ckpt")
+    assert torch.equal(weights(module), weights(other))
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -169,7 +221,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     saved = torch.load(path, weights_only=True)
     del saved[filtering_module.KEY]  # as of a run without a filter: it begins anew
     torch.save(saved, tmp_path / "without.ckpt")
-    assert not torch.equal(run(resumed=tmp_path / "without.ckpt"), whole)
+    with pytest.warns(UserWarning, match="has no gradient filter: DiSK with κ = 0.7 and γ = 0.5 begins with this fit"):
+        assert not torch.equal(run(resumed=tmp_path / "without.ckpt"), whole)
     torch.save({**saved, filtering_module.KEY: {"gradient": {}}}, tmp_path / "wrong.ckpt")
     with pytest.raises(ValueError, match="expected the state of a gradient filter"):
         run(resumed=tmp_path / "wrong.ckpt")
