@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
 from lightning_dp.accounting.phase import Law, Phase
@@ -141,6 +140,8 @@ def gaussian_epsilon(phases: Iterable[Phase], delta: float) -> float:
     ceiling = mu**2 / 2.0 + mu * math.sqrt(2.0 * math.log(1.0 / delta)) + 1e-12
     if excess(ceiling) >= 0.0:  # only by rounding: the Chernoff bound of the Gaussian tail is a bound
         return ceiling * (1.0 + 1e-9)
+    from scipy.optimize import brentq  # slow to import, and seldom needed
+
     root = float(brentq(excess, 0.0, ceiling, xtol=1e-13, rtol=1e-12))
     return root * (1.0 + 1e-9) + 1e-12
 

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import scipy.fft
-from prv_accountant.discretisers import CellCentred
-from prv_accountant.domain import Domain
 from scipy.special import ndtr
 
+from lightning_dp.accounting.grid import Grid, discretised
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.rdp import FloatArray, privacy_loss, rdp_epsilon
 
@@ -36,7 +35,7 @@ class PrvFailureError(RuntimeError):
 
 @dataclass(frozen=True)
 class PrivacyLossVariable:
-    """The privacy loss of one step, cut to [``t_min``, ``t_max``], in the form prv_accountant discretises.
+    """The privacy loss of one step, cut to [``t_min``, ``t_max``]: a :class:`~lightning_dp.accounting.grid.Loss`.
 
     Args:
         noise_multiplier: σ > 0.
@@ -51,8 +50,6 @@ class PrivacyLossVariable:
     adding: bool
     t_min: float
     t_max: float
-
-    pm_inf = 0.0
 
     def _output_at(self, loss: FloatArray) -> FloatArray:
         """The output x at which L(x) = ``loss``; -inf below log(1 - q), the smallest loss there is."""
@@ -162,7 +159,7 @@ class PrvGrid:
         half = math.ceil(largest_loss / self._cell)
         self._size = scipy.fft.next_fast_len(half, real=True) * 2
         low = -(self._size // 2) * self._cell
-        self._domain = Domain(low, low + (self._size - 1) * self._cell, self._size)
+        self._grid = Grid(low, low + (self._size - 1) * self._cell, self._size)
         try:
             # numpy keeps errstate for each thread; what warnings do is one setting for the whole process.
             with np.errstate(all="raise", under="ignore"):
@@ -195,15 +192,15 @@ class PrvGrid:
             phase.noise_multiplier,
             phase.sampling_probability,
             adding,
-            self._domain.t_min(),
-            self._domain.t_max(),
+            self._grid.first,
+            self._grid.end,
         )
-        discrete = CellCentred().discretise(loss, self._domain)
-        spectrum = scipy.fft.rfft(np.fft.ifftshift(discrete.pmf))
+        mass, shift = discretised(loss, self._grid)
+        spectrum = scipy.fft.rfft(np.fft.ifftshift(mass))
         if not np.isfinite(spectrum).all():  # compiled code reports nothing to numpy
             raise ArithmeticError("the Fourier transform is not finite")
         magnitude = np.maximum(np.abs(spectrum), np.finfo(np.float64).tiny)
-        return np.log(magnitude) + 1j * np.angle(spectrum), float(discrete.domain.shifts())
+        return np.log(magnitude) + 1j * np.angle(spectrum), shift
 
     def epsilon(self, steps: int) -> tuple[float, float]:
         """The estimate of ε after ``steps`` steps of the current mechanism, and its upper bound.

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
-from scipy.optimize import brentq
 
 from lightning_dp.accounting.epsilon import EpsilonBound, epsilon_bound
 from lightning_dp.accounting.phase import Phase
@@ -120,6 +119,8 @@ def stopping_probability(mean: float, eta: float) -> float:
         odds = math.expm1(-log_gamma)  # 1/γ − 1
         expected = odds / -log_gamma if eta == 0 else eta * odds / -math.expm1(eta * log_gamma)
         return math.log(expected) - math.log(mean)
+
+    from scipy.optimize import brentq  # slow to import, and seldom needed
 
     low = -1.0
     while surplus(low) < 0:

@@ -1,20 +1,10 @@
-"""The command ``lightning-dp``: recipes through LightningCLI, and the accountant as a calculator."""
+"""The command ``lightning-dp``: which command it is; what a command needs is imported for it alone."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from lightning_dp.accounting import Phase, epsilon_bound, phases_of, side_by_side
-from lightning_dp.accounting.calibrate import noise_for
-from lightning_dp.accounting.phase import phase_of_numbers
-from lightning_dp.plan.mechanism import check_noise_multiplier
-from lightning_dp.plan.privacy_plan import SAMPLING, check_delta, check_epsilon
-from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_sampling_probability
 from lightning_dp.version import __version__
 
 OVERVIEW = """\
@@ -34,15 +24,6 @@ lightning-dp COMMAND --help says more. --version prints the version.
 """
 
 
-_NAMES = {
-    "prv": "PRV, upper bound       ",
-    "rdp": "RDP, upper bound       ",
-    "pld": "PLD, upper bound       ",
-    "pld_low": "PLD, optimistic        ",
-    "pld_high": "PLD, pessimistic       ",
-}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``lightning-dp`` and ``python -m lightning_dp``.
 
@@ -56,9 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif command == "--version":
         print(f"lightning-dp {__version__}")
     elif command == "epsilon":
-        _epsilon(words[1:])
+        from lightning_dp.cli.numbers import epsilon
+
+        epsilon(words[1:])
     elif command == "calibrate":
-        _calibrate(words[1:])
+        from lightning_dp.cli.numbers import calibrate
+
+        calibrate(words[1:])
     elif command == "search":
         from lightning_dp.cli.search import run as run_search
 
@@ -79,128 +64,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_dp.cli.recipes import run
 
         run(words)
-
-
-def _epsilon(words: Sequence[str]) -> None:
-    parser = _parser("epsilon", "Print an upper bound on ε of DP-SGD (add/remove one example).")
-    parser.add_argument(
-        "--noise-multiplier", type=float, nargs="+", required=True, metavar="S", help="σ, noise over clip norm"
-    )
-    parser.add_argument("--all", action="store_true", help="also by RDP and PLD (the latter needs dp-accounting)")
-    parser.epilog = "Several σ, q or T, one for each phase, are composed; a single one holds for all phases."
-    args = _parse_common(parser, words, several=True)
-    try:
-        for sigma in args.noise_multiplier:
-            check_noise_multiplier(sigma)
-        phases = phases_of(args.noise_multiplier, args.sampling_probability, args.steps, args.sampling)
-        bound = epsilon_bound(phases, args.delta)
-        others = side_by_side(phases, args.delta) if args.all else {}
-    except ValueError as error:
-        parser.error(str(error))
-    if args.json:
-        also = {f"epsilon_{name}": epsilon for name, epsilon in others.items()}
-        _print_json(epsilon=bound.epsilon, delta=args.delta, accountant=bound.accountant, note=bound.note, **also)
-        return
-    count, numbers = len(phases), [args.noise_multiplier, args.sampling_probability, args.steps]
-    plan = ", then ".join(
-        f"σ = {sigma:g}, q = {q:g}, {steps} steps"
-        for sigma, q, steps in zip(*([*one] * (count if len(one) == 1 else 1) for one in numbers), strict=True)
-    )
-    plan += _drawn(args.sampling)
-    note = "; " + bound.note if bound.note else ""
-    print(f"ε ≤ {_up(bound.epsilon)} at δ = {args.delta:g}: {plan} ({bound.accountant} accountant{note})")
-    for name, epsilon in others.items():
-        missing = "not installed (dp-accounting)" if args.sampling == "poisson" else "only for Poisson sampling"
-        label = _NAMES["pld" if name == "prv" and bound.accountant == "PLD" else name]
-        print(f"  {label}  {missing if epsilon is None else _up(epsilon)}")
-
-
-def _calibrate(words: Sequence[str]) -> None:
-    parser = _parser("calibrate", "Print the smallest noise multiplier σ that keeps DP-SGD within (ε, δ).")
-    parser.add_argument("--epsilon", type=float, required=True, metavar="E", help="target ε")
-    args = _parse_common(parser, words)
-    try:
-        check_epsilon(args.epsilon)
-        if args.steps < 1:
-            raise ValueError(f"steps={args.steps}: expected at least 1 step to calibrate the noise for.")
-
-        def phase(sigma: float) -> Phase:
-            return phase_of_numbers(sigma, args.sampling_probability, args.steps, args.sampling)
-
-        sigma = noise_for(args.epsilon, args.delta, phase)
-        bound = epsilon_bound([phase(sigma)], args.delta)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.json:
-        _print_json(
-            noise_multiplier=sigma,
-            epsilon=bound.epsilon,
-            delta=args.delta,
-            accountant=bound.accountant,
-            note=bound.note,
-        )
-        return
-    print(
-        f"σ = {sigma:.6g} keeps ε ≤ {_up(bound.epsilon)} (target {args.epsilon:g}) at δ = {args.delta:g}: "
-        f"q = {args.sampling_probability:g}, {args.steps} steps{_drawn(args.sampling)} ({bound.accountant} accountant)"
-    )
-
-
-def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"lightning-dp {command}", description=description)
-
-
-def _parse_common(parser: argparse.ArgumentParser, words: Sequence[str], several: bool = False) -> argparse.Namespace:
-    number: dict[str, Any] = {"nargs": "+"} if several else {}
-    parser.add_argument(
-        "--sampling-probability",
-        **number,
-        type=_fraction,
-        required=True,
-        metavar="Q",
-        help="q, expected batch size / dataset size, such as 0.1 or 1/12",
-    )
-    parser.add_argument(
-        "--sampling",
-        choices=("poisson", *IN_BLOCKS),
-        default="poisson",
-        help="how samples are drawn; with the others each example is in one of every 1/Q steps, and a part of these counts as "
-        "the whole",
-    )
-    parser.add_argument("--steps", **number, type=int, required=True, metavar="T", help="number of private steps")
-    parser.add_argument("--delta", type=float, required=True, metavar="D", help="δ, well below 1 / dataset size")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
-    args = parser.parse_args(words)
-    try:
-        check_delta(args.delta)
-        for q in args.sampling_probability if several else [args.sampling_probability]:
-            check_sampling_probability(q)
-        for steps in args.steps if several else [args.steps]:
-            if steps < 0:
-                raise ValueError(f"steps={steps}: expected at least 0.")
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def _fraction(text: str) -> float:
-    """A number, also as a fraction: 1/12 has no short decimal."""
-    over, _, under = text.partition("/")
-    if under and float(under) == 0.0:
-        raise ValueError("a fraction over 0")
-    return float(over) / float(under) if under else float(over)
-
-
-def _drawn(sampling: SamplingScheme) -> str:
-    return "" if sampling == "poisson" else f", {SAMPLING[sampling]} sampling"
-
-
-def _up(epsilon: float) -> str:
-    """Four decimals, never rounded below the bound."""
-    text = f"{epsilon:.4f}"
-    return text if float(text) >= epsilon else f"{epsilon + 5e-5:.4f}"
-
-
-def _print_json(**values: float | str | None) -> None:
-    finite = {name: "inf" if value == math.inf else value for name, value in values.items()}
-    print(json.dumps(finite, ensure_ascii=False))

@@ -7,8 +7,6 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import solve_banded
-from scipy.optimize import minimize, minimize_scalar
 
 Series = npt.NDArray[np.float64]
 """The first column of a lower-triangular Toeplitz matrix; what is missing at its end is zero."""
@@ -47,6 +45,8 @@ def divided(dividend: Series, divisor: Series) -> Series:
         >>> divided(np.array([1.0, 0.0, 0.0]), np.array([1.0, -0.5]))
         array([1.  , 0.5 , 0.25])
     """
+    from scipy.linalg import solve_banded  # slow to import, and needed by correlated noise alone
+
     bands = divisor[: len(dividend)]
     diagonals = np.repeat(bands[:, None], len(dividend), axis=1)
     quotient: Series = solve_banded((len(bands) - 1, 0), diagonals, dividend)
@@ -135,6 +135,8 @@ def best_banded(steps: int, bands: int, momentum: float) -> tuple[float, ...]:
         >>> best_banded(100, 1, 0.9)
         (1.0,)
     """
+    from scipy.optimize import minimize  # likewise
+
     steps = max(bands, min(steps, LONGEST_SEARCH))
     workload = momentum_workload(steps, momentum)
     weights = np.arange(steps, 0, -1) / steps
@@ -181,6 +183,8 @@ def best_lambda(steps: int, groups: int, momentum: float) -> float:
 
     Source: Kalinin, McKenna, Pagh, Lampert 2026 (arXiv 2601.22334).
     """
+    from scipy.optimize import minimize_scalar  # likewise
+
     steps = min(steps, LONGEST_SEARCH)
     workload = momentum_workload(steps, momentum)
 

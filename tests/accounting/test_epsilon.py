@@ -187,12 +187,12 @@ def test_fallback_is_flagged() -> None:
 
 
 def test_a_failing_discretisation_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What prv_accountant raises when its mean check fails becomes a flagged RDP bound, not a crash."""
+    """What is raised when the check of the means fails becomes a flagged RDP bound, not a crash."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("Discrete mean differs from continuous mean significantly.")
 
-    monkeypatch.setattr("lightning_dp.accounting.prv.CellCentred.discretise", fail)
+    monkeypatch.setattr("lightning_dp.accounting.prv.discretised", fail)
     bound = EpsilonCurve([], 1.25, 0.1, 1e-5, 10).at(10)
     assert bound.accountant == "RDP"
     assert_nearly(bound.epsilon, rdp_epsilon([Phase(1.25, 0.1, 10)], 1e-5))
