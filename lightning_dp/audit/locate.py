@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -22,6 +21,7 @@ from lightning_dp.audit.sketch import leaves, row
 from lightning_dp.engines.user_code import Line, is_users
 from lightning_dp.lightning_internals import overridden
 from lightning_dp.loading.reading import read
+from lightning_dp.mechanism.seeded_globals import seed_torch
 
 SET_UP = ("__init__", "setup", "configure_model", "configure_optimizers")
 """Functions that make an attribute; a line in another one changes it."""
@@ -128,7 +128,7 @@ def _made(dataset: ChosenRecords, collate: Callable[[Any], Any], place: int) -> 
     with isolate_rng():
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 (the generator that old code draws from)
-        torch.manual_seed(0)
+        seed_torch(0)
         records = read(dataset, places)
         batch = collate(records)
     one = (

@@ -39,6 +39,7 @@ from lightning_dp.loading.like import loader_like
 from lightning_dp.loading.privacy_unit import unit_from
 from lightning_dp.look.loader import check_loader
 from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.mechanism.seeded_globals import seed_torch
 from lightning_dp.plan.correlation import INDEPENDENT
 from lightning_dp.record.account import Account
 from lightning_dp.step.open_step import Replay
@@ -113,7 +114,7 @@ class Replays:
                 owner.train_dataloader = lambda: self._chosen(original(), neighbour, private, recording)
             random.seed(self.seed)
             np.random.seed(self.seed)  # noqa: NPY002 (the generator that old code draws from)
-            torch.manual_seed(self.seed)
+            seed_torch(self.seed)
             datamodule = None if isinstance(data, DataLoader) else data
             trainer.fit(module, train_dataloaders=loader, datamodule=datamodule)
             recording.end(trainer, module)

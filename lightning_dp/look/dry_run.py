@@ -20,6 +20,7 @@ from lightning_dp.loading.form import ExampleForm
 from lightning_dp.loading.placeholder import emptied_or_refused, without_content
 from lightning_dp.loading.reading import record, together
 from lightning_dp.look.one_example import raise_explained
+from lightning_dp.mechanism.seeded_globals import seed_torch
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.manual.commands import Commands, check_private_step, intercepted
 from lightning_dp.step.manual.global_step import counting_steps, global_step
@@ -256,7 +257,7 @@ def _steps_at(
         intercepted(module, on_step) as notes,
         module.trainer.precision_plugin.train_step_context(),
     ):
-        torch.manual_seed(index)
+        seed_torch(index)
         module.training_step(batch, *rest)
     if notes.losses:
         raise PreflightError(

@@ -18,6 +18,7 @@ from lightning_dp.engines.select import Selection, engine_that_brings_layers
 from lightning_dp.engines.uncompiled import compiled_parts, uncompiled
 from lightning_dp.look.engine_check import engine_check_batch, tolerance
 from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.mechanism.seeded_globals import seed_torch
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.ranks.gathering import gathered
 from lightning_dp.ranks.layerwise import Layerwise
@@ -59,11 +60,11 @@ def select_in_shards(
         batch, examples = engine_check_batch(planned, most)
         failure = None
         try:
-            torch.manual_seed(0)
+            seed_torch(0)
             expected, norms = _by_fsdp(module, make_loss({}), [batch_of_one(batch, i) for i in range(examples)])
             with in_shards(module):
                 given, fixed = kept.begin(0)
-                torch.manual_seed(0)
+                seed_torch(0)
                 found = engine.clipped_sum(make_loss(fixed), given, batch, examples, torch.inf)
             rows = {name: total / world.size for name, total in kept.taken().items()}
             for name, total in found.gradient.items():

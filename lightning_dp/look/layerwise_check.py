@@ -16,6 +16,7 @@ from lightning_dp.engines.select import Selection
 from lightning_dp.errors import PreflightError
 from lightning_dp.look.engine_check import engine_check_batch, tolerance
 from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.mechanism.seeded_globals import seed_torch
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.ranks.gathering import gathered, on_every_rank
 from lightning_dp.ranks.layerwise import Layerwise
@@ -53,7 +54,7 @@ def start_layerwise(planned: Planned, selection: Selection, make_loss: MakeLoss)
 
         def summed(parameters: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> ClippedSum:
             with isolate_rng(), torch.enable_grad():
-                torch.manual_seed(0)
+                seed_torch(0)
                 return engine.clipped_sum(make_loss(fixed), parameters, batch, examples, torch.inf)
 
         before, engine.keeper, expected = engine.keeper, None, None

@@ -18,6 +18,7 @@ from lightning_dp.batches.containers import open_containers
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.loading.reading import item, order
+from lightning_dp.mechanism.seeded_globals import seed_torch
 from lightning_dp.ranks.gathering import gathered, on_every_rank
 from lightning_dp.ranks.world import World
 
@@ -111,7 +112,7 @@ def _content(dataset: Any, index: int, times: int) -> Content:
 
 def _digests(dataset: Any, index: int) -> dict[str, str]:
     with isolate_rng():
-        torch.manual_seed(index)
+        seed_torch(index)
         np.random.seed(index)  # noqa: NPY002 (the generator that people's datasets use is the legacy one)
         random.seed(index)
         example = item(dataset, index)

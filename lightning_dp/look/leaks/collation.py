@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -18,6 +17,7 @@ from torch.utils.data import default_collate, default_convert
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.rows import dropped, rows_in
 from lightning_dp.look.leaks.padding import ToBatch, row_contents
+from lightning_dp.mechanism.seeded_globals import seed_torch
 from lightning_dp.step.planned import Planned
 
 LOOK = 1.0
@@ -135,7 +135,7 @@ def _rows(planned: Planned, indices: list[int]) -> int | None:
 
 def _contents(collate: Callable[[Any], Any], records: list[Any], seed: int) -> tuple[Counter[bytes], Any] | None:
     with isolate_rng():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         np.random.seed(seed)  # noqa: NPY002 (the generator that people's functions use is the legacy one)
         random.seed(seed)
         given = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, records)

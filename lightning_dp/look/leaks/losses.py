@@ -16,6 +16,7 @@ from lightning_dp.engines.backward import plain_gradient
 from lightning_dp.engines.protocol import LossFunction, scalar_loss
 from lightning_dp.errors import PreflightError
 from lightning_dp.look.leaks.kinds import SIGNS, Kind, kind_of_coupling
+from lightning_dp.mechanism.seeded_globals import seed_torch
 from lightning_dp.step.attributes import attributes_put_back
 
 PROBES = 8
@@ -125,7 +126,7 @@ class _Whole:
     def gradient(self, rows: list[int], seed: int) -> Tensor:
         """Some coordinates of its gradient, ``(P,)``."""
         with isolate_rng():
-            torch.manual_seed(seed)
+            seed_torch(seed)
             *_, gradient = plain_gradient(self._on_all, self._given, self._rows(rows))
         return torch.cat([g.flatten()[:: max(1, g.numel() // KEPT)] for g in gradient.values()])
 
@@ -159,7 +160,7 @@ class _Whole:
 
     def _call(self, rows: list[int], seed: int) -> Tensor:
         with isolate_rng():
-            torch.manual_seed(seed)
+            seed_torch(seed)
             loss, _ = self._on_all(self._given, self._rows(rows))
         return scalar_loss(loss)
 

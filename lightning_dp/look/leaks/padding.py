@@ -16,6 +16,7 @@ from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import LossFunction
 from lightning_dp.errors import PreflightError
 from lightning_dp.look.leaks.transforms import DRAWS, with_seed
+from lightning_dp.mechanism.seeded_globals import seed_torch
 from lightning_dp.step.attributes import attributes_put_back
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -96,7 +97,7 @@ def check_padding_is_masked(
         return  # it draws random numbers, whose shape may change with the padding
 
     def gradient(one: Any, seed: int = 0) -> Tensor:
-        torch.manual_seed(seed)
+        seed_torch(seed)
         result = LoopEngine().clipped_sum(loss_function, parameters, one, 1, torch.inf)
         return torch.cat([g.flatten() for g in result.gradient.values()])
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.batches.microbatch import Element, is_list_of_elements
 from lightning_dp.errors import PreflightError
+from lightning_dp.mechanism.seeded_globals import seed_torch
 
 DRAWS = 12
 """Random transforms are tried with this many seeds; one that pairs two examples at random escapes once in 2¹²."""
@@ -85,5 +86,5 @@ def _replace_rows(leaf: Tensor, kept: int) -> Tensor:
 def with_seed(transform: Callable[[Any], Any], batch: Any, seed: int) -> Any:
     """``transform`` of a copy of ``batch``, with torch's generators seeded for it alone."""
     with isolate_rng():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         return transform(pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch))
