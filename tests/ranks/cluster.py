@@ -27,6 +27,7 @@ from lightning_dp import PrivateDDPStrategy
 from tests.conftest import trainer
 from tests.ranks import disagreements, training_runs
 from tests.ranks.two_hosts import ADDRESSES, move_to, two_hosts, why_not
+from tests.ranks.warm import train_once
 
 ENOUGH = 600
 """Seconds after which a process that has not ended is ended, and its test fails."""
@@ -210,5 +211,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    train_once()
     os.chdir(sys.argv[1])
     main(Path(sys.argv[1]))

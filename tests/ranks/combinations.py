@@ -11,9 +11,11 @@ import torch
 
 from tests.conftest import trainer
 from tests.harness import EVERY, by_package
+from tests.ranks.warm import train_once
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    train_once()
     several = partial(trainer, devices=2, strategy="ddp_fork")
     torch.save(
         {str(setting): by_package(setting, "ghost", several) for setting in EVERY}, Path(sys.argv[1]) / "found.pt"

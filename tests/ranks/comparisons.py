@@ -21,6 +21,7 @@ from lightning_dp.engines import ghost, vmap
 from lightning_dp.step import engine_comparison
 from tests.conftest import loader
 from tests.ranks.cluster import launch, on_cluster
+from tests.ranks.warm import train_once
 
 STEPS = 3
 
@@ -149,5 +150,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    train_once()
     os.chdir(sys.argv[1])
     main(Path(sys.argv[1]))

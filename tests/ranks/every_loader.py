@@ -22,6 +22,7 @@ from lightning_dp.ranks import lost_ranks
 from tests.conftest import Notes, Regressor, loader, regression_data, regressor, trainer
 from tests.ranks.cluster import launch, on_cluster
 from tests.ranks.sharded import Sharded
+from tests.ranks.warm import train_once
 
 EXAMPLES, EPOCHS = 48, 3
 
@@ -197,5 +198,6 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    train_once()
     os.chdir(sys.argv[1])
     main(Path(sys.argv[1]))

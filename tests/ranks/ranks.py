@@ -16,6 +16,7 @@ from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, Exponent
 from lightning_dp.batches.transforms import ViewTransform
 from lightning_dp.optim import DPMicroAdam
 from tests.conftest import Regressor, loader, regression_data, regressor, trainer, weights
+from tests.ranks.warm import train_once
 from tests.training.manual_modules import gan
 
 
@@ -210,6 +211,7 @@ def run(folder: Path, case: str, ranks: int) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    train_once()
     for case in sys.argv[2].split(","):
         for ranks in (1, 2, 3, 4) if case == "noise" else (1, 2, 3):
             run(Path(sys.argv[1]), case, ranks)

@@ -23,6 +23,7 @@ from tests.conftest import Regressor, loader, trainer
 from tests.guarantees import mutations
 from tests.guarantees import mutations_sharded as sharded_mutations
 from tests.ranks import layerwise
+from tests.ranks.warm import train_once
 
 RANKS = 2
 TORCHRUN = {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
@@ -256,6 +257,7 @@ def rank(number: int, folder: Path, port: int) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    train_once()
     to = Path(sys.argv[1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
