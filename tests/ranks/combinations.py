@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from functools import partial
@@ -15,6 +16,7 @@ from tests.ranks.warm import train_once
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    os.chdir(sys.argv[1])
     train_once()
     several = partial(trainer, devices=2, strategy="ddp_fork")
     torch.save(

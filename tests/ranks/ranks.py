@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -211,6 +212,7 @@ def run(folder: Path, case: str, ranks: int) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    os.chdir(sys.argv[1])
     train_once()
     for case in sys.argv[2].split(","):
         for ranks in (1, 2, 3, 4) if case == "noise" else (1, 2, 3):

@@ -257,6 +257,7 @@ def rank(number: int, folder: Path, port: int) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
+    os.chdir(sys.argv[1])
     train_once()
     to = Path(sys.argv[1])
     with socket.socket() as free:
