@@ -70,7 +70,7 @@ def lognormal_law(sigma: float, edges: FloatArray, share: float = 1.0) -> RatioL
     zero = float(without[0])
     if edges[0] == 0.0:
         zero, on, edges = zero + float(on[0]), on[1:], edges[1:]
-    return RatioLaw(edges, on * edges, on, float(with_it[-1]), zero)
+    return RatioLaw(edges, on * edges, on, float(with_it[-1] + with_it[0]), zero)
 
 
 def _cells(u: FloatArray) -> FloatArray:

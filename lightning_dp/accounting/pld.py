@@ -1,4 +1,4 @@
-"""Privacy loss distributions of any rounds, composed on one grid of losses: for what PRV's theorem does not cover.
+"""Privacy losses of any rounds, composed on one grid: bounds on ε at a δ, on δ at an ε, and on the whole curve.
 
 Every law on the grid dominates its round (:mod:`lightning_dp.accounting.likelihood_ratio`), domination is kept by composition,
 and what falls off a window or is rounded counts as lost. So ε is an upper bound at every grid; a finer one is tighter.
@@ -8,34 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import scipy.fft
 from scipy.special import ndtri
 
-from lightning_dp.accounting.likelihood_ratio import ROUNDING, RatioLaw, allocation_law, binned, lognormal_law
+from lightning_dp.accounting.likelihood_ratio import RatioLaw, allocation_law, binned, lognormal_law
+from lightning_dp.accounting.losses import LossLaw, LossSum
 from lightning_dp.accounting.phase import Phase
-from lightning_dp.accounting.prv import PrvFailureError, invert
+from lightning_dp.accounting.prv import PrvFailureError
 from lightning_dp.accounting.rdp import FloatArray
 
-_TAIL_SHARE = 2e-3
-"""The part of δ that each of the tails may cost which are cut off."""
-_CELLS_IN_DEVIATION, _MOST_CELLS = 30.0, 2**21
-_FINEST, _COARSEST = 1e-6, 5e-3
+_TAIL_SHARE = 1e-4
+"""The part of δ that may be lost for good, beyond all bounds."""
+_CELLS_IN_DEVIATION = (60.0, 24.0)
+"""How many cells of the grid a standard deviation has: at best, and where the grid would have more than many cells otherwise.
+Spreading adds about 1/6·24² of the variance, so 0.02 % of ε."""
+_MANY_CELLS, _MOST_CELLS = 2**17, 2**21
+_FINEST, _COARSEST = 1e-10, 5e-3
 _LARGEST_LOSS = 600.0
 _AMPLIFIED = (0.05, 2000.0)
 """σ for which an allocation is worked out; beyond, it counts as if everybody knew the example's step."""
-
-
-@dataclass(frozen=True)
-class _LossLaw:
-    """Losses of one round in one direction: ``mass[i]`` at (``first`` + i) cells, and what is beyond all bounds."""
-
-    first: int
-    mass: FloatArray
-    infinite: float
+_CURVE_AT = (1e-5, 1e-11)
+"""δ around which a whole curve is worked out."""
 
 
 def pld_bound(phases: Sequence[Phase], delta: float) -> float:
@@ -52,7 +47,16 @@ def pld_bound(phases: Sequence[Phase], delta: float) -> float:
         >>> round(pld_bound([Phase(3.0, 0.08192, 100)], 1e-5), 2)
         1.14
     """
-    return max(_epsilon(composed, delta) for composed in _both_ways(phases, delta))
+    found = []
+    for total in _both_ways(tuple(phases), _magnitude(delta)):
+        tilt = total.tilt_for(delta)
+        epsilon = total.deltas(tilt, _MOST_CELLS).inverse(delta)
+        if not epsilon < math.inf or epsilon < total.window(tilt)[0]:
+            epsilon = min(epsilon, total.deltas(0.0, _MOST_CELLS).inverse(delta))
+        if math.isinf(epsilon):
+            raise PrvFailureError(f"δ = {delta:.3g} is too small for double precision")
+        found.append(epsilon)
+    return max(found)
 
 
 def pld_delta(phases: Sequence[Phase], epsilon: float, precision: float = 1e-6) -> float:
@@ -66,33 +70,67 @@ def pld_delta(phases: Sequence[Phase], epsilon: float, precision: float = 1e-6) 
     Raises:
         PrvFailureError: as of :func:`pld_bound`.
     """
-    found = []
-    for losses, mass, lost in _both_ways(phases, precision):
-        found.append(lost + float(np.sum(mass * -np.expm1(np.minimum(epsilon - losses, 0.0)))))
-    return min(1.0, max(found))
+    return max(
+        float(_deltas(total, (precision,), np.array([epsilon]))[0])
+        for total in _both_ways(tuple(phases), _magnitude(precision))
+    )
 
 
-_Composed = tuple[FloatArray, FloatArray, float]
-"""Losses in ascending order, their mass, and what is lost for good: beyond all bounds, cut off or rounded."""
+def pld_curve(
+    phases: Sequence[Phase], points: int, smallest: float = 1e-13
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """δ as an upper bound at many ε from 0 on, to where it is ``smallest``.
+
+    Returns:
+        ε, and δ as the example is removed and as it is added, each ``(points,)``.
+
+    Raises:
+        PrvFailureError: the losses are too large for a grid.
+    """
+    totals = _both_ways(tuple(phases), smallest)
+    epsilon = np.linspace(0.0, max(total.cell + max(0.0, total.chernoff(smallest)) for total in totals), points)
+    around = [delta for delta in _CURVE_AT if delta >= smallest]
+    removed, added = (_deltas(total, around, epsilon) for total in totals)
+    return epsilon, removed, added
 
 
-def _both_ways(phases: Sequence[Phase], delta: float) -> list[_Composed]:
+def _deltas(total: LossSum, around: Sequence[float], epsilon: FloatArray) -> FloatArray:
+    found = np.ones_like(epsilon)
+    for tilt in (0.0, *(total.tilt_for(delta) for delta in around)):
+        found = np.minimum(found, total.deltas(tilt, _MOST_CELLS).at(epsilon))
+    return found
+
+
+def _magnitude(delta: float) -> float:
+    """A power of ten not above, so that laws are found again."""
+    return float(10.0 ** math.floor(math.log10(delta)))
+
+
+@lru_cache(maxsize=8)
+def _both_ways(phases: tuple[Phase, ...], delta: float) -> tuple[LossSum, LossSum]:
     """The composed losses in both directions, for questions about a δ of this size."""
     rounds = sum(phase.steps for phase in phases)
-    tail = 10.0 ** math.floor(math.log10(_TAIL_SHARE * delta / rounds))  # a power of ten, so that laws are found again
+    tail = _magnitude(_TAIL_SHARE * delta / rounds)
     ratios = [_ratio_law(phase.noise_multiplier, phase.sampling_probability, phase.law, tail) for phase in phases]
-    cell = min(_COARSEST, max(_FINEST, min(map(_deviation, ratios)) / _CELLS_IN_DEVIATION))
-    counts = [phase.steps for phase in phases]
+    counts, least = [phase.steps for phase in phases], max(_FINEST, min(map(_deviation, ratios)))
+    cell = min(_COARSEST, least / _CELLS_IN_DEVIATION[0])
     while True:
         laws = [_on_losses(ratio, cell) for ratio in ratios]
-        windows = [_window([law[way] for law in laws], counts, cell, _TAIL_SHARE * delta) for way in (0, 1)]
-        size = max(high - low for low, high in windows) / cell
-        if not max(abs(end) for window in windows for end in window) <= _LARGEST_LOSS:
-            raise PrvFailureError(f"the privacy loss may exceed {_LARGEST_LOSS:g}, beyond what a grid can hold")
-        if size <= _MOST_CELLS:
-            break
-        cell *= 1.1 * size / _MOST_CELLS
-    return [_compose([law[way] for law in laws], counts, cell, windows[way], delta) for way in (0, 1)]
+        totals = [LossSum([law[way] for law in laws], counts, cell) for way in (0, 1)]
+        size = 0.0
+        for total in totals:
+            low, high, _ = total.window(0.0)
+            high = max(high, total.chernoff(delta))
+            if not max(abs(low), abs(high)) <= _LARGEST_LOSS:
+                raise PrvFailureError(f"the privacy loss may exceed {_LARGEST_LOSS:g}, beyond what a grid can hold")
+            size = max(size, (high - low) / cell, sum(len(law[0].mass) for law in laws))
+        coarser = min(_COARSEST, least / _CELLS_IN_DEVIATION[1])
+        if size > _MANY_CELLS and cell < coarser:
+            cell = min(coarser, cell * 1.05 * size / _MANY_CELLS)
+        elif size > _MOST_CELLS:
+            cell *= 1.05 * size / _MOST_CELLS
+        else:
+            return totals[0], totals[1]
 
 
 def _ratio_law(sigma: float, q: float, law: str, tail: float) -> RatioLaw:
@@ -110,7 +148,7 @@ def _poisson_law(sigma: float, q: float, tail: float) -> RatioLaw:
     if 0.5 / sigma**2 + reach > _LARGEST_LOSS:
         raise PrvFailureError(f"the privacy loss may exceed {_LARGEST_LOSS:g}, beyond what a grid can hold")
     x = np.exp(np.linspace(-0.5 / sigma**2 - reach, 0.5 / sigma**2 + reach, 20_001))
-    return lognormal_law(sigma, np.concatenate([[1.0 - q], 1.0 - q + q * x]) if q < 1.0 else x, q)
+    return lognormal_law(sigma, np.unique(1.0 - q + q * x), q)
 
 
 def _deviation(law: RatioLaw) -> float:
@@ -119,7 +157,7 @@ def _deviation(law: RatioLaw) -> float:
     return math.sqrt(max(float(np.sum(law.without_it * (loss - mean) ** 2)), 1e-300))
 
 
-def _on_losses(law: RatioLaw, cell: float) -> tuple[_LossLaw, _LossLaw]:
+def _on_losses(law: RatioLaw, cell: float) -> tuple[LossLaw, LossLaw]:
     """The law on a grid of losses, spread with its mean kept: as the example is removed, and as it is added."""
     loss = np.log(law.ratio) / cell
     first, last = math.floor(float(loss[0])), math.floor(float(loss[-1])) + 1
@@ -130,49 +168,4 @@ def _on_losses(law: RatioLaw, cell: float) -> tuple[_LossLaw, _LossLaw]:
     biased = up * np.exp(cell * (first + place + 1 - loss))  # of P's mass, which the ratio weighs
     biased = np.clip(biased, 0.0, 1.0)
     with_it = binned(place, law.with_it * (1.0 - biased), size) + binned(place + 1, law.with_it * biased, size)
-    return _LossLaw(first, with_it, law.infinite), _LossLaw(-last, without_it[::-1], law.zero)
-
-
-def _window(laws: Sequence[_LossLaw], counts: Sequence[int], cell: float, tail: float) -> tuple[float, float]:
-    """Between which losses the sum is but for ``tail`` above, and as much below (Chernoff)."""
-    losses = [(law.first + np.arange(len(law.mass))) * cell for law in laws]
-    spread = math.sqrt(sum(n * float(np.sum(law.mass * x**2)) for law, n, x in zip(laws, counts, losses, strict=True)))
-    ends = []
-    for sign in (-1.0, 1.0):
-        best = math.inf
-        for tilt in np.geomspace(1e-2 / max(spread, cell), 1e3 / max(min(spread, 1.0), cell), 40):
-            total = 0.0
-            for law, count, loss in zip(laws, counts, losses, strict=True):
-                exponent = sign * tilt * loss
-                top = float(np.max(exponent))
-                total += count * (top + math.log(float(np.sum(law.mass * np.exp(exponent - top)))))
-            best = min(best, (total - math.log(tail)) / tilt)
-        ends.append(sign * best)
-    return ends[0], ends[1]
-
-
-def _compose(
-    laws: Sequence[_LossLaw], counts: Sequence[int], cell: float, window: tuple[float, float], delta: float
-) -> _Composed:
-    first = math.floor(window[0] / cell) - 1
-    size = scipy.fft.next_fast_len(math.ceil(window[1] / cell) - first + 2, real=True)
-    exponent = np.zeros(size // 2 + 1, dtype=np.complex128)
-    lost = _TAIL_SHARE * delta
-    for law, count in zip(laws, counts, strict=True):
-        wrapped = binned((law.first + np.arange(len(law.mass))) % size, law.mass, size)
-        spectrum = scipy.fft.rfft(wrapped)
-        magnitude = np.maximum(np.abs(spectrum), np.finfo(np.float64).tiny)
-        exponent += count * (np.log(magnitude) + 1j * np.angle(spectrum))
-        lost -= math.expm1(count * math.log1p(-min(law.infinite, 1.0 - 1e-12)))
-    composed = np.exp(exponent)
-    lost += ROUNDING * (sum(counts) + 32) * math.sqrt(2.0 * float(np.sum(np.abs(composed) ** 2)))
-    mass = np.roll(scipy.fft.irfft(composed, size), -(first % size))
-    return np.arange(first, first + size, dtype=np.float64) * cell, np.maximum(mass, 0.0), lost
-
-
-def _epsilon(composed: _Composed, delta: float) -> float:
-    losses, mass, lost = composed
-    if lost > delta / 2.0:
-        raise PrvFailureError(f"δ = {delta:.3g} is too small for double precision")
-    kept = losses > -1.0
-    return invert(losses[kept], mass[kept], delta - lost) if kept.any() else 0.0
+    return LossLaw(first, with_it, law.infinite), LossLaw(-last, without_it[::-1], law.zero)

@@ -6,11 +6,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from decimal import ROUND_CEILING, Decimal
 from typing import Any, Literal
 
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, phase_of
+from lightning_dp.accounting.risk import Risk, finite, risk_of, round_up
 from lightning_dp.plan.adaptation import numbers_of
 from lightning_dp.plan.clipping import ClippingStyle
 from lightning_dp.plan.filtering import filter_numbers
@@ -78,6 +78,8 @@ class Statement:
         steps: steps taken, resumed history included.
         randomness: ``"secret"`` or ``"reproducible"``.
         simulation: what was simulated, in words, and that its guarantee does not hold; ``None`` for a real run.
+        risk: what all this means for one ``unit``; ``None`` where it was not worked out, as while a run is under way.
+        unit: who is protected, ``"example"`` or another name.
         version: of this package.
         caveats: sentences without which the number should not be quoted.
 
@@ -111,12 +113,19 @@ class Statement:
     steps: int
     randomness: Literal["secret", "reproducible"]
     simulation: str | None
+    risk: Risk | None
+    unit: str
     version: str
     caveats: list[str]
 
     @classmethod
     def of(
-        cls, ledger: Ledger, *, randomness: Literal["secret", "reproducible"], caveats: Sequence[str] = ()
+        cls,
+        ledger: Ledger,
+        *,
+        randomness: Literal["secret", "reproducible"],
+        caveats: Sequence[str] = (),
+        risk: bool = True,
     ) -> Statement:
         """The statement for what ``ledger`` has counted so far.
 
@@ -124,6 +133,7 @@ class Statement:
             ledger: the steps taken and the plan.
             randomness: where noise and sampling came from; ``"reproducible"`` adds a caveat.
             caveats: further sentences, put first.
+            risk: whether to work out the risk, which takes some time.
 
         Raises:
             ValueError: ``randomness`` is neither of the two.
@@ -166,20 +176,28 @@ class Statement:
             steps=ledger.steps,
             randomness=randomness,
             simulation=simulation,
+            risk=risk_of(phases, ledger.slack(ledger.steps).total_variation) if risk else None,
+            unit=plan.unit,
             version=__version__,
             caveats=list(dict.fromkeys(found)),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for strict JSON: an infinite ε or C, which JSON lacks, is ``"inf"``."""
-        return {
-            name: "inf" if isinstance(value, float) and math.isinf(value) else value
-            for name, value in asdict(self).items()
-        }
+        found: dict[str, Any] = finite(asdict(self))
+        return found
 
     def to_json(self) -> str:
         """:meth:`to_dict` as indented JSON that every parser reads."""
         return json.dumps(self.to_dict(), allow_nan=False, ensure_ascii=False, indent=2)
+
+    @property
+    def in_words(self) -> str:
+        """The risk in one sentence; empty where it was not worked out, or where there is no guarantee."""
+        if self.risk is None or self.simulation is not None:
+            return ""
+        known = "" if self.randomness == "secret" else ", unless they know the seed"
+        return self.risk.sentence(self.unit) + known
 
     def __str__(self) -> str:
         composed = next((caveat for caveat in self.caveats if caveat.startswith(_COMPOSED)), None)
@@ -277,18 +295,3 @@ def _count(number: int, noun: str) -> str:
 
 def _plain(value: float) -> str:
     return "∞" if math.isinf(value) else str(float(f"{value:.6g}"))
-
-
-def round_up(value: float) -> str:
-    """``value`` rounded up to three significant digits, so that a printed ε is still an upper bound.
-
-    Example:
-        >>> round_up(3.6118), round_up(8.0), round_up(0.0), round_up(12.301)
-        ('3.62', '8.00', '0', '12.4')
-    """
-    if math.isinf(value):
-        return "∞"
-    if value == 0:
-        return "0"
-    exact = Decimal(value)
-    return f"{exact.quantize(Decimal(1).scaleb(exact.adjusted() - 2), rounding=ROUND_CEILING):f}"

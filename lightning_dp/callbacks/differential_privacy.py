@@ -281,7 +281,8 @@ class DifferentialPrivacy(Callback):
         self._under_way.end()
         self._account.write(trainer, "ended")
         if self._account.report is not None:
-            rank_zero_info(str(self.statement()))
+            statement = self.statement()
+            rank_zero_info("\n".join(filter(None, (str(statement), statement.in_words))))
         self._account.close(ended=True)
 
     @override

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_dp.accounting import Phase, epsilon_bound, phases_of, side_by_side
 from lightning_dp.accounting.calibrate import noise_for
 from lightning_dp.accounting.phase import phase_of_numbers
+from lightning_dp.accounting.risk import in_lines, risk_of
 from lightning_dp.plan.mechanism import check_noise_multiplier
 from lightning_dp.plan.privacy_plan import SAMPLING, check_delta, check_epsilon
 from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_sampling_probability
@@ -37,13 +38,14 @@ def epsilon(words: Sequence[str]) -> None:
         for sigma in args.noise_multiplier:
             check_noise_multiplier(sigma)
         phases = phases_of(args.noise_multiplier, args.sampling_probability, args.steps, args.sampling)
-        bound = epsilon_bound(phases, args.delta)
+        bound, risk = epsilon_bound(phases, args.delta), risk_of(phases)
         others = side_by_side(phases, args.delta) if args.all else {}
     except ValueError as error:
         parser.error(str(error))
     if args.json:
-        also = {f"epsilon_{name}": value for name, value in others.items()}
-        _print_json(epsilon=bound.epsilon, delta=args.delta, accountant=bound.accountant, note=bound.note, **also)
+        also: dict[str, Any] = {f"epsilon_{name}": value for name, value in others.items()}
+        also |= {"accountant": bound.accountant, "note": bound.note, "risk": risk.to_dict()}
+        _print_json(epsilon=bound.epsilon, delta=args.delta, **also)
         return
     count, numbers = len(phases), [args.noise_multiplier, args.sampling_probability, args.steps]
     plan = ", then ".join(
@@ -57,6 +59,7 @@ def epsilon(words: Sequence[str]) -> None:
         missing = "not installed (dp-accounting)" if args.sampling == "poisson" else "only for Poisson sampling"
         label = _NAMES["pld" if name == "prv" and bound.accountant == "PLD" else name]
         print(f"  {label}  {missing if value is None else _up(value)}")
+    print(in_lines(risk))
 
 
 def calibrate(words: Sequence[str]) -> None:
@@ -146,6 +149,6 @@ def _up(epsilon: float) -> str:
     return text if float(text) >= epsilon else f"{epsilon + 5e-5:.4f}"
 
 
-def _print_json(**values: float | str | None) -> None:
+def _print_json(**values: Any) -> None:
     finite = {name: "inf" if value == math.inf else value for name, value in values.items()}
     print(json.dumps(finite, ensure_ascii=False))

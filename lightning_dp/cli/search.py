@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning_dp.accounting import EpsilonBound, Phase, epsilon_bound, search_epsilon
+from lightning_dp.accounting.risk import round_up
 from lightning_dp.accounting.search import RandomNumber
-from lightning_dp.accounting.statement import round_up
 from lightning_dp.plan.privacy_plan import check_delta
 from lightning_dp.record.run_record import records_in
 

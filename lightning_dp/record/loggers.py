@@ -80,12 +80,22 @@ def _tell(logger: Logger, statement: Statement, sentence: str, state: str, text:
             "state": state,
             "epsilon_spent": statement.epsilon,
             "steps_spent": statement.steps,
+            **_risk(statement),
         }
         _set_tags(logger, {f"dp/{name}": value for name, value in spent.items()})
         if over:
             logger.experiment.log_text(logger.run_id, text, "privacy.json")
     elif isinstance(logger, either(TensorBoardLogger)) and over:
-        logger.experiment.add_text("dp/statement", sentence, statement.steps)
+        text = "\n\n".join(filter(None, (sentence, statement.in_words)))
+        logger.experiment.add_text("dp/statement", text, statement.steps)
+
+
+def _risk(statement: Statement) -> dict[str, float | str]:
+    risk = statement.risk
+    if risk is None:
+        return {}
+    rates = {f"tpr_at_fpr_{rate}": value for rate, value in risk.tpr_at_fpr.items()}
+    return {"risk": statement.in_words, "mu": risk.mu, "advantage": risk.advantage, **rates}
 
 
 def _set_tags(logger: MLFlowLogger, tags: Mapping[str, Any]) -> None:

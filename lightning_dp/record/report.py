@@ -143,7 +143,7 @@ class Report:
 
     def upper_bound(self) -> Statement:
         """The statement if all steps were taken that the record allows."""
-        taken, statement = self.ledger.steps, self.statement()
+        taken, statement = self.ledger.steps, self.statement(risk=False)
         if self._allowed <= taken:
             return statement
         bound = self.ledger.epsilon(self._allowed)
@@ -198,10 +198,16 @@ class Report:
             found["dp/clip_norm"] = released.clipping.clip_norm
         return found if plan.simulation == 1 else {**found, "dp/simulation": float(plan.simulation)}
 
-    def statement(self) -> Statement:
-        """What has been spent so far."""
+    def statement(self, risk: bool = True) -> Statement:
+        """What has been spent so far.
+
+        Args:
+            risk: whether to work out what it means for one person, which is left for the end of a fit.
+        """
         of_noise = CAVEATS_OF_NOISE[self.ledger.plan.mechanism.noise.kind]
-        return Statement.of(self.ledger, randomness=self.randomness, caveats=(*of_noise, *CAVEATS, *self.notes))
+        return Statement.of(
+            self.ledger, randomness=self.randomness, caveats=(*of_noise, *CAVEATS, *self.notes), risk=risk
+        )
 
     def write(self, trainer: pl.Trainer, journal: Journal | None, state: str, broken: int = 0) -> None:
         """Write the record of a fit that is over, once, and give it to the loggers.

@@ -6,8 +6,9 @@ import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
-from lightning_dp.accounting.statement import round_up
+from lightning_dp.accounting.risk import percent, round_up
 from lightning_dp.callbacks.raw_validation import raw_name
 from lightning_dp.reporting.facts import Published
 from lightning_dp.reporting.figures import UNKNOWN
@@ -44,10 +45,17 @@ def page(runs: Sequence[Run], metric: str, pictures: Mapping[str, bytes], publis
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Report of {len(runs)} runs</title><style>{STYLE}</style>'
         f"<h1>Report of {len(runs)} runs</h1><table><tr><th>run</th>{metrics}<th>ε ≤</th><th>δ</th>"
-        f"<th>σ</th><th>q</th><th>steps</th></tr>{rows}</table>{images}{listed}"
+        f"<th>μ ≤</th><th>right ≤, if wrong 0.1 %</th><th>σ</th><th>q</th><th>steps</th></tr>{rows}</table>{images}{listed}"
         + (f"<h2>Caveats of the runs</h2><ul>{caveats}</ul>" if caveats else "")
         + "</html>\n"
     )
+
+
+def _risk(risk: Mapping[str, Any] | None) -> list[str]:
+    """μ, and TPR at a false positive rate of 0.1 %, of a statement that has them."""
+    if not risk:
+        return ["", ""]
+    return [round_up(float(risk["mu"])), percent(float(risk["tpr_at_fpr"]["0.001"]))]
 
 
 def _row(run: Run, metric: str, raw: str | None) -> str:
@@ -56,9 +64,9 @@ def _row(run: Run, metric: str, raw: str | None) -> str:
     if raw is not None:
         cells.append(f"{run.series[raw][-1][1]:.4f}" if raw in run.series else "")
     if run.statement is None:
-        cells += ["∞ (no privacy)" if math.isinf(run.epsilon) else UNKNOWN, "", "", "", ""]
+        cells += ["∞ (no privacy)" if math.isinf(run.epsilon) else UNKNOWN, "", "", "", "", "", ""]
     else:
         spent = run.statement
-        cells += [round_up(run.epsilon), f"{spent['delta']:g}"]
+        cells += [round_up(run.epsilon), f"{spent['delta']:g}", *_risk(spent.get("risk"))]
         cells += [f"{spent.get(key, ''):.4g}" for key in ("noise_multiplier", "sampling_probability", "steps")]
     return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_dp.accounting import Ledger, Statement, epsilon_bound
-from lightning_dp.accounting.statement import round_up
+from lightning_dp.accounting.risk import risk_of, round_up
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.version import __version__
 from tests.nearly import assert_nearly
@@ -38,6 +38,8 @@ FIELDS = [
     "steps",
     "randomness",
     "simulation",
+    "risk",
+    "unit",
     "version",
     "caveats",
 ]
@@ -100,6 +102,8 @@ def test_fields() -> None:
         "steps": 875,
         "randomness": "secret",
         "simulation": None,
+        "risk": risk_of(ledger.phases).to_dict(),
+        "unit": "example",
         "version": __version__,
         "caveats": ["one"],
     }

@@ -13,6 +13,7 @@ import yaml
 
 from lightning_dp.accounting import Phase, epsilon_bound
 from lightning_dp.accounting.phase import phase_of_numbers
+from lightning_dp.accounting.risk import risk_of
 from lightning_dp.cli.main import main
 from tests.conftest import PATIENCE
 from tests.nearly import assert_nearly
@@ -47,7 +48,9 @@ def test_all_accountants_side_by_side(capsys: pytest.CaptureFixture[str]) -> Non
     assert found["epsilon_pld_low"] <= found["epsilon_pld_high"] <= found["epsilon_prv"] <= found["epsilon_rdp"]
     assert_nearly(found["epsilon_prv"], found["epsilon"])
     lines = said(capsys, *words).splitlines()
-    assert [line.split(",")[0].strip() for line in lines[1:]] == ["PRV", "RDP", "PLD", "PLD"]
+    assert [line.split(",")[0].strip() for line in lines[1:5]] == ["PRV", "RDP", "PLD", "PLD"]
+    assert lines[-1].startswith("Whoever sees everything released and already suspects one example")
+    assert found["risk"]["mu"] == risk_of([Phase(3.0, 0.08192, 875)]).mu
 
 
 def test_a_plan_that_changes_on_the_way_is_composed_by_every_accountant(capsys: pytest.CaptureFixture[str]) -> None:
