@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_dp.errors import PreflightError
-from lightning_dp.lightning_internals import either
 from lightning_dp.plan.filtering import GradientFilter
+from lightning_dp.ranks.world import world_of
 
 
 def check_filter(rule: GradientFilter | None, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuse a filter where there is not one gradient of one set of whole weights in a step.
+    """Refuse a filter where a step has not one gradient, or cannot take it at two sets of weights.
 
     Raises:
         PreflightError: see the message.
@@ -23,8 +22,8 @@ def check_filter(rule: GradientFilter | None, trainer: pl.Trainer, module: pl.Li
             "gradient_filter='disk' with manual optimization: expected automatic optimization, where a step has one gradient, "
             "at the weights that the step before has left. Leave out gradient_filter, or optimize automatically."
         )
-    if isinstance(trainer.strategy, either(ModelParallelStrategy)):
+    if world_of(trainer.strategy).gather == "layer":
         raise PreflightError(
-            "gradient_filter='disk' with sharded parameters: expected whole ones. It keeps the weights of the step before, and "
-            "sharding of those is not done. Use strategy='ddp', or leave out gradient_filter."
+            "gradient_filter='disk' with gather='layer': expected gather='step'. Only the engine ghost brings single layers "
+            "together, and its layers see one set of weights in a step, while the filter takes gradients at two."
         )

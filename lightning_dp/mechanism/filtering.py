@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_dp.plan.filtering import GradientFilter
 
@@ -18,6 +19,8 @@ KEY = "lightning_dp_gradient_filter"
 @dataclass
 class FilterState:
     """Empty before the first step, and again where other parameters are trained than in the step before.
+
+    Of sharded parameters each rank keeps its part of both, and the state of a checkpoint has them whole.
 
     Attributes:
         weights: of the step before, by name.
@@ -32,10 +35,13 @@ class FilterState:
     rule: GradientFilter | None = None
 
     def moved(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From the weights of the step before to these, by name; nothing if they are not the same parameters."""
+        """From the weights of the step before to these, by name; nothing if they are not the same parameters.
+
+        A collective call where those are in shards: these are whole.
+        """
         if not _alike(self.weights, weights):
             return {}
-        return {name: now.detach() - self.weights[name].to(now.device) for name, now in weights.items()}
+        return {name: now.detach() - _whole(self.weights[name]).to(now.device) for name, now in weights.items()}
 
     def passed(
         self,
@@ -59,7 +65,7 @@ class FilterState:
         goes_on = _alike(self.weights, weights) and _alike(self.gradient, released)
         self.weights = {name: now.detach().clone() for name, now in weights.items()}
         if goes_on:
-            before = {name: self.gradient[name].to(new.device, new.dtype) for name, new in released.items()}
+            before = {name: _held_like(self.gradient[name], new) for name, new in released.items()}
             self.gradient = {name: torch.lerp(before[name], new, rule.gain) for name, new in released.items()}
             self.variance = (1 - rule.gain) ** 2 * self.variance + rule.gain**2 * noise_std**2
         else:
@@ -68,10 +74,10 @@ class FilterState:
         return {name: kept.clone() for name, kept in self.gradient.items()}, self.variance**0.5
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """For a checkpoint, whole. A collective call where parameters are in shards."""
         return {
-            "weights": dict(self.weights),
-            "gradient": dict(self.gradient),
+            "weights": {name: _whole(kept) for name, kept in self.weights.items()},
+            "gradient": {name: _whole(kept) for name, kept in self.gradient.items()},
             "variance": self.variance,
             "rule": None if self.rule is None else [self.rule.gain, self.rule.lookahead],
         }
@@ -110,3 +116,17 @@ class FilterState:
 def _alike(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
     """Whether these are tensors of the same names and shapes, in whatever order."""
     return before.keys() == now.keys() and all(before[name].shape == one.shape for name, one in now.items())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _held_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """As ``like`` is: of its type, on its device, and, if that is a shard, this rank's part."""
+    tensor = tensor.to(like.device, like.dtype)
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor):  # of a checkpoint
+        everywhere = [Replicate() for _ in like.placements]
+        tensor = DTensor.from_local(tensor, like.device_mesh, everywhere, run_check=False)
+        return tensor.redistribute(placements=like.placements)
+    return tensor

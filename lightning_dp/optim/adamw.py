@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+from typing_extensions import override
 
 from lightning_dp.optim.arguments import check_adam_arguments, check_floor
-from lightning_dp.optim.noise_std import NOISE_STD, take_noise_std
+from lightning_dp.optim.base import ByParameter
+from lightning_dp.optim.noise_std import NOISE_STD
 
 DEFAULT_FLOOR = 0.1
 """Three standard deviations of a second moment that is all noise, at β₂ = 0.999: √(2·(1−β₂)/(1+β₂)) = 0.03."""
 
 
-class DPAdamW(Optimizer):
+class DPAdamW(ByParameter):
     r"""AdamW whose second moment is that of the gradient, not that of the gradient and the noise.
 
     The gradient of a private step is g + n with n ~ N(0, s²) on every coordinate, s = σC/B. So E[(g+n)²] = E[g²] + s², and
@@ -82,25 +82,17 @@ class DPAdamW(Optimizer):
         }
         super().__init__(params, defaults)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step. The closure comes first: it may bring the gradient, and what is said of its noise."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            noise_std = take_noise_std(group)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    adamw_step(parameter, parameter.grad, self.state[parameter], group, noise_std)
-        return loss
+    @override
+    def update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        noise_std: float,
+        place: int,
+    ) -> None:
+        adamw_step(parameter, gradient, state, group, noise_std)
 
 
 def adamw_step(

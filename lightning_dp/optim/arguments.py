@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch.distributed.tensor import DTensor
-
-from lightning_dp.errors import PreflightError
 from lightning_dp.validate import number, shown
 
 
@@ -38,12 +32,3 @@ def check_floor(floor: float) -> None:
     """Raise ``ValueError`` unless ``floor`` is a finite number above 0."""
     if not 0 < number("floor", floor) < float("inf"):
         raise ValueError(f"floor={floor}: expected a number above 0, in units of the noise's variance, such as 0.1.")
-
-
-def check_whole(optimizer: str, group: Mapping[str, Any]) -> None:
-    """Raise ``PreflightError`` if a rank holds only its part of a parameter, for an optimizer that has to see all of it."""
-    if any(isinstance(one, DTensor) for one in group["params"]):
-        raise PreflightError(
-            f"{optimizer} with sharded parameters: expected whole ones, of which it takes the largest coordinates or the "
-            "singular values. Use strategy='ddp' or a single device; lightning_dp.optim.DPAdamW takes shards."
-        )

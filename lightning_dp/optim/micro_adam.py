@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import chain
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_dp.optim.arguments import check_adam_arguments, check_whole
+from lightning_dp.optim.arguments import check_adam_arguments
+from lightning_dp.optim.base import ByParameter
+from lightning_dp.optim.shards import all_of, held_like
 from lightning_dp.validate import number, whole
 
 
-class DPMicroAdam(Optimizer):
+class DPMicroAdam(ByParameter):
     r"""MicroAdam on private gradients: Adam of the last few sparse gradients, and an error that carries what they left out.
 
     For each parameter of P coordinates, with the noisy gradient g and k = ⌈density·P⌉,
@@ -34,7 +34,9 @@ class DPMicroAdam(Optimizer):
     out: it needs not be told how large it is. Without noise this is MicroAdam.
 
     The error is kept in the type of the parameter, as in the authors' code; MicroAdam's 4-bit quantisation is left out.
-    Memory: P numbers for the error, and 2·window·k for the sparse gradients.
+    Memory: P numbers for the error, and 2·window·k for the sparse gradients. Of a sharded parameter each rank keeps its part of
+    the error and all the sparse gradients, and one parameter at a time is whole on every rank while it is stepped on, since
+    the largest coordinates are those of all of it.
 
     Guarantee:
         ε is unchanged: everything follows from released gradients (post-processing).
@@ -50,7 +52,6 @@ class DPMicroAdam(Optimizer):
 
     Raises:
         ValueError: a number is out of range.
-        PreflightError: a parameter is sharded: the largest coordinates are those of all of it.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(4))
@@ -88,11 +89,6 @@ class DPMicroAdam(Optimizer):
         super().__init__(params, defaults)
 
     @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        check_whole(type(self).__name__, self.param_groups[-1])
-
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -102,24 +98,17 @@ class DPMicroAdam(Optimizer):
                 places: Tensor = state_dict["state"][place]["places"]
                 self.state[parameter]["places"] = places.to(parameter.device, copy=True)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step. The closure comes first: it may bring the gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    _step(parameter, parameter.grad, self.state[parameter], group)
-        return loss
+    @override
+    def update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        noise_std: float,
+        place: int,
+    ) -> None:
+        _step(parameter, gradient, state, group)
 
 
 def _step(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -133,12 +122,12 @@ def _step(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dic
         state["values"] = torch.zeros(window, kept, dtype=weight.dtype, device=weight.device)
     state["step"] += 1
     step, (beta1, beta2) = int(state["step"]), group["betas"]
-    total = (gradient + state["error"]).flatten()
+    total = all_of(gradient + state["error"]).flatten()
     newest = (step - 1) % window
     places = torch.topk(total.abs(), kept).indices
     state["places"][newest], state["values"][newest] = places, total[places]
     total[places] = 0.0
-    state["error"].copy_(total.view_as(weight))
+    state["error"].copy_(held_like(total.view(weight.shape), weight))
     mean, square = torch.zeros_like(total), torch.zeros_like(total)
     for slot in range(min(step, window)):
         age, values = (newest - slot) % window, state["values"][slot]
@@ -147,4 +136,5 @@ def _step(parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dic
     mean.mul_((1 - beta1) / (1 - beta1**step))
     square.mul_((1 - beta2) / (1 - beta2**step))
     weight.mul_(1 - group["lr"] * group["weight_decay"])
-    weight.add_((mean / square.sqrt().add_(group["eps"])).view_as(weight), alpha=-group["lr"])
+    direction = (mean / square.sqrt().add_(group["eps"])).view(weight.shape)
+    weight.add_(held_like(direction, weight), alpha=-group["lr"])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_dp.optim.adamw import DEFAULT_FLOOR, adamw_step
-from lightning_dp.optim.arguments import check_adam_arguments, check_floor, check_whole, decay
-from lightning_dp.optim.noise_std import NOISE_STD, take_noise_std
+from lightning_dp.optim.arguments import check_adam_arguments, check_floor, decay
+from lightning_dp.optim.base import ByParameter
+from lightning_dp.optim.noise_std import NOISE_STD
+from lightning_dp.optim.shards import all_of, held_like
 from lightning_dp.validate import shown, truth, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -26,7 +27,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 """What the rate of a matrix is multiplied by, under torch's names."""
 
 
-class DPMuon(Optimizer):
+class DPMuon(ByParameter):
     r"""Muon for matrices and :class:`~lightning_dp.optim.DPAdamW` for the rest, both told how large the noise is.
 
     Muon steps along F(X), the momentum X with its singular values brought to 1 by Newton-Schulz. Momentum is linear, and the
@@ -51,7 +52,8 @@ class DPMuon(Optimizer):
 
     The probes Z follow from the step and the parameter's place alone: ranks agree, and a resumed run goes on as if it
     had never stopped.
-    Cost: 1 + 2·probes iterations of Newton-Schulz a step.
+    Cost: 1 + 2·probes iterations of Newton-Schulz a step. Of a sharded matrix each rank keeps its part of the momentum; one
+    matrix at a time is whole, on all ranks, which all do the same with it and move their own rows.
 
     Guarantee:
         ε is unchanged: s is public, and everything else follows from released gradients (post-processing).
@@ -73,7 +75,6 @@ class DPMuon(Optimizer):
 
     Raises:
         ValueError: a number is out of range, or a parameter is complex.
-        PreflightError: a parameter is sharded.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2))
@@ -130,36 +131,23 @@ class DPMuon(Optimizer):
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        check_whole(type(self).__name__, self.param_groups[-1])
         if any(one.is_complex() for one in self.param_groups[-1]["params"]):
             raise ValueError("DPMuon with complex parameters: expected real ones. Use lightning_dp.optim.DPAdamW.")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step. The closure comes first: it may bring the gradient, and what is said of its noise."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        place = 0
-        for group in self.param_groups:
-            noise_std = take_noise_std(group)
-            for parameter in group["params"]:
-                place += 1
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if parameter.ndim >= 2 and group["orthogonalize"]:
-                    _muon_step(parameter, parameter.grad, state, group, noise_std, place)
-                else:
-                    adamw_step(parameter, parameter.grad, state, group, noise_std)
-        return loss
+    @override
+    def update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        state: dict[str, Any],
+        group: dict[str, Any],
+        noise_std: float,
+        place: int,
+    ) -> None:
+        if parameter.ndim >= 2 and group["orthogonalize"]:
+            _muon_step(parameter, gradient, state, group, noise_std, place)
+        else:
+            adamw_step(parameter, gradient, state, group, noise_std)
 
 
 def _muon_step(
@@ -179,7 +167,7 @@ def _muon_step(
     if group["nesterov"]:
         direction = gradient.lerp(buffer, momentum)
         variance = ((1 + momentum) * fresh) ** 2 + momentum**4 * before
-    flat = direction.flatten(1)
+    flat = all_of(direction).flatten(1)
     found = orthogonal(flat, group["ns_steps"])
     if variance and group["probes"]:
         generator = torch.Generator(flat.device).manual_seed((int(state["step"]) << 24) + place)
@@ -188,7 +176,10 @@ def _muon_step(
         found = unsmoothed(found, flat, math.sqrt(variance), probes, group["ns_steps"])
     rows, columns = flat.shape
     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-    parameter.add_(found.view_as(parameter), alpha=-group["lr"] * SCALES[group["adjust_lr_fn"]](rows, columns))
+    parameter.add_(
+        held_like(found.view(parameter.shape), parameter),
+        alpha=-group["lr"] * SCALES[group["adjust_lr_fn"]](rows, columns),
+    )
 
 
 def unsmoothed(

@@ -18,14 +18,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from lightning_dp import DifferentialPrivacy, ExponentialMovingAverage
-from lightning_dp.optim import DPAdamW, DPMuon
+from lightning_dp.optim import DPAdamW
 from tests.conftest import Regressor, loader, trainer
 from tests.guarantees import mutations
 from tests.guarantees import mutations_sharded as sharded_mutations
-from tests.ranks import layerwise
+from tests.ranks import layerwise, sharded_optimizers
 from tests.ranks.warm import train_once
 
 RANKS = 2
+STATES = ("momentum_buffer", "exp_avg", "error")
 TORCHRUN = {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
 ENGINES = ("ghost", "vmap", "loop")
 BUGS = {
@@ -65,7 +66,7 @@ class Sharded(Regressor):
 
 
 class Adaptive(Sharded):
-    """With an optimizer that knows the noise; or with one that would need whole matrices."""
+    """With an optimizer that knows the noise, or another."""
 
     def __init__(self, kind: Any = DPAdamW) -> None:
         super().__init__()
@@ -162,7 +163,9 @@ def fit(
     def remember() -> None:
         optimizer = module.trainer.optimizers[0]
         kept["kept"] = sum(local(p).numel() for p in module.parameters())
-        kept["state"] = sum(local(s.get("momentum_buffer", s.get("exp_avg"))).numel() for s in optimizer.state.values())
+        kept["state"] = sum(
+            local(next(s[name] for name in STATES if name in s)).numel() for s in optimizer.state.values()
+        )
         kept["after"] = whole_weights(module)
         kept["carried"] = dp.state_dict()["mechanism"]
         kept["steps"], kept["epsilon"] = dp.ledger.steps, dp.statement().epsilon
@@ -219,6 +222,7 @@ def run(folder: Path, ranks: int) -> None:
         half.save_checkpoint(folder / "adamw.ckpt")
         fit("adamw_resumed", folder, ranks, private(), module=Adaptive(), ckpt=folder / "adamw.ckpt")
     layerwise.run(fit, private, Mute, folder, ranks)
+    sharded_optimizers.run(fit, private, Adaptive, folder, ranks)
     if ranks == RANKS:
         for name in BUGS:
             with BUGS[name]():
@@ -234,8 +238,7 @@ def run(folder: Path, ranks: int) -> None:
 
 def refusals(folder: Path) -> None:
     refusal("tensor_parallel", folder, Sharded(), strategy=ModelParallelStrategy())
-    refusal("filter", folder, Sharded(), dp={"gradient_filter": "disk"})
-    refusal("muon", folder, Adaptive(DPMuon))
+    refusal("filter", folder, Sharded(), dp={"gradient_filter": "disk"}, strategy="private_fsdp_by_layer")
     refusal("not_sharded", folder, HalfSharded())
     refusal("mp_policy", folder, Sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))
     refusal("placement", folder, Sharded(shard_placement_fn=lambda p: Shard(1) if p.shape == (7, 4) else Shard(0)))
@@ -244,6 +247,10 @@ def refusals(folder: Path) -> None:
     refusal("clip", folder, Sharded(), gradient_clip_val=1.0)
     for name, case in layerwise.refused().items():
         refusal(name, folder, **case)
+
+
+def in_shards() -> dict[str, Any]:
+    return {"devices": 1, "strategy": ModelParallelStrategy(1, 1)}
 
 
 def rank(number: int, folder: Path, port: int) -> None:
@@ -273,5 +280,8 @@ if __name__ == "__main__":
         sys.exit(1)
     fit("full_resumed_alone", to, 1, private(), ckpt=to / "full-2.ckpt")
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", **TORCHRUN, MASTER_PORT=str(port))
-    one = {"devices": 1, "strategy": ModelParallelStrategy(1, 1)}
-    fit("shards_resumed_alone", to, 1, private(), ckpt=to / "shards-2.ckpt", **one)
+    fit("shards_resumed_alone", to, 1, private(), ckpt=to / "shards-2.ckpt", **in_shards())
+    fit(
+        "disk_resumed_alone", to, 1, private(gradient_filter="disk"),
+        module=Adaptive(sharded_optimizers.sgd), ckpt=to / "disk.ckpt", **in_shards(),
+    )  # fmt: skip
