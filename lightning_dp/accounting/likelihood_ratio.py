@@ -21,6 +21,8 @@ from scipy.special import ndtr, ndtri
 from lightning_dp.accounting.rdp import FloatArray
 
 _MOST_CELLS, _POINTS = 2**20, 1000
+_ROWS = 50
+_FEWEST_BITS, _MOST_BITS, _CELLS_IN_WIDTH = 7, 19, 64.0
 _LITTLE_NOISE = 0.5
 _CELLS_IN_DEVIATION = 50.0
 """How many cells of the grid a standard deviation has: spreading adds at most 1/4·50² of the variance."""
@@ -145,7 +147,8 @@ def _reach(x: FloatArray, q: FloatArray, p: FloatArray, steps: int, tail: float)
         if grown > 0.0 and biased > 0.0:
             log_moment = (steps - 1) * (math.log(grown) + shift) + math.log(biased) + shift
             high = min(high, (log_moment - math.log(tail)) / tilt)
-        down = steps * (math.log(float(np.sum(q * np.exp(-tilt * x)))) + tilt)
+        least = float(x[np.argmax(q > 0.0)])
+        down = steps * (math.log(float(np.sum(q * np.exp(-tilt * np.maximum(x - least, 0.0))))) + tilt * (1.0 - least))
         low = min(low, (down - math.log(tail)) / tilt)
     return max(high, 0.0), max(low, 0.0)
 
@@ -166,17 +169,56 @@ def _by_halves(sigma: float, steps: int, tail: float) -> RatioLaw:
 def _mean(a: RatioLaw, of_a: int, b: RatioLaw, of_b: int, tail: float) -> RatioLaw:
     """The law of the mean of ``of_a + of_b`` independent ratios, given those of the means of two parts."""
     share = of_a / (of_a + of_b)
-    values = [np.concatenate([[0.0], law.ratio]) for law in (a, b)]
-    masses = [np.concatenate([[law.zero], law.without_it]) for law in (a, b)]
-    mean = np.add.outer(share * values[0], (1.0 - share) * values[1]).ravel()
-    mass = np.multiply.outer(*masses).ravel()
-    edges = _finest_where_it_is(mean[1:], mass[1:], tail)
+    mean, mass, zero = _means(a, b, share)
+    edges = _finest_where_it_is(mean, mass, tail)
     place = np.clip(np.searchsorted(edges, mean, side="right") - 1, 0, len(edges) - 2)
     below, above = edges[place], edges[place + 1]
     up = np.clip((mean - below) / (above - below), 0.0, 1.0)
     on = binned(place, mass * (1.0 - up), len(edges)) + binned(place + 1, mass * up, len(edges))
     infinite = share * a.infinite + (1.0 - share) * b.infinite + float(np.sum(mass * np.maximum(mean - edges[-1], 0.0)))
-    return RatioLaw(edges[1:], on[1:] * edges[1:], on[1:], infinite, float(on[0]))
+    return RatioLaw(edges[1:], on[1:] * edges[1:], on[1:], infinite, zero + float(on[0]))
+
+
+def _means(a: RatioLaw, b: RatioLaw, share: float) -> tuple[FloatArray, FloatArray, float]:
+    """The mean of a ratio of each law, ``share`` of the first: spread on points above 0, and what is at 0.
+
+    The points are the floating-point numbers of a few leading bits. So the place of a number among them is its leading bits,
+    and how far it is on the way to the next point, which is what goes there to keep the mean, its other bits: both exactly,
+    and quickly, for the million of pairs.
+    """
+    rows, columns = (np.concatenate([[0.0], law.ratio]) for law in (a, b))
+    of_rows, of_columns = (np.concatenate([[law.zero], law.without_it]) for law in (a, b))
+    rows, columns = share * rows, (1.0 - share) * columns
+    lowest, highest = min(rows[1], columns[1]), rows[-1] + columns[-1]
+    width = math.sqrt(min((share**2 * _variance(a) + (1.0 - share) ** 2 * _variance(b)), 1.0))
+    room = _MOST_BITS - math.log2(math.log2(highest / lowest) + 2.0)
+    bits = max(_FEWEST_BITS, min(math.ceil(math.log2(_CELLS_IN_WIDTH / max(width, 1e-9))), int(room)))
+    shift = 52 - bits
+    first, last = (int(np.float64(end).view(np.int64)) >> shift for end in (lowest, highest))
+    on, up = np.zeros((2, last - first + 3))
+    for start in range(0, len(rows), _ROWS):  # so few rows at a time that they stay in the cache
+        from_column = start if a is b else 0
+        mass = np.multiply.outer(of_rows[start : start + _ROWS], of_columns[from_column:])
+        if a is b:
+            mass[:, _ROWS:] *= 2.0  # the pairs the other way round
+        mass = mass.ravel()
+        mean = np.add.outer(rows[start : start + _ROWS], columns[from_column:]).ravel()
+        if start == 0:
+            mean[0], mass[0] = lowest, 0.0  # both are 0
+        number = mean.view(np.int64)
+        place = (number >> shift) - first
+        on += binned(place, mass, len(on))
+        up += binned(place, mass * (number & ((1 << shift) - 1)), len(on))
+    up *= 2.0**-shift
+    on -= up
+    on[1:] += up[:-1]
+    points = ((first + np.arange(len(on), dtype=np.int64)) << shift).view(np.float64)
+    return points, np.maximum(on, 0.0), float(of_rows[0] * of_columns[0])
+
+
+def _variance(law: RatioLaw) -> float:
+    """Of a ratio under Q, whose mean is 1 but for what was cut off."""
+    return law.zero + float(np.sum(law.without_it * (law.ratio - 1.0) ** 2))
 
 
 def binned(place: npt.NDArray[np.int64], mass: FloatArray, size: int) -> FloatArray:

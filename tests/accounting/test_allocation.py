@@ -10,7 +10,7 @@ import pytest
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
 from lightning_dp.accounting.calibrate import noise_for
 from lightning_dp.accounting.epsilon import few, gaussian_epsilon, pool
-from lightning_dp.accounting.likelihood_ratio import RatioLaw, _by_halves, _by_power, allocation_law
+from lightning_dp.accounting.likelihood_ratio import RatioLaw, _by_halves, _by_power, _means, allocation_law
 from lightning_dp.accounting.phase import phase_of, phase_of_numbers
 from lightning_dp.accounting.pld import pld_bound, pld_delta
 from lightning_dp.accounting.rdp import FloatArray, rdp_epsilon
@@ -74,6 +74,35 @@ def test_two_ways_to_the_same_law() -> None:
         for epsilon in (0.0, 0.2, 0.7):
             for a, b in zip(hockey_sticks(fast, epsilon), hockey_sticks(slow, epsilon), strict=True):
                 assert a == pytest.approx(b, rel=5e-3, abs=1e-8)
+
+
+def test_means_are_spread_with_their_mean_and_mass_kept() -> None:
+    """On points of few bits, of equal laws (each pair once) and of two: against all pairs one by one."""
+    a, b = (allocation_law(sigma, steps, 1e-9) for sigma, steps in ((0.4, 2), (0.3, 3)))
+    for one, other, share in ((a, a, 0.5), (a, b, 0.4), (a, RatioLaw(*vars(a).values()), 0.5)):
+        points, mass, zero = _means(one, other, share)
+        pairs = (
+            np.add.outer(share * one.ratio, (1 - share) * other.ratio),
+            np.multiply.outer(one.without_it, other.without_it),
+        )
+        alone = share * one.ratio, one.without_it * other.zero, (1 - share) * other.ratio, other.without_it * one.zero
+        for power in (0, 1):
+            exact = float(np.sum(pairs[1] * pairs[0] ** power))
+            exact += float(np.sum(alone[1] * alone[0] ** power) + np.sum(alone[3] * alone[2] ** power))
+            assert float(np.sum(mass * points**power)) == pytest.approx(exact, rel=1e-11)
+        assert zero == one.zero * other.zero
+        for strike in (0.1, 1.0, 30.0):  # spread: no convex function expects less, and hardly more
+            exact = float(np.sum(pairs[1] * np.maximum(pairs[0] - strike, 0.0)))
+            exact += float(np.sum(alone[1] * np.maximum(alone[0] - strike, 0.0)))
+            exact += float(np.sum(alone[3] * np.maximum(alone[2] - strike, 0.0)))
+            found = float(np.sum(mass * np.maximum(points - strike, 0.0)))
+            assert exact * (1 - 1e-12) <= found <= exact * (1 + 1e-3)
+
+
+@pytest.mark.parametrize(("sigma", "block"), [(100.0, 3), (2000.0, 2), (0.3, 10**6)])
+def test_much_noise_on_few_steps_and_long_blocks_have_a_law(sigma: float, block: int) -> None:
+    bound = epsilon_bound([Phase(sigma, 1 / block, 5, "allocation")], 1e-5)
+    assert 0.0 <= bound.epsilon < gaussian_epsilon([Phase(sigma, 1.0, 5)], 1e-5) + 1e-9
 
 
 @pytest.mark.parametrize("law", ["poisson", "allocation"])

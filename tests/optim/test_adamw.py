@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lightning_dp.optim.adamw as adamw_module
+import lightning_dp.optim.base as base_module
 from lightning_dp.optim import DPAdamW
 from lightning_dp.optim.noise_std import tell_noise_std
 from tests.guarantees.mutations import caught, patched
@@ -101,8 +101,8 @@ def test_the_second_moment_is_that_of_the_gradient_without_the_noise() -> None:
 @contextmanager
 def taken_off(times: float) -> Iterator[None]:
     """Bug: something else than the variance is taken off."""
-    original = adamw_module.take_noise_std
-    with patched((adamw_module, "take_noise_std", lambda group: original(group) * times)):
+    original = base_module.take_noise_std
+    with patched((base_module, "take_noise_std", lambda group: original(group) * times)):
         yield
 
 
