@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dp.batches.microbatch import padded
-from lightning_dp.engines.protocol import Engine, LossFunction
+from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.mechanism.adaptive import nothing_beside
 from lightning_dp.mechanism.clip import accumulation_dtype
+from lightning_dp.mechanism.put_off import Answer, put_off
 from lightning_dp.mechanism.randomness import RandomKey
 from lightning_dp.mechanism.release import release
 from lightning_dp.plan.clipping import Clipping, as_clipping
@@ -42,8 +44,16 @@ class Accumulated:
 
     @property
     def not_finite(self) -> int:
-        """How many of them had a gradient that was not finite and contributed zero (private)."""
-        return sum(int((~torch.isfinite(norms)).sum()) for norms in self.norms)
+        """How many of them had a gradient that was not finite and contributed zero (private). The host waits for it."""
+        return int((~torch.isfinite(torch.cat(self.norms))).sum()) if self.norms else 0
+
+    def add(self, clipped: ClippedSum) -> None:
+        """Add a micro-batch."""
+        totals, found = [self.gradient[name] for name in clipped.gradient], list(clipped.gradient.values())
+        torch._foreach_add_(totals, found)
+        self.losses.append(clipped.losses)
+        self.norms.append(clipped.norms)
+        self.outputs.append(clipped.outputs)
 
 
 def accumulate(
@@ -76,17 +86,43 @@ def accumulate(
         }
     )
     total.gradient |= nothing_beside(parameters, as_clipping(clipping), engine.sum_dtype)
+    before: _Queued | None = None
     for batch, examples in micro_batches:
         rows, counted = examples, None
         if pad_to is not None:
             batch, rows, counted = padded(batch, examples, pad_to), pad_to, examples
-        clipped = engine.clipped_sum(loss_function, parameters, batch, rows, clipping, counted=counted)
-        for name, gradient in clipped.gradient.items():
-            total.gradient[name] += gradient
-        total.losses.append(clipped.losses)
-        total.norms.append(clipped.norms)
-        total.outputs.append(clipped.outputs)
+        sum_of = partial(engine.clipped_sum, loss_function, parameters, batch, rows, clipping, counted=counted)
+        with put_off() as flags:
+            queued = _Queued(sum_of(), sum_of, Answer(flags) if flags else None)
+        if before is not None:
+            total.add(before.settled())
+            before = None
+        if queued.answer is None:
+            total.add(queued.found)
+        else:
+            before = queued
+    if before is not None:
+        total.add(before.settled())
     return total
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A micro-batch whose answers are looked at once the next one is queued, so that a device never waits for the host.
+
+    Attributes:
+        found: its sum, if every answer is no.
+        sum_of: computes it.
+        answer: whether one is yes; ``None`` where nothing was put off.
+    """
+
+    found: ClippedSum
+    sum_of: Callable[[], ClippedSum]
+    answer: Answer | None
+
+    def settled(self) -> ClippedSum:
+        """Its sum: computed once more, with every question asked at once, if an answer is yes."""
+        return self.found if self.answer is None or not self.answer else self.sum_of()
 
 
 def private_gradient(

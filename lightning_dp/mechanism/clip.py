@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from lightning_dp.mechanism.adaptive import summed_beside
 from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.mechanism.put_off import is_so
 from lightning_dp.plan.clipping import Clipping, as_clipping
 
 NORM_BLOCK = 128
 """How many squares are added up one after the other before rounding errors are stopped from growing."""
 
 
+@cache
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which norms and sums are kept: float32, or float64 for float64 parameters."""
     return torch.promote_types(dtype, torch.float32)
@@ -65,9 +68,8 @@ def clip_factors(norms: Tensor, clipping: Clipping | float) -> Tensor:
         factors = clipping.clip_norm / (norms + clipping.gamma)
     else:
         factors = (clipping.budget(len(norms) if norms.ndim > 1 else 1) / norms).clamp(max=1.0)
-    finite = torch.isfinite(norms)
-    finite = finite.all(0) if norms.ndim > 1 else finite
-    return torch.where(finite, factors, torch.zeros_like(factors))
+    broken = ~(norms < torch.inf)
+    return factors.masked_fill_(broken.any(0) if norms.ndim > 1 else broken, 0.0)
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ class Factors:
             [torch.linalg.vector_norm(torch.stack(own), dim=0) if own else blank for own in together.values()]
         )
         total = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(parts, dim=0)
-        broken = ~torch.isfinite(total)
-        factors = clip_factors(parts, clipping).masked_fill(broken, 0.0)
+        broken = ~(total < torch.inf)
+        factors = clip_factors(parts, clipping).masked_fill_(broken, 0.0)
         if counted is not None:
             factors[:, counted:] = 0.0
         of_layer = dict(zip(together, factors, strict=True))
@@ -145,7 +147,7 @@ def clip_and_sum(
     rows = {name: _rows(gradient) for name, gradient in gradients.items()}
     factors = Factors.of({name: row_norms(r) for name, r in rows.items()}, gradients, clipping, counted)
     norms, apart = factors.norms, None
-    if bool(factors.broken.any()):
+    if is_so(factors.broken.any()):
         chosen = factors.broken.nonzero().flatten()
         chosen = chosen if counted is None else chosen[chosen < counted]
         apart, found = clip_scaled({name: gradient[chosen] for name, gradient in gradients.items()}, clipping)
@@ -228,15 +230,27 @@ def row_norms(rows: Tensor) -> Tensor:
     Adding up the squares of a long row one after the other in float32 loses 10⁻³ of the norm at 10⁷ coordinates
     (Higham 1993, "The accuracy of floating point summation"), and the clip norm would not hold by as much.
     """
-    dtype = accumulation_dtype(rows.dtype)
-    while (length := rows.shape[1]) > NORM_BLOCK:
-        block = next((n for n in range(NORM_BLOCK, NORM_BLOCK // 2, -1) if length % n == 0), NORM_BLOCK)
-        whole = length // block * block
-        blocks = torch.linalg.vector_norm(rows[:, :whole].view(len(rows), -1, block), dim=2, dtype=dtype)
-        if whole == length:
-            rows = blocks
-        else:
-            rest = torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True, dtype=dtype)
-            rows = torch.cat([blocks, rest], dim=1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+    return row_norms_together([rows])
+
+
+def row_norms_together(parts: Sequence[Tensor]) -> Tensor:
+    """:func:`row_norms` of rows that are given in parts, ``(B, P_i)`` each, which are then not put side by side."""
+    while len(parts) > 1 or parts[0].shape[1] > NORM_BLOCK:
+        blocks = [found for part in parts for found in _norms_of_blocks(part)]
+        parts = blocks if len(blocks) == 1 else [torch.cat(blocks, dim=1)]
+    wide = accumulation_dtype(parts[0].dtype)
+    norms: Tensor = torch.linalg.vector_norm(parts[0], dim=1, dtype=wide)
     return norms
+
+
+def _norms_of_blocks(rows: Tensor) -> list[Tensor]:
+    """Norms of blocks of each row, and of what is left of it; short rows as they are, in the accumulation type."""
+    dtype, length = accumulation_dtype(rows.dtype), rows.shape[1]
+    if length <= NORM_BLOCK:
+        return [rows.to(dtype)]
+    block = next((n for n in range(NORM_BLOCK, NORM_BLOCK // 2, -1) if length % n == 0), NORM_BLOCK)
+    whole = length // block * block
+    blocks = torch.linalg.vector_norm(rows[:, :whole].view(len(rows), -1, block), dim=2, dtype=dtype)
+    if whole == length:
+        return [blocks]
+    return [blocks, torch.linalg.vector_norm(rows[:, whole:], dim=1, keepdim=True, dtype=dtype)]

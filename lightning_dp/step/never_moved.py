@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -36,7 +37,9 @@ class NeverMoved:
         self._steps += 1
         parameters = gradient.keys() - {INDICATOR}
         still = parameters if self._names is None else self._names & parameters
-        self._names = {name for name in still if not bool(gradient[name].any())}
+        asked = sorted(still)
+        moved = torch.stack([gradient[name].any() for name in asked]).tolist() if asked else []  # one wait for all
+        self._names = {name for name, has_moved in zip(asked, moved, strict=True) if not has_moved}
         if self._steps == STEPS and self._names:
             names = sorted(self._names)
             rank_zero_warn(

@@ -65,9 +65,9 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         mantissa, exponent = torch.frexp(x)
         return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
-    def bmm(one: Tensor, other: Tensor) -> Tensor:
+    def bmm(one: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
         low = one.dtype == torch.float32 and MATMUL[0].fp32_precision != "ieee"
-        return product(rounded(one), rounded(other)) if low else product(one, other)
+        return product(rounded(one), rounded(other), out=out) if low else product(one, other, out=out)
 
     monkeypatch.setattr(torch, "bmm", bmm)
 

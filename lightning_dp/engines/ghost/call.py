@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from lightning_dp.engines.ghost.below import below_vmap, examples_first
 from lightning_dp.engines.ghost.bringing import brought_again
 from lightning_dp.engines.ghost.buffers import Buffers
-from lightning_dp.engines.ghost.contribution import Contribution, Written
+from lightning_dp.engines.ghost.contribution import Contribution
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,15 @@ class Pass:
         witness: any tensor that vmap maps over, so that a call knows that it happens once per example even if no
             example's data enters it (position embeddings).
         buffers: memory for what is written out.
+        copies: per example, of weights and biases, with where the backward pass's gradients of them go.
+        context: that in which the pass runs. Hooks of a backward pass on an accelerator run in a thread of autograd's own.
     """
 
     anchor: Tensor
     buffers: Buffers
     witness: Tensor | None = None
+    copies: list[tuple[Tensor, Deliver]] = field(default_factory=list)
+    context: Context = field(default_factory=copy_context)
 
     def call(self, operation: Operation, x: Tensor, weight: Operand | None, bias: Operand | None) -> Tensor:
         """The operation's output for ``x``, and its contributions when the backward pass comes by."""
@@ -181,14 +186,14 @@ def _computed(operation: Operation, x: Tensor, weight: Operand | None, bias: Ope
         output = output.clone()  # a hook on a view would be lost if somebody overwrote the output in place
     inputs = x.detach()
 
-    def receive(g: Tensor) -> None:
+    def contribute(g: Tensor) -> None:
         with torch.no_grad():
             if weight is not None and weight.deliver is not None:
                 weight.deliver(operation.of_weight(inputs, g, weight.value, saved, of.buffers))
             if bias is not None and bias.deliver is not None:
                 bias.deliver(operation.of_bias(inputs, g))
 
-    output.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    output.register_hook(lambda g: of.context.run(contribute, g))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return output.reshape(shape)
 
 
@@ -200,11 +205,6 @@ def _given(operand: Operand, value: Tensor, operation: Operation, examples: int,
     copies = value.expand(examples, *value.shape)
     if deliver is None:
         return copies
-    copies = copies + of.anchor
-
-    def receive(g: Tensor) -> None:
-        with torch.no_grad():
-            deliver(Written(g))
-
-    copies.register_hook(receive)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    copies = copies.detach().requires_grad_()
+    of.copies.append((copies, deliver))
     return copies

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.engines.ghost.lost import Lost, of_grams
-from lightning_dp.mechanism.clip import accumulation_dtype, per_example_norms
+from lightning_dp.mechanism.clip import accumulation_dtype, row_norms
 
 ROUNDING = 8.0
 """Units in the last place by which a norm from Gram matrices is rounded up, see :func:`gram_norms`."""
@@ -62,13 +62,18 @@ class Written:
     def __init__(self, gradients: Tensor) -> None:
         self._gradients = gradients
 
+    @property
+    def flat(self) -> Tensor:
+        """One row for each example, ``(B, P)``."""
+        return self._gradients.unsqueeze(-1).flatten(1)
+
     def norms(self) -> Norms:
         """See :class:`Contribution`."""
-        return Norms(per_example_norms({"": self._gradients}))
+        return Norms(row_norms(self.flat))
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """See :class:`Contribution`."""
-        flat = self._gradients.unsqueeze(-1).flatten(1).to(accumulation_dtype(self._gradients.dtype))
+        flat = self.flat.to(accumulation_dtype(self._gradients.dtype))
         total: Tensor = (factors.to(flat.dtype) @ flat).view(self._gradients.shape[1:])
         return total
 
@@ -107,13 +112,37 @@ class Channels:
         return Channels(blank(self.squares, broken), blank(self.errors, broken), components, self.lost)
 
 
+@dataclass(frozen=True)
+class Grams:
+    """Norms by the Gram matrices of both factors, see :func:`gram_norms`.
+
+    Attributes:
+        positions: (a, g) → T.
+        write: writes both, ``(B, T, T)`` in the accumulation type, for (a, g, memory of the first, memory of the second).
+        of_inputs: how many products make a number of the first; 0 if its numbers are exact.
+        of_gradients: how many make one of the second.
+    """
+
+    positions: Callable[[Tensor, Tensor], int]
+    write: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    of_inputs: int
+    of_gradients: int
+
+    def norms(self, a: Tensor, g: Tensor) -> Norms:
+        """The norms of one contribution."""
+        count = self.positions(a, g)
+        space = g.new_empty(2, 1, len(g), count, count, dtype=accumulation_dtype(g.dtype))
+        self.write(a, g, space[0, 0], space[1, 0])
+        return gram_norms(space, [(self.of_inputs, self.of_gradients)])
+
+
 class Factored:
     """Gradients that are a function of two factors, such as Σ_t g_t a_tᵀ, kept in factors because those are smaller.
 
     Args:
         inputs: a, with a leading axis of B.
         gradients: g, with a leading axis of B.
-        norms: (a, g) → the norms.
+        norms: (a, g) → the norms; or how they follow from Gram matrices.
         total: (a, factors · g) → the weighted sum. It is linear in g.
         bilinear: whether it is linear in a too, so that the factors may go to whichever is smaller.
         rows: (a, g) → the gradients written out.
@@ -126,7 +155,7 @@ class Factored:
         inputs: Tensor,
         gradients: Tensor,
         *,
-        norms: Callable[[Tensor, Tensor], Norms],
+        norms: Callable[[Tensor, Tensor], Norms] | Grams,
         total: Callable[[Tensor, Tensor], Tensor],
         rows: Callable[[Tensor, Tensor], Tensor],
         bilinear: bool = False,
@@ -136,9 +165,26 @@ class Factored:
         self._norms, self._total, self._rows, self._bilinear = norms, total, rows, bilinear
         self.channels = channels
 
+    @property
+    def grams(self) -> Grams | None:
+        """How the norms follow from Gram matrices, if they do."""
+        return self._norms if isinstance(self._norms, Grams) else None
+
+    def gram_space(self) -> tuple[int, int, torch.dtype, torch.device]:
+        """B, T, type and device of the Gram matrices."""
+        assert isinstance(self._norms, Grams)
+        a, g = self._inputs, self._gradients
+        return len(g), self._norms.positions(a, g), accumulation_dtype(g.dtype), g.device
+
+    def write_grams(self, of_inputs: Tensor, of_gradients: Tensor) -> None:
+        """Write both Gram matrices into this memory, ``(B, T, T)`` each."""
+        assert isinstance(self._norms, Grams)
+        self._norms.write(self._inputs, self._gradients, of_inputs, of_gradients)
+
     def norms(self) -> Norms:
         """See :class:`Contribution`."""
-        return self._norms(self._inputs, self._gradients)
+        of = self._norms.norms if isinstance(self._norms, Grams) else self._norms
+        return of(self._inputs, self._gradients)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """See :class:`Contribution`."""
@@ -186,31 +232,36 @@ def blank(rows: Tensor, broken: Tensor) -> Tensor:
     return blanked
 
 
-def gram_norms(gram_of_inputs: Tensor, gram_of_gradients: Tensor, of_inputs: int, of_gradients: int) -> Norms:
-    """‖Σ_t g_t a_tᵀ‖ = (Σ_ts ⟨a_t, a_s⟩ ⟨g_t, g_s⟩)^½ of each example (Goodfellow 2015; Li et al. 2021, section 4).
+def gram_norms(space: Tensor, counts: Sequence[tuple[int, int]]) -> Norms:
+    """(Σ_l ‖Σ_t g_t a_tᵀ‖²)^½ of each example over L layers, each by Σ_ts ⟨a_t, a_s⟩ ⟨g_t, g_s⟩.
 
     The sum is rounded *up*, by a multiple of the two matrices' sizes. Where a_t and g_t nearly cancel, the sum is much
     smaller than its terms and rounding errors would otherwise let the norm come out too short, and the example be
     clipped too little.
 
     Args:
-        gram_of_inputs: ⟨a_t, a_s⟩, ``(B, T, T)``, in the accumulation type.
-        gram_of_gradients: ⟨g_t, g_s⟩, likewise.
-        of_inputs: how many products make a number of the first; 0 if its numbers are exact.
-        of_gradients: how many make one of the second.
+        space: ⟨a_t, a_s⟩ and ⟨g_t, g_s⟩, ``(2, L, B, T, T)``, in the accumulation type.
+        counts: of each layer, how many products make a number of the first, 0 if its numbers are exact, and of the second.
 
-    Source: Li, Tramèr, Liang, Hashimoto 2021 (arXiv 2110.05679); Bu, Mao, Xu 2022 (arXiv 2205.10683).
+    Source: Goodfellow 2015 (arXiv 1510.01799); Li, Tramèr, Liang, Hashimoto 2021 (arXiv 2110.05679), section 4; Bu, Mao, Xu
+    2022 (arXiv 2205.10683).
     """
-    one, other = gram_of_inputs.flatten(1), gram_of_gradients.flatten(1)
-    squares = torch.linalg.vecdot(one, other)
-    a, g = torch.linalg.vector_norm(one, dim=1), torch.linalg.vector_norm(other, dim=1)
-    rounding = ROUNDING * torch.finfo(squares.dtype).eps
-    missing = of_grams(a, of_inputs, g, of_gradients, gram_of_inputs.shape[1], rounding)
-    return Norms((squares.clamp(min=0) + rounding * (a * g)).sqrt(), missing)
+    flat = space.flatten(3)
+    squares = torch.linalg.vecdot(flat[0], flat[1])
+    sizes = torch.linalg.vector_norm(flat, dim=3)
+    rounding, (a, g) = ROUNDING * torch.finfo(squares.dtype).eps, sizes
+    values = squares.clamp_(min=0).addcmul_(a, g, value=rounding)
+    missing = of_grams(a, g, counts, space.shape[-1], rounding)
+    return Norms((values[0] if len(values) == 1 else values.sum(0)).sqrt_(), missing)
 
 
-def gram(rows: Tensor) -> Tensor:
-    """⟨r_t, r_s⟩ of each example's T rows, ``(B, T, D)`` → ``(B, T, T)``, in the accumulation type."""
+def gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """⟨r_t, r_s⟩ of each example's T rows, ``(B, T, D)`` → ``(B, T, T)``, in the accumulation type.
+
+    Args:
+        rows: r.
+        out: where to write them.
+    """
     rows = rows.to(accumulation_dtype(rows.dtype))
-    products: Tensor = torch.bmm(rows, rows.transpose(1, 2))
+    products: Tensor = torch.bmm(rows, rows.transpose(1, 2), out=out)
     return products

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from lightning_dp.engines.ghost.lost import uncertain
 from lightning_dp.engines.ghost.registry import Forward, composite_rule_of, rule_of
 from lightning_dp.engines.ghost.reparametrised import Leaves, computes_its_weight, intercepting_forward
 from lightning_dp.engines.ghost.standardisation import Recognised
+from lightning_dp.engines.ghost.together import Together
 from lightning_dp.engines.groups import Groups, joined
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction, first_rows, scalar_loss
@@ -35,6 +36,7 @@ from lightning_dp.engines.uncompiled import uncompiled
 from lightning_dp.mechanism.adaptive import summed_beside
 from lightning_dp.mechanism.clip import Factors, accumulation_dtype, clip_scaled
 from lightning_dp.mechanism.full_precision import full_precision
+from lightning_dp.mechanism.put_off import put_off
 from lightning_dp.plan.clipping import Clipping, as_clipping
 
 
@@ -106,7 +108,10 @@ class GhostEngine(Engine):
             self._drawing.always()  # a pass that is made again is one that other ranks do not make
 
         def at_once(rows: Any, count: int, counted: int | None) -> ClippedSum:
-            with nullcontext() if self.keeper is None else self.keeper.one_pass():
+            with ExitStack() as stack:
+                if self.keeper is not None:  # no pass is made again
+                    stack.enter_context(put_off(later=False))
+                    stack.enter_context(self.keeper.one_pass())
                 return self._drawing.one_pass(
                     rows,
                     lambda content, draws: self._at_once(
@@ -145,31 +150,33 @@ class GhostEngine(Engine):
         self, books: _Books, parameters: Mapping[str, Tensor], clipping: Clipping, counted: int | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The sums of what is in the books, clipped, and the norms before."""
-        contributions = {name: merged(books.by_name[name]) for name in parameters if name in books.by_name}
+        layers = clipping.layers(parameters)
+        merged_by_name = {name: merged(books.by_name[name]) for name in parameters if name in books.by_name}
+        contributions = Together(merged_by_name, layers, self._buffers)
         books.by_name.clear()
-        found = {name: one.norms() for name, one in contributions.items()} or _no_norms(parameters, books.losses)
+        del merged_by_name
+        found = contributions.norms() or _no_norms(parameters, books.losses)
         factors = Factors.of({name: one.values for name, one in found.items()}, parameters, clipping, counted)
         missing = [one.lost for one in found.values() if one.lost is not None]
         norms, alone = factors.norms, uncertain(missing, factors.broken, clipping, parameters)
         apart: dict[str, Tensor] = {}
         if alone is not None:
             if self.keeper is None:
-                apart, norms = self._written_out(contributions, parameters, clipping, alone[:counted], norms)
+                apart, norms = self._written_out(contributions.by_name, parameters, clipping, alone[:counted], norms)
             else:  # whole gradients are what a keeper is there to avoid
                 norms = norms.masked_fill(alone, torch.inf)
-            contributions = {name: one.without(alone) for name, one in contributions.items()}
-        gradient = {}
+            contributions = contributions.without(alone)
+        gradient, sums, there = {}, contributions.weighted_sums(factors.by_name), list(contributions.by_name)
         for name, parameter in parameters.items():
             dtype = accumulation_dtype(parameter.dtype)
-            one = contributions.pop(name, None)
-            total = None if one is None else one.weighted_sum(factors.by_name[name]).to(dtype)
+            total = next(sums)[1].to(dtype) if name in there else None
             if total is not None and name in apart:
                 total = total + apart[name]
             if self.keeper is not None and name in self.keeper.names:
                 self.keeper.add(name, total)
             else:
                 gradient[name] = torch.zeros_like(parameter, dtype=dtype).detach() if total is None else total
-            del one, total
+            del total
         return {**gradient, **summed_beside(norms, clipping, counted)}, norms
 
     def _written_out(
@@ -224,7 +231,7 @@ class GhostEngine(Engine):
             with self._keeping(books, parameters, of), folded_attention(of):
                 losses, outputs = vmap(loss_of_one, in_dims=(0, 0, 0), randomness="different")(copies, tensors, witness)
             if losses.requires_grad:
-                self._backward(books, losses, anchor, copies)
+                self._backward(books, losses, of, copies)
         books.losses = losses.detach()
         books.outputs = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
         return books
@@ -270,15 +277,16 @@ class GhostEngine(Engine):
         with replaced(forwards):
             yield
 
-    def _backward(self, books: _Books, losses: Tensor, anchor: Tensor, copies: Mapping[str, Tensor]) -> None:
+    def _backward(self, books: _Books, losses: Tensor, of: Pass, copies: Mapping[str, Tensor]) -> None:
         """Bring each call its output's gradient and each parameter's copies theirs."""
         plain = [(layer, leaf) for layer, leaves in books.leaves.items() for leaf in leaves.by_name.values()]
-        inputs = [anchor, *copies.values(), *(leaf for _, leaf in plain)]
+        given = [(rows, books.deliver(name, how="per example")) for name, rows in copies.items()] + of.copies
+        inputs = [of.anchor, *(leaf for _, leaf in plain), *(rows for rows, _ in given)]
         gradients = torch.autograd.grad(losses.sum(), inputs, allow_unused=True)
-        for name, rows in zip(copies, gradients[1:], strict=False):
-            if rows is not None:
-                books.deliver(name, how="per example")(Written(rows))
-        for (layer, _), reached in zip(plain, gradients[1 + len(copies) :], strict=True):
+        for (_, deliver), found in zip(given, gradients[1 + len(plain) :], strict=True):
+            if found is not None:
+                deliver(Written(found))
+        for (layer, _), reached in zip(plain, gradients[1:], strict=False):
             if reached is not None:  # a plain parameter was used where nobody kept books: its rows are lost
                 books.escaped.add(layer)
 

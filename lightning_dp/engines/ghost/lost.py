@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_dp.mechanism.put_off import is_so
 from lightning_dp.plan.clipping import Clipping
 
 NEGLIGIBLE = 2.0**-11
@@ -32,14 +33,16 @@ class Lost:
     next to none.
 
     Attributes:
-        sizes: of which ``part · Σ (1 + size)`` is no less than it, ``(B,)`` each.
+        sizes: of which ``part · (terms + Σ size)`` is no less than it, ``(B,)`` each.
         part: see there.
         exactly: computes it, ``(B,)``.
+        terms: see there.
     """
 
     sizes: tuple[Tensor, ...]
     part: float
     exactly: Callable[[], Tensor]
+    terms: int
 
 
 def uncertain(found: Sequence[Lost], broken: Tensor, clipping: Clipping, names: Iterable[str]) -> Tensor | None:
@@ -60,9 +63,9 @@ def uncertain(found: Sequence[Lost], broken: Tensor, clipping: Clipping, names: 
     suspect = broken
     if found:
         sizes = [size for one in found for size in one.sizes]
-        most = may_miss / max(one.part for one in found) - len(sizes)
+        most = may_miss / max(one.part for one in found) - sum(one.terms for one in found)
         suspect = broken | ~(torch.stack(sizes).sum(0) <= most)
-    if not bool(suspect.any()):
+    if not is_so(suspect.any()):
         return None
     if found:
         suspect = broken | ~(torch.stack([one.exactly() for one in found]).sum(0) <= may_miss)
@@ -77,20 +80,19 @@ def held(count: int, dtype: torch.dtype) -> float:
 def of_outer(a: Tensor, a_count: int, g: Tensor, g_count: int) -> Lost:
     """What may be missing of ‖a‖ · ‖g‖, from these norms, ``(B,)``, of so many numbers each."""
     of_a, of_g = held(a_count, a.dtype), held(g_count, g.dtype)
-    return Lost((a, g), max(of_a, of_g), lambda: (a + of_a) * of_g + of_a * g)
+    return Lost((a, g), max(of_a, of_g), lambda: (a + of_a) * of_g + of_a * g, 2)
 
 
-def of_grams(a: Tensor, a_count: int, g: Tensor, g_count: int, positions: int, rounding: float) -> Lost:
-    """What may be missing of (Σ_ts A_ts G_ts + rounding · ‖A‖ ‖G‖)^½.
+def of_grams(a: Tensor, g: Tensor, counts: Sequence[tuple[int, int]], positions: int, rounding: float) -> Lost:
+    """What may be missing of (Σ_l Σ_ts A_ts G_ts + rounding · ‖A‖ ‖G‖)^½, over layers l.
 
     Every A_ts may be wrong by d · tiny if it is a sum of d products, so that the sum may be by T · d · tiny · ‖G‖; the same
     with A and G exchanged. And their norms are sums of squares too.
 
     Args:
-        a: ‖A‖ as it was found, ``(B,)``.
-        a_count: how many products make a number of A; 0 if it is exact.
+        a: ‖A‖ as it was found, ``(L, B)``.
         g: ‖G‖, likewise.
-        g_count: likewise.
+        counts: of each layer, how many products make a number of A, 0 if it is exact, and of G.
         positions: T.
         rounding: relative to ‖A‖ ‖G‖.
     """
@@ -98,13 +100,16 @@ def of_grams(a: Tensor, a_count: int, g: Tensor, g_count: int, positions: int, r
     small = held(positions, a.dtype)
 
     def exactly() -> Tensor:
+        of_a, of_g = (torch.tensor(one, dtype=a.dtype, device=a.device)[:, None] for one in zip(*counts, strict=True))
         longest_a, longest_g = (a + short).sqrt(), (g + short).sqrt()
-        of_products = small * (a_count**0.5 * longest_g + g_count**0.5 * longest_a)
+        of_products = small * (of_a.sqrt() * longest_g + of_g.sqrt() * longest_a)
         of_sizes = _short_by(short, a).sqrt() * longest_g + _short_by(short, g).sqrt() * longest_a
-        missing: Tensor = of_products + rounding**0.5 * of_sizes
+        missing: Tensor = (of_products + rounding**0.5 * of_sizes).sum(0)
         return missing
 
-    return Lost((a, g), small * max(a_count, g_count) ** 0.5 + (rounding * short) ** 0.5, exactly)
+    most = max(map(max, counts))
+    sizes = (a.sum(0), g.sum(0)) if len(counts) > 1 else (a[0], g[0])
+    return Lost(sizes, small * most**0.5 + (rounding * short) ** 0.5, exactly, 2 * len(counts))
 
 
 def of_channels(a: Tensor, squares: Tensor, count: int, positions: int, rounding: float, scale: Tensor) -> Lost:
@@ -130,7 +135,7 @@ def of_channels(a: Tensor, squares: Tensor, count: int, positions: int, rounding
 
     largest = scale.abs().amax()
     crude = largest * (4 * squares.sum(1) + channels * (a + 8))
-    return Lost((crude,), products * of_g + (rounding * short) ** 0.5, exactly)
+    return Lost((crude,), products * of_g + (rounding * short) ** 0.5, exactly, 1)
 
 
 def of_rows(count: int, scale: Tensor, examples: int) -> Lost:
@@ -143,7 +148,7 @@ def of_rows(count: int, scale: Tensor, examples: int) -> Lost:
     """
     total = scale.abs().sum().expand(examples)
     part = held(count, scale.dtype)
-    return Lost((total,), part, lambda: part * total)
+    return Lost((total,), part, lambda: part * total, 1)
 
 
 def _short_by(short: float, norm: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from lightning_dp.mechanism.clip import accumulation_dtype
 
 def as_autocast_would(x: Tensor) -> Tensor:
     """``x`` as autocast would hand it to a normalisation: in float32."""
-    return x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.float() if casts and x.dtype != torch.float64 else x
 
 
 IN_CACHE = 1 << 17

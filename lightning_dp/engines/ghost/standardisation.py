@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.projection import Projection, WayBack, find_projection
+from lightning_dp.mechanism.put_off import is_so
 
 
 class Recognised:
@@ -96,7 +97,7 @@ class _Standardised:
         along, size = _direction(v, basis[1])
         reach = self.lengths if self.gain is None else self.lengths * parameters[self.gain].reshape(-1, 1)
         missed = torch.addcmul(rows, along, reach, value=-1, out=basis[2]).norm(dim=1)
-        if not bool((missed <= _tolerance(weight) * reach.squeeze(1).abs()).all()):
+        if is_so((missed <= _tolerance(weight) * reach.squeeze(1).abs()).logical_not_().any()):
             return None
         scale = reach / size
 

@@ -19,15 +19,16 @@ from lightning_dp.engines.ghost.contribution import (
     Channels,
     Contribution,
     Factored,
+    Grams,
     Norms,
     Written,
     gram,
-    gram_norms,
 )
 from lightning_dp.engines.ghost.lost import of_channels
 from lightning_dp.engines.ghost.registry import Arguments, Reader, function_rule, rule
 from lightning_dp.engines.ghost.rules.linear import of_positions
 from lightning_dp.mechanism.clip import accumulation_dtype
+from lightning_dp.mechanism.put_off import is_so
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -124,17 +125,20 @@ class Convolution:
         if not cheaper:
             return Written(rows(samples, g))
 
-        def norms(x: Tensor, g: Tensor) -> Norms:
-            return gram_norms(self._gram_of_patches(x, g, weight), gram(_rows_of(g)), weight[0].numel(), g.shape[2])
+        def write(x: Tensor, g: Tensor, of_patches: Tensor, of_gradients: Tensor) -> None:
+            self._gram_of_patches(x, g, weight, of_patches)
+            gram(_rows_of(g), of_gradients)
+
+        grams = Grams(lambda _, g: g[0, :, 0].numel(), write, weight[0].numel(), g.shape[2])
 
         def channels(basis: Tensor) -> Channels | None:
             return None if saved is None else self._channels(samples, g, weight, saved.view_as(g), basis)
 
-        return Factored(samples, g, norms=norms, total=total, rows=rows, channels=channels)
+        return Factored(samples, g, norms=grams, total=total, rows=rows, channels=channels)
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        return Written(g.flatten(2).sum(2).view(len(x), -1, g.shape[1]).sum(1))
+        return Written(g.reshape(len(x), -1, g.shape[1], g[0, 0].numel()).sum((1, 3)))
 
     def _folded(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1) if self.own_axes else x
@@ -177,20 +181,41 @@ class Convolution:
         gram = pixels**2 * samples.shape[1] + positions**2 * (len(weight) + 8 * math.prod(kernel))
         return gram < 80 * weight.numel()
 
-    def _gram_of_patches(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+    def _gram_of_patches(self, x: Tensor, g: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """⟨patch_t, patch_s⟩, ``(B, T, T)``: a sum of shifted Gram matrices of the pixels, no patch is formed."""
         padded = F.pad(x, [side for pad in reversed(self.padding) for side in (pad, pad)])
         sizes, reach = padded.shape[3:], g.shape[3:]
         of_pixels = gram(_rows_of(padded)).view(len(x), *(x.shape[1], *sizes) * 2)
-        of_patches = of_pixels.new_zeros(len(x), *(x.shape[1], *reach) * 2)
-        for offset in itertools.product(*(range(n) for n in weight.shape[2:])):
+        positions = x.shape[1] * math.prod(reach)
+        if out is None:
+            out = of_pixels.new_empty(len(x), positions, positions)
+        of_patches = out.view(len(x), *(x.shape[1], *reach) * 2)
+        if x.device.type != "cpu":  # one kernel; on a CPU it takes longer than these few
+            return self._summed_windows(of_pixels, of_patches, weight.shape[2:], out)
+        for place, offset in enumerate(itertools.product(*(range(n) for n in weight.shape[2:]))):
             window = [
                 slice(o * d, o * d + s * (n - 1) + 1, s)
                 for o, d, s, n in zip(offset, self.dilation, self.stride, reach, strict=True)
             ]
-            of_patches += of_pixels[(slice(None), slice(None), *window, slice(None), *window)]
-        positions = x.shape[1] * math.prod(reach)
-        return of_patches.reshape(len(x), positions, positions)
+            shifted = of_pixels[(slice(None), slice(None), *window, slice(None), *window)]
+            of_patches.add_(shifted) if place else of_patches.copy_(shifted)
+        return out
+
+    def _summed_windows(self, of_pixels: Tensor, of_patches: Tensor, kernel: torch.Size, out: Tensor) -> Tensor:
+        """All shifted windows as axes of one view, ``(B, own, *, own, *, *kernel)``, summed over the kernel."""
+        axes, stride = len(kernel), of_pixels.stride()
+        of_rows, of_columns = stride[2 : 2 + axes], stride[3 + axes :]
+        places = [
+            stride[0],
+            stride[1],
+            *(one * step for one, step in zip(of_rows, self.stride, strict=True)),
+            stride[2 + axes],
+            *(one * step for one, step in zip(of_columns, self.stride, strict=True)),
+            *((one + other) * d for one, other, d in zip(of_rows, of_columns, self.dilation, strict=True)),
+        ]
+        windows = of_pixels.as_strided((*of_patches.shape, *kernel), places)
+        torch.sum(windows, tuple(range(-axes, 0)), out=of_patches)
+        return out
 
     def _channels(self, x: Tensor, g: Tensor, weight: Tensor, output: Tensor, basis: Tensor) -> Channels | None:
         """Channel c's gradient is G_c = Σ_t g_ct patch_t, so all that is asked for are sums over positions.
@@ -202,7 +227,7 @@ class Convolution:
             return None
         rows = weight.flatten(1)
         along = torch.bmm(rows.unsqueeze(1), basis).squeeze(1)  # (p, 2): w in the basis
-        if not bool((along[:, 0].abs() <= along[:, 1].abs()).all()):
+        if is_so((along[:, 0].abs() <= along[:, 1].abs()).logical_not_().any()):
             return None  # w is nearly constant in some channel, and a difference would lose its digits
         of_patches = self._gram_of_patches(x, g, weight)
         by_channel = _rows_of(g).transpose(1, 2)  # (B, p, T)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Operation, Output
-from lightning_dp.engines.ghost.contribution import Contribution, Factored, Norms, Written, gram, gram_norms
+from lightning_dp.engines.ghost.contribution import Contribution, Factored, Grams, Written, gram
 from lightning_dp.engines.ghost.registry import rule
 
 
@@ -50,7 +50,7 @@ class Embedding:
             return g.new_zeros(words, g.shape[-1]).index_add_(0, tokens.flatten(), g.flatten(0, 1))
 
         if 2 * tokens.shape[1] ** 2 < weight.numel():
-            return Factored(tokens, g, norms=_norms, total=total, rows=rows)
+            return Factored(tokens, g, norms=Grams(_positions, _write, 0, g.shape[2]), total=total, rows=rows)
         return Written(rows(tokens, g))
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
@@ -64,7 +64,10 @@ def embedding(layer: nn.Embedding, x: Tensor) -> tuple[Operation, Tensor]:
     return Embedding(layer.padding_idx), x
 
 
-def _norms(tokens: Tensor, g: Tensor) -> Norms:
-    of_gradients = gram(g)
-    same = tokens.unsqueeze(1) == tokens.unsqueeze(2)
-    return gram_norms(same.to(of_gradients.dtype), of_gradients, 0, g.shape[2])
+def _positions(tokens: Tensor, g: Tensor) -> int:
+    return tokens.shape[1]
+
+
+def _write(tokens: Tensor, g: Tensor, of_tokens: Tensor, of_gradients: Tensor) -> None:
+    torch.eq(tokens.unsqueeze(1), tokens.unsqueeze(2), out=of_tokens)
+    gram(g, of_gradients)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Operation, Output
-from lightning_dp.engines.ghost.contribution import Contribution, Factored, Norms, Written, gram, gram_norms
+from lightning_dp.engines.ghost.contribution import Contribution, Factored, Grams, Norms, Written, gram
 from lightning_dp.engines.ghost.lost import of_outer
 from lightning_dp.engines.ghost.registry import MATRIX, Arguments, function_rule, rule
 from lightning_dp.mechanism.clip import row_norms
@@ -37,7 +37,8 @@ class Linear:
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        return Written(g.reshape(len(x), -1, g.shape[-1]).sum(1))
+        rows = g.reshape(len(x), -1, g.shape[-1])
+        return Written(rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1))
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def of_positions(a: Tensor, g: Tensor) -> Contribution:
     if a.shape[1] == 1:
         return Factored(a, g, norms=_outer_norms, total=_total, rows=_rows, bilinear=True)
     if 2 * a.shape[1] ** 2 < a.shape[2] * g.shape[2]:
-        return Factored(a, g, norms=_gram_norms, total=_total, rows=_rows, bilinear=True)
+        grams = Grams(lambda a, _: a.shape[1], _write_grams, a.shape[2], g.shape[2])
+        return Factored(a, g, norms=grams, total=_total, rows=_rows, bilinear=True)
     return Written(_rows(a, g))
 
 
@@ -108,5 +110,6 @@ def _outer_norms(a: Tensor, g: Tensor) -> Norms:
     return Norms(of_a * of_g, of_outer(of_a, a.shape[1], of_g, g.shape[1]))
 
 
-def _gram_norms(a: Tensor, g: Tensor) -> Norms:
-    return gram_norms(gram(a), gram(g), a.shape[2], g.shape[2])
+def _write_grams(a: Tensor, g: Tensor, of_a: Tensor, of_g: Tensor) -> None:
+    gram(a, of_a)
+    gram(g, of_g)
