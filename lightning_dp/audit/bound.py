@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from scipy import stats
-from scipy.optimize import brentq
 
 from lightning_dp.plan.privacy_plan import check_delta
 
@@ -42,11 +39,7 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
     Source: Steinke, Nasr and Jagielski (2023), "Privacy auditing with one (1) training run", arXiv 2305.08846,
     Theorem 5.2.
     """
-    if not 0 <= correct <= guesses <= canaries:
-        raise ValueError(
-            f"correct={correct}, guesses={guesses}, canaries={canaries}: expected 0 <= correct <= guesses <= canaries. "
-            "Count each canary once."
-        )
+    check_counts(canaries, guesses, correct)
     accuracy = 1.0 / (1.0 + math.exp(-epsilon))
     tail = float(stats.binom.sf(correct - 1, guesses, accuracy))
     if correct == 0 or delta == 0:
@@ -103,75 +96,13 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
     return refuted
 
 
-@dataclass(frozen=True)
-class Guesses:
-    """Right and wrong guesses of one attack.
-
-    Args:
-        attack: its name.
-        canaries: how many canaries had a coin.
-        guesses: for how many of them a guess was made.
-        correct: how many guesses are right.
-    """
-
-    attack: str
-    canaries: int
-    guesses: int
-    correct: int
-
-
-def guess(attack: str, scores: np.ndarray, members: np.ndarray, guesses: int) -> Guesses:
-    """Guess that the highest scores were in and the lowest were out, and abstain in between.
-
-    Args:
-        attack: a name for the result.
-        scores: one number for each canary, ``(m,)``; high means "was trained on".
-        members: whether each canary was in, ``(m,)`` of bool; only used to count right guesses.
-        guesses: how many guesses to make in all, half of them "in"; at most m.
-    """
-    side = min(guesses, len(scores)) // 2
-    order = np.argsort(np.nan_to_num(scores, nan=0.0), kind="stable")
-    lowest, highest = order[:side], order[len(order) - side :]
-    correct = int(members[highest].sum()) + int((~members[lowest]).sum())
-    return Guesses(attack, len(scores), 2 * side, correct)
-
-
-@lru_cache(maxsize=64)
-def planned_guesses(canaries: int, epsilon: float, delta: float, confidence: float = 0.95) -> int:
-    """How many guesses give the best bound if the claim is exactly true. Public numbers decide, not the scores.
-
-    The mechanism is taken for the Gaussian one with the same (ε, δ), whose scores are N(0, 1) without the canary and
-    N(μ, 1) with it (Dong, Roth and Su 2022, for the limit of many steps). A poor choice weakens the bound and cannot
-    make it wrong.
-
-    Example:
-        >>> planned_guesses(1000, 8.0, 1e-5) < planned_guesses(20_000, 8.0, 1e-5)
-        True
-    """
-    if canaries < 4 or not math.isfinite(epsilon):
-        return canaries // 2 * 2
-    shift = _gaussian_shift(max(epsilon, 1e-2), delta)
-    best, chosen = -1.0, 2 * (canaries // 4)
-    for side in dict.fromkeys(int(k) for k in np.geomspace(2, canaries // 2, 16)):
-        share = side / canaries
-        threshold = brentq(
-            lambda t, share=share: 0.5 * (stats.norm.sf(t) + stats.norm.sf(t - shift)) - share, -40.0, 40.0 + shift
+def check_counts(canaries: int, guesses: int, correct: int) -> None:
+    """Raise ``ValueError`` unless these can be the counts of one attack."""
+    if not 0 <= correct <= guesses <= canaries:
+        raise ValueError(
+            f"correct={correct}, guesses={guesses}, canaries={canaries}: expected 0 <= correct <= guesses <= canaries. "
+            "Count each canary once."
         )
-        correct = int(2 * side * 0.5 * float(stats.norm.sf(threshold - shift)) / share)
-        bound = epsilon_lower_bound(canaries, 2 * side, min(correct, 2 * side), delta, confidence)
-        if bound > best:
-            best, chosen = bound, 2 * side
-    return chosen
-
-
-def _gaussian_shift(epsilon: float, delta: float) -> float:
-    """μ of the Gaussian mechanism with that (ε, δ) (Balle and Wang 2018, Theorem 8)."""
-
-    def excess(mu: float) -> float:
-        lost = math.exp(min(epsilon + float(stats.norm.logcdf(-epsilon / mu - mu / 2)), 700.0))
-        return float(stats.norm.cdf(-epsilon / mu + mu / 2)) - lost - delta
-
-    return float(brentq(excess, 1e-4, 2.0 * math.sqrt(2.0 * epsilon) + epsilon + 10.0))
 
 
 def check_confidence(confidence: float) -> None:

@@ -62,9 +62,23 @@ def score(released: Rows, correlation: Correlation, noise_multiplier: float, pro
     Returns:
         ``(m,)``.
     """
-    rows = strategy(correlation, len(released))
-    along = rows.T @ (rows @ released) / np.square(rows).sum(0)[:, None]
-    z = (2.0 * along - 1.0) * np.square(rows).sum(0)[:, None] / (2.0 * noise_multiplier**2)
+    return decorrelated_score(
+        strategy(correlation, len(released)) @ released, correlation, noise_multiplier, probability
+    )
+
+
+def decorrelated_score(noised: Rows, correlation: Correlation, noise_multiplier: float, probability: float) -> Rows:
+    """:func:`score` of C times the releases, ``(T, m)``."""
+    rows = strategy(correlation, len(noised))
+    lengths = np.square(rows).sum(0)[:, None]
+    z = (2.0 * (rows.T @ noised) / lengths - 1.0) * lengths / (2.0 * noise_multiplier**2)
     with np.errstate(divide="ignore"):
         found: Rows = np.logaddexp(np.log1p(-probability), np.log(probability) + z).sum(0)
+    return found
+
+
+def signal(released: Rows, correlation: Correlation) -> Rows:
+    """What was found along the columns of C, added up: ``(m,)`` from ``(T, m)``, a Gaussian for a canary that is not in."""
+    rows = strategy(correlation, len(released))
+    found: Rows = (rows.T @ (rows @ released)).sum(0)
     return found

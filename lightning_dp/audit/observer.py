@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dp.audit.canaries import NOT_A_CANARY, WithCanaries, coordinates
-from lightning_dp.audit.decorrelated import score
-from lightning_dp.audit.expected import Scores, log_likelihood_ratio
+from lightning_dp.audit.decorrelated import score, signal
+from lightning_dp.audit.expected import Scores, log_likelihood_ratio, noise_on_a_canary
 from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.lightning_internals import before_transfer, transfer
 from lightning_dp.plan.mechanism import Mechanism
@@ -29,6 +29,8 @@ class Observer(pl.Callback):
     Attributes:
         white_box: after training, a score for each gradient-space canary, ``(m₁,)``: the log-likelihood ratio of all
             released gradients along its coordinate, with the canary against without it, if the plan is followed.
+        signal: for each gradient-space canary, ``(m₁,)``, what was released along its coordinate, added up over the steps in
+            units of its clipped gradient over the variance of the noise: near to a Gaussian, with and without the canary.
         black_box: a score for each input-space canary, ``(m₂,)``: by how much training lowered its loss.
     """
 
@@ -36,6 +38,7 @@ class Observer(pl.Callback):
         self._private = private
         self.loader: DataLoader[Any] | None = None
         self.white_box: Scores = np.zeros(0)
+        self.signal: Scores = np.zeros(0)
         self.black_box: Scores = np.zeros(0)
         self._rows: list[Scores] = []
         self._mechanism: Mechanism | None = None
@@ -43,6 +46,7 @@ class Observer(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.white_box = np.zeros(coordinates(pl_module).numel())
+        self.signal = np.zeros(coordinates(pl_module).numel())
         self.black_box = self._losses(trainer, pl_module)
 
     @override
@@ -51,10 +55,15 @@ class Observer(pl.Callback):
         assert mechanism is not None
         assert gradient is not None
         released, self._mechanism = gradient.detach().flatten().double().cpu().numpy(), mechanism
-        if mechanism.noise.correlation is not None and mechanism.noise_std > 0:
-            self._rows.append(released * mechanism.divisor / mechanism.clipping.clip_norm)
+        if mechanism.noise_std == 0:
+            self.white_box += log_likelihood_ratio(released, mechanism)
+            return
+        in_units = released * mechanism.divisor / mechanism.clipping.clip_norm
+        if mechanism.noise.correlation is not None:
+            self._rows.append(in_units)
         else:
             self.white_box += log_likelihood_ratio(released, mechanism)
+            self.signal += in_units / noise_on_a_canary(mechanism) ** 2
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -62,7 +71,9 @@ class Observer(pl.Callback):
         correlation = None if self._mechanism is None else self._mechanism.noise.correlation
         if self._mechanism is not None and correlation is not None and self._rows:
             sigma, q = self._mechanism.noise.noise_multiplier, self._mechanism.sampling.probability
-            self.white_box += score(np.array(self._rows), correlation, sigma, q)
+            rows = np.array(self._rows)
+            self.white_box += score(rows, correlation, sigma, q)
+            self.signal += signal(rows, correlation)
 
     def _losses(self, trainer: pl.Trainer, module: pl.LightningModule) -> Scores:
         """The loss of each input-space canary, by the module's own training_step in eval mode."""

@@ -2,70 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 from torch.utils.data import DataLoader
 
-from lightning_dp.audit.bound import Guesses, check_confidence, epsilon_lower_bound, guess, planned_guesses
+from lightning_dp.audit.bound import check_confidence
 from lightning_dp.audit.canaries import Canaries, let_in, loader_with_canaries
-from lightning_dp.audit.expected import plan_p_value
+from lightning_dp.audit.judge import judged
 from lightning_dp.audit.observer import Observer
+from lightning_dp.audit.result import AuditResult
 from lightning_dp.callbacks.augmentation import views_of
 from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.loading.columns import with_batch_size
 from lightning_dp.look.loader import check_loader
 from lightning_dp.validate import number, whole
 
-CONSISTENT, VIOLATED = "consistent", "violated"
-NOT_THE_PLAN = 1e-6
-"""Guesses less likely than this under the plan are taken for a violation of it."""
-
-
 MOST_CANARIES = 10**7
 """Each gradient-space canary is one more coordinate of the gradient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditResult:
-    """What an audit found.
-
-    Args:
-        epsilon_lower: with ``confidence``, the run is not (ε, δ)-private for any ε below this.
-        confidence: of ``epsilon_lower``, both attacks together.
-        epsilon_claimed: the upper bound that the run's statement claims.
-        delta: δ of both.
-        plan_p_value: how likely the white-box guesses, or better ones, are if every step follows the plan; ``None``
-            where there were none, or the plan has no noise.
-        verdict: ``"violated"`` if the lower bound exceeds the claim or ``plan_p_value`` is below :data:`NOT_THE_PLAN`,
-            ``"consistent"`` otherwise.
-        attacks: the guesses of each attack.
-    """
-
-    epsilon_lower: float
-    confidence: float
-    epsilon_claimed: float
-    delta: float
-    plan_p_value: float | None
-    verdict: str
-    attacks: tuple[Guesses, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for strict JSON (an infinite ε is ``"inf"``)."""
-        return {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
-
-    def __str__(self) -> str:
-        tried = "; ".join(
-            f"{g.attack}: {g.correct} of {g.guesses} guesses right, {g.canaries} canaries" for g in self.attacks
-        )
-        told = "" if self.plan_p_value is None else f"guesses this good under the plan: p = {self.plan_p_value:.2g} "
-        return (
-            f"{self.verdict}: {self.epsilon_lower:.3f} ≤ ε with confidence {self.confidence:g}, claimed "
-            f"ε ≤ {self.epsilon_claimed:.4g} at δ = {self.delta:g}; {told}({tried})"
-        )
 
 
 def check_options(gradient_canaries: int, input_canaries: int, confidence: float, seed: int | None) -> None:
@@ -153,41 +108,4 @@ def audit(
     views = views_of(trainer)
     let_in(module, gradient_canaries, 1 if views is None else views.total)
     trainer.fit(module, train_dataloaders=given, datamodule=datamodule)
-    return _judge(observer, canaries[0], private, confidence)
-
-
-def _judge(observer: Observer, canaries: Canaries, private: DifferentialPrivacy, confidence: float) -> AuditResult:
-    statement = private.statement()
-    runs = [
-        (name, scores, members)
-        for name, scores, members in (
-            ("white box, gradient canaries", observer.white_box, canaries.gradient),
-            ("black box, input canaries", observer.black_box, canaries.inputs),
-        )
-        if len(members) > 1
-    ]
-    each = 1.0 - (1.0 - confidence) / len(runs)  # Bonferroni: the largest of the bounds holds with ``confidence``
-    attacks = tuple(
-        guess(
-            name,
-            scores[: len(members)],
-            members,
-            planned_guesses(len(members), statement.epsilon, statement.delta, each),
-        )
-        for name, scores, members in runs
-    )
-    lower = max(epsilon_lower_bound(a.canaries, a.guesses, a.correct, statement.delta, each) for a in attacks)
-    assert private.ledger is not None
-    under_plan = plan_p_value(
-        observer.white_box[: len(canaries.gradient)], canaries.gradient, private.ledger.plan, private.ledger.steps
-    )
-    unlikely = under_plan is not None and under_plan < NOT_THE_PLAN
-    return AuditResult(
-        epsilon_lower=lower,
-        confidence=confidence,
-        epsilon_claimed=statement.epsilon,
-        delta=statement.delta,
-        plan_p_value=under_plan,
-        verdict=VIOLATED if lower > statement.epsilon or unlikely else CONSISTENT,
-        attacks=attacks,
-    )
+    return judged(observer, canaries[0], private, confidence)

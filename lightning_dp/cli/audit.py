@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from lightning_dp.audit.run import VIOLATED, audit, check_options
+from lightning_dp.audit.result import VIOLATED
+from lightning_dp.audit.run import audit, check_options
 from lightning_dp.cli.recipes import RecipeCLI, command_line
 from lightning_dp.strategy import register_strategies
 

@@ -14,7 +14,8 @@ from scipy import stats
 
 from lightning_dp.accounting import Phase
 from lightning_dp.accounting.epsilon import gaussian_epsilon
-from lightning_dp.audit.bound import epsilon_lower_bound, guess, p_value, planned_guesses
+from lightning_dp.audit.bound import epsilon_lower_bound, p_value
+from lightning_dp.audit.guesses import guess, planned_guesses
 
 FALSE_ALARM = 1e-6
 
