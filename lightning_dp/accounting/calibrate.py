@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from decimal import ROUND_CEILING, Decimal
 
 from lightning_dp.accounting.epsilon import MOST_MECHANISMS, epsilon_bound, few, pool
-from lightning_dp.accounting.phase import Phase
+from lightning_dp.accounting.mixture import can_simulate, closed_bound
+from lightning_dp.accounting.phase import Phase, as_known
 from lightning_dp.accounting.prv import EPSILON_ERROR, PrvFailureError, PrvGrid
 from lightning_dp.accounting.rdp import rdp_epsilon
 from lightning_dp.plan.privacy_plan import MOST_STEPS, check_delta, check_epsilon
@@ -81,7 +82,7 @@ def noise_for(epsilon: float, delta: float, phase: Callable[[float], Phase], his
     search = _Search(epsilon, delta, phase, few(pool(history), MOST_MECHANISMS - 1))
     search.check_reachable()
     holds = search.by_rdp()
-    return search.confirm(search.by_coarse_prv(holds), holds)
+    return search.confirm(search.by_closed_bound(holds) or search.by_coarse_prv(holds), holds)
 
 
 class _Search:
@@ -121,6 +122,20 @@ class _Search:
                 holds = middle
             else:
                 fails = middle
+        return holds
+
+    def by_closed_bound(self, holds: float) -> float | None:
+        """A guess where ε takes a simulation: the bound in closed form is larger by about a seventh."""
+        if not can_simulate(self.phases(holds)):
+            return None
+        fails = holds / 8.0
+        while holds / fails > 1.005:
+            middle = math.sqrt(fails * holds)
+            good = (
+                can_simulate(self.phases(middle))
+                and closed_bound(self.phases(middle), self.delta) <= 1.14 * self.target
+            )
+            fails, holds = (fails, middle) if good else (middle, holds)
         return holds
 
     def by_coarse_prv(self, start: float) -> float:
@@ -180,9 +195,9 @@ class _Search:
 
 
 def _alike(phase: Phase) -> Phase:
-    """Poisson-sampled steps that cost about as much: enough for a guess."""
-    if phase.law == "poisson":
-        return phase
+    """Poisson-sampled steps that cost about as much, or more: enough for a guess."""
+    if phase.law != "allocation":
+        return as_known(phase)
     return Phase(phase.noise_multiplier, phase.sampling_probability, phase.steps * block_of(phase.sampling_probability))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,9 @@ from functools import lru_cache
 
 from scipy.special import log_ndtr, ndtr
 
-from lightning_dp.accounting.phase import Law, Phase
-from lightning_dp.accounting.pld import pld_bound
+from lightning_dp.accounting.mixture import FAILURE, can_simulate, simulated_bound
+from lightning_dp.accounting.phase import Phase, as_known
+from lightning_dp.accounting.pld import pld_bound, pld_bounds
 from lightning_dp.accounting.prv import EPSILON_ERROR, PrvFailureError, PrvGrid
 from lightning_dp.accounting.rdp import (
     epsilon_of_log_moments,
@@ -32,6 +34,12 @@ __all__ = [
 ]
 
 _FIRST_CAPACITY = 1024
+_SIMULATED = (
+    "ε is an upper bound found by simulation with a public seed: that it is too small for some plan has a probability of at "
+    f"most {FAILURE:g} δ over the choice of the seed, which is a part of the δ that is stated"
+)
+_FEW_SAMPLES = 1 / 200
+"""Of more bins so few outcomes are simulated that distributions may tell more."""
 _NO_NOISE = "a step without noise was taken: nobody is protected"
 MOST_MECHANISMS = 32
 """Phases of different σ or q that are composed one by one; of more than these, neighbours are put together."""
@@ -43,8 +51,8 @@ class EpsilonBound:
 
     Args:
         epsilon: the bound; ``math.inf`` if a step had no noise.
-        accountant: ``"PRV"`` (privacy random variables), ``"PLD"`` (privacy loss distributions), ``"RDP"`` (Rényi) or
-            ``"exact"`` (no steps, no noise, or the Gaussian mechanism without subsampling).
+        accountant: ``"PRV"`` (privacy random variables), ``"PLD"`` (privacy loss distributions), ``"MC"`` (Monte Carlo),
+            ``"RDP"`` (Rényi) or ``"exact"`` (no steps, no noise, or the Gaussian mechanism without subsampling).
         note: what a reader should know about how the bound was obtained, or ``None``.
     """
 
@@ -67,6 +75,7 @@ def epsilon_bound(phases: Sequence[Phase], delta: float) -> EpsilonBound:
     | q = 1 throughout | the Gaussian mechanism's own ε, exact |
     | otherwise | the PRV upper bound, with at most 0.01 of discretisation error included |
     | a block of an allocation among them | an upper bound by privacy loss distributions |
+    | balls in bins under correlated noise | an upper bound by simulation; with other sampling beside it, by distributions |
     | PRV fails numerically, or RDP is smaller | the RDP upper bound, with the reason in ``note`` |
 
     The composition is that of mechanisms fixed in advance: σ and q may change between phases, but should not
@@ -108,12 +117,25 @@ def _bound_of(phases: tuple[Phase, ...], delta: float) -> EpsilonBound:
 def _by_losses(phases: tuple[Phase, ...], delta: float) -> EpsilonBound:
     if any(phase.noise_multiplier == 0 for phase in phases):
         return EpsilonBound(math.inf, "exact", _NO_NOISE)
+    if can_simulate(phases):
+        return _by_simulation(phases, delta)
     by_rdp = epsilon_of_log_moments(total_log_moments(phases), delta)
     try:
         by_pld = pld_bound(phases, delta)
     except PrvFailureError as failure:
         return EpsilonBound(by_rdp, "RDP", f"ε is an RDP (Rényi) upper bound, without amplification, because {failure}")
     return EpsilonBound(by_pld, "PLD") if by_pld <= by_rdp else EpsilonBound(by_rdp, "RDP")
+
+
+def _by_simulation(phases: tuple[Phase, ...], delta: float) -> EpsilonBound:
+    known = gaussian_epsilon(map(as_known, phases), delta)
+    if known == 0.0:
+        return EpsilonBound(0.0, "exact")
+    removed, added = simulated_bound(phases, delta, known)
+    if added > removed or any(phase.sampling_probability < _FEW_SAMPLES for phase in phases):
+        with contextlib.suppress(PrvFailureError):  # else what was simulated has to do
+            removed, added = map(min, (removed, added), pld_bounds(phases, delta))
+    return EpsilonBound(max(removed, added), "MC", _SIMULATED)
 
 
 def gaussian_epsilon(phases: Iterable[Phase], delta: float) -> float:
@@ -266,12 +288,12 @@ class EpsilonCurve:
 
 def pool(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     """Add up the steps of equal mechanisms: composition does not depend on the order."""
-    steps: dict[tuple[float, float, Law], int] = {}
+    steps: dict[Phase, int] = {}
     for phase in phases:
         if phase.steps:
-            key = (phase.noise_multiplier, phase.sampling_probability, phase.law)
+            key = replace(phase, steps=0)
             steps[key] = steps.get(key, 0) + phase.steps
-    return tuple(Phase(sigma, q, count, law) for (sigma, q, law), count in steps.items())
+    return tuple(replace(phase, steps=count) for phase, count in steps.items())
 
 
 def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, ...]:
@@ -288,6 +310,8 @@ def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, 
     """
     if len(pooled) <= most:
         return pooled
+    if any(phase.law == "bins" for phase in pooled):
+        return few(pool(as_known(phase) if phase.law == "bins" else phase for phase in pooled), most)
     laws = dict.fromkeys(phase.law for phase in pooled)
     if len(laws) > 1:
         return tuple(

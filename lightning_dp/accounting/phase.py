@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lightning_dp.plan.correlation import MOST_STEPS as MOST_ROWS
+from lightning_dp.plan.correlation import Correlation
 from lightning_dp.plan.mechanism import Mechanism, check_noise_multiplier
 from lightning_dp.plan.privacy_plan import MOST_STEPS
 from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, block_of, check_sampling_probability
 from lightning_dp.validate import whole
 
-Law = Literal["poisson", "allocation"]
+Law = Literal["poisson", "allocation", "bins"]
 """What is composed: a step whose sample each example enters with probability q, or a block of 1/q steps of which each example
-is in exactly one, with the same probability in each and independently of all others and of other blocks."""
+is in exactly one, with the same probability in each and independently of all others and of other blocks;
+or a stretch of blocks with the same step in each, under noise that is correlated over the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,11 @@ class Phase:
     Args:
         noise_multiplier: σ, the noise's standard deviation in units of the clip norm. 0 means no noise.
         sampling_probability: q, the probability with which each example enters a step's sample.
-        steps: how many rounds were (or will be) taken: steps with the law ``"poisson"``, blocks with ``"allocation"``.
+        steps: how many rounds were (or will be) taken: steps with the law ``"poisson"``, blocks with ``"allocation"``,
+            stretches with ``"bins"``.
         law: what a round is.
+        correlation: of the noise, with the law ``"bins"``. σ is then in units of the largest norm of a column of C, too.
+        blocks: of how many blocks each stretch is, with the law ``"bins"``.
 
     Raises:
         ValueError: σ is negative or not finite, q is outside (0, 1], or ``steps`` is negative; or with an allocation 1/q is
@@ -41,13 +46,15 @@ class Phase:
     sampling_probability: float
     steps: int
     law: Law = "poisson"
+    correlation: Correlation | None = field(default=None, repr=False)
+    blocks: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
         check_sampling_probability(self.sampling_probability)
         if whole("steps", self.steps, high=MOST_STEPS) < 0:
             raise ValueError(f"steps={self.steps}: expected a non-negative number. Count the steps that were taken.")
-        if self.law == "allocation":
+        if self.law != "poisson":
             block_of(self.sampling_probability)
 
 
@@ -77,6 +84,8 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
     | b bands | ⌈t/b⌉ steps of σ at b·B/N | columns of an example's turns do not meet: each turn is a release of its own |
     | C⁻¹ has bands | 1 step of σ·‖C[:, 0]‖/S(t) at 1 | S(t) is how far all turns move C·G, whoever is drawn |
 
+    With balls in bins a stretch of ⌈t/k⌉ blocks is composed, whatever C is: :mod:`lightning_dp.accounting.mixture`.
+
     σ is in units of C's largest column norm times the clip norm, so that σ says how much noise one turn meets under both.
 
     Source: Choquette-Choo et al. 2023 (arXiv 2306.08153), Theorem 4; Denisov et al. 2022 (arXiv 2202.08312), Theorem 2.1.
@@ -85,6 +94,8 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
     correlation = mechanism.noise.correlation
     if correlation is None:
         return phase_of_numbers(sigma, q, steps, mechanism.sampling.scheme)
+    if mechanism.sampling.scheme in IN_BLOCKS:
+        return _phase_of_bins(correlation, sigma, q, steps)
     if not correlation.of_inverse:
         groups = mechanism.groups
         return Phase(sigma, min(1.0, groups * q), -(-steps // groups))
@@ -92,6 +103,29 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
         return Phase(0.0, 1.0, 1)  # no bound at all: more rows than anybody computes a sensitivity of
     moved = correlation.sensitivity(max(1, steps), mechanism.groups)
     return Phase(sigma * correlation.column_norm / moved, 1.0, min(1, steps))
+
+
+def _phase_of_bins(correlation: Correlation, sigma: float, q: float, steps: int) -> Phase:
+    bins = block_of(q)
+    blocks = -(-steps // bins)
+    if blocks * bins > MOST_ROWS:
+        return Phase(0.0, 1.0, 1)
+    phase = Phase(sigma, q, min(1, blocks), "bins", correlation, max(1, blocks))
+    return phase if bins > 1 else as_known(phase)
+
+
+def as_known(phase: Phase) -> Phase:
+    """``phase`` as if everybody knew in which steps the example may be: the Gaussian mechanism, and never less privacy loss.
+
+    For steps with Poisson sampling, whose moments are computed, it is the phase itself.
+    """
+    if phase.law == "poisson":
+        return phase
+    sigma = phase.noise_multiplier
+    if phase.correlation is not None:
+        bins = block_of(phase.sampling_probability)
+        sigma *= phase.correlation.column_norm / phase.correlation.sensitivity(phase.blocks * bins, bins)
+    return Phase(sigma, 1.0, phase.steps)
 
 
 def phase_of_numbers(
@@ -165,4 +199,4 @@ def merge_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:
 
 def same_mechanism(a: Phase, b: Phase) -> bool:
     """Whether one round of ``a`` and one of ``b`` have the same privacy loss (equal σ, q and law)."""
-    return (a.noise_multiplier, a.sampling_probability, a.law) == (b.noise_multiplier, b.sampling_probability, b.law)
+    return replace(a, steps=0) == replace(b, steps=0)

@@ -15,6 +15,7 @@ from scipy.special import ndtri
 
 from lightning_dp.accounting.likelihood_ratio import RatioLaw, allocation_law, binned, lognormal_law
 from lightning_dp.accounting.losses import LossLaw, LossSum
+from lightning_dp.accounting.mixture import apart
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.prv import PrvFailureError
 from lightning_dp.accounting.rdp import FloatArray
@@ -47,6 +48,11 @@ def pld_bound(phases: Sequence[Phase], delta: float) -> float:
         >>> round(pld_bound([Phase(3.0, 0.08192, 100)], 1e-5), 2)
         1.14
     """
+    return max(pld_bounds(phases, delta))
+
+
+def pld_bounds(phases: Sequence[Phase], delta: float) -> tuple[float, float]:
+    """:func:`pld_bound` as the example is removed, and as it is added."""
     found = []
     for total in _both_ways(tuple(phases), _magnitude(delta)):
         tilt = total.tilt_for(delta)
@@ -56,7 +62,8 @@ def pld_bound(phases: Sequence[Phase], delta: float) -> float:
         if math.isinf(epsilon):
             raise PrvFailureError(f"δ = {delta:.3g} is too small for double precision")
         found.append(epsilon)
-    return max(found)
+    removed, added = found
+    return removed, added
 
 
 def pld_delta(phases: Sequence[Phase], epsilon: float, precision: float = 1e-6) -> float:
@@ -109,6 +116,7 @@ def _magnitude(delta: float) -> float:
 @lru_cache(maxsize=8)
 def _both_ways(phases: tuple[Phase, ...], delta: float) -> tuple[LossSum, LossSum]:
     """The composed losses in both directions, for questions about a δ of this size."""
+    phases = tuple(one for phase in phases for one in apart(phase, delta))
     rounds = sum(phase.steps for phase in phases)
     tail = _magnitude(_TAIL_SHARE * delta / rounds)
     ratios = [_ratio_law(phase.noise_multiplier, phase.sampling_probability, phase.law, tail) for phase in phases]

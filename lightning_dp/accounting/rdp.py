@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from lightning_dp.accounting.phase import Phase
+from lightning_dp.accounting.phase import Phase, as_known
 from lightning_dp.plan.privacy_plan import check_delta
 
 FloatArray = npt.NDArray[np.float64]
@@ -95,8 +95,8 @@ def total_log_moments(phases: Iterable[Phase]) -> FloatArray:
     for phase in phases:
         if phase.steps:
             # An allocation counts as if the example's step were known: one step with q = 1 (quasi-convexity).
-            q = phase.sampling_probability if phase.law == "poisson" else 1.0
-            total = total + phase.steps * log_moments(phase.noise_multiplier, q)
+            known = as_known(phase)
+            total = total + known.steps * log_moments(known.noise_multiplier, known.sampling_probability)
     return total
 
 

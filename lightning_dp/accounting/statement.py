@@ -22,6 +22,7 @@ from lightning_dp.version import __version__
 _ACCOUNTANTS = {
     "PRV": "PRV accountant (upper bound)",
     "PLD": "PLD accountant (upper bound)",
+    "MC": "Monte Carlo accountant (upper bound)",
     "RDP": "RDP accountant (upper bound)",
     "exact": "exact accounting",
 }
@@ -60,7 +61,7 @@ class Statement:
         epsilon: upper bound on ε after ``steps`` steps, not rounded; ``math.inf`` without noise.
         delta: δ.
         target_epsilon: the ε that training was not to exceed, or ``None``.
-        accountant: ``"PRV"``, ``"PLD"``, ``"RDP"`` or ``"exact"``.
+        accountant: ``"PRV"``, ``"PLD"``, ``"MC"``, ``"RDP"`` or ``"exact"``.
         neighbouring_relation: who is protected.
         sampling: how examples are drawn.
         sampling_probability: q.
@@ -147,7 +148,7 @@ class Statement:
             found.append(_KNOWN_SEED)
         if phases not in ((), (phase_of(plan.mechanism, ledger.steps),)):
             found.append(f"{_COMPOSED}{_count(len(phases), 'phase')}: " + _list(phases))
-        if plan.sampling in _BLOCKS:
+        if plan.sampling in _BLOCKS and plan.mechanism.noise.correlation is None:
             found.append(_BLOCKS[plan.sampling].format(block=plan.mechanism.sampling.block))
         if plan.clipping_rule.adaptation is not None:
             found.append(_ADAPTED)
@@ -265,6 +266,8 @@ def _how_accounted(ledger: Ledger) -> list[str]:
     correlation, phase = mechanism.noise.correlation, phase_of(mechanism, steps)
     if correlation is None:
         return []
+    if plan_of_bins := _bins(mechanism, phase):
+        return [plan_of_bins]
     turns = f"an example takes part in at most one of {_count(mechanism.groups, 'step')}"
     if correlation.of_inverse:
         return [
@@ -277,14 +280,25 @@ def _how_accounted(ledger: Ledger) -> list[str]:
     ]
 
 
+def _bins(mechanism: Mechanism, phase: Phase) -> str | None:
+    block = mechanism.sampling.block
+    if mechanism.sampling.scheme not in _BLOCKS:
+        return None
+    return (
+        f"noise is correlated over the steps, and each example is in exactly one of every {_count(block, 'step')}, the same in "
+        f"each such block: {_count(phase.blocks, 'block')} are accounted for together, and one that is begun counts as whole"
+    )
+
+
 def _list(phases: Sequence[Phase]) -> str:
     more = f"; and {len(phases) - _MOST_LISTED} more" if len(phases) > _MOST_LISTED else ""
     return "; ".join(map(_describe, phases[:_MOST_LISTED])) + more
 
 
 def _describe(phase: Phase) -> str:
+    what = {"poisson": "step", "allocation": "block", "bins": f"stretch of {phase.blocks} blocks"}[phase.law]
     return (
-        f"{_count(phase.steps, 'step' if phase.law == 'poisson' else 'block')} with q = {_plain(phase.sampling_probability)}, "
+        f"{_count(phase.steps, what)} with q = {_plain(phase.sampling_probability)}, "
         f"σ = {_plain(phase.noise_multiplier)}"
     )
 

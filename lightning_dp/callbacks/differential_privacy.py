@@ -109,7 +109,7 @@ class DifferentialPrivacy(Callback):
             same in all (``"balls_in_bins"``): B is then N/k, and a block that is begun counts as whole.
         noise: ``"independent"``, or noise correlated over the steps, which partly cancels in the sum that momentum SGD makes:
             ``"banded"``, ``"lambda"`` or ``"bisr"`` (:class:`lightning_dp.plan.correlation.Correlation`). It needs
-            ``sampling="cyclic_poisson"``.
+            ``sampling="cyclic_poisson"`` or ``"balls_in_bins"``.
         noise_bands: how many bands the strategy matrix has, of ``"banded"``, or its inverse, of ``"bisr"``.
         noise_momentum: β for which the matrix is found; ``None`` for the optimizer's own.
         gradient_filter: ``"disk"`` to put a Kalman filter between release and optimizer, at two gradients an example and the

@@ -14,6 +14,8 @@ from lightning_dp.plan.toeplitz import (
     Series,
     best_banded,
     best_lambda,
+    check_no_negative_entry,
+    gram_of_bins,
     inverse,
     inverse_square_root,
     moves_of_groups,
@@ -164,6 +166,18 @@ class Correlation:
         longest = self._at_least(steps)
         return float(_moves(self.matrix, self.of_inverse, longest, min(groups, longest))[steps - 1])
 
+    def gram(self, steps: int, bins: int) -> Series:
+        """⟨C xᵢ, C xⱼ⟩, ``(k, k)``, xᵢ with 1 in the steps of bin i of each block; see :func:`toeplitz.gram_of_bins`.
+
+        Args:
+            steps: t, a whole number of blocks.
+            bins: k.
+
+        Raises:
+            ValueError: C has a negative entry, so that an example's turns may take from each other.
+        """
+        return _gram(self.matrix, self.of_inverse, steps, bins)
+
     def row_norm(self, row: int) -> float:
         """‖C⁻¹[row, :]‖: how large the noise of that row is, for Z of standard deviation 1."""
         return float(_row_norms(self.matrix, self.of_inverse, self._at_least(row + 1))[row])
@@ -184,6 +198,14 @@ def _row_norms(matrix: tuple[float, ...], of_inverse: bool, steps: int) -> Serie
 def _moves(matrix: tuple[float, ...], of_inverse: bool, steps: int, groups: int) -> Series:
     given = np.array(matrix)
     return moves_of_groups(inverse(given, steps) if of_inverse else given, steps, groups)
+
+
+@lru_cache(maxsize=32)
+def _gram(matrix: tuple[float, ...], of_inverse: bool, steps: int, bins: int) -> Series:
+    given = np.array(matrix)
+    series = inverse(given, steps) if of_inverse else given
+    check_no_negative_entry(series)
+    return gram_of_bins(np.maximum(series, 0.0), steps, bins)
 
 
 def check_noise(style: object) -> None:
@@ -236,10 +258,10 @@ def check_goes_with_noise(
             )
         return
     said = f"noise={correlation.style!r}"
-    if sampling != "cyclic_poisson":
+    if sampling not in ("cyclic_poisson", "balls_in_bins"):
         raise ValueError(
-            f"{said} with sampling={sampling!r}: expected sampling='cyclic_poisson'. An example's parts in several steps add "
-            "up in correlated noise, and only the steps in between keep them apart. Give sampling='cyclic_poisson'."
+            f"{said} with sampling={sampling!r}: expected sampling='cyclic_poisson' or 'balls_in_bins'. An example's parts in "
+            "several steps add up in correlated noise, and only the steps in between keep them apart. Give one of the two."
         )
     if max_batch_size is not None:
         raise ValueError(

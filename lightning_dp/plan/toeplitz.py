@@ -20,6 +20,15 @@ _DIGITS = 12
 """Found coefficients are rounded to so many decimals, so that they read well. What they cost is computed from the rounded."""
 
 
+def check_no_negative_entry(series: Series) -> None:
+    """Raise ``ValueError`` where C has a negative entry, so that an example's turns may take from each other."""
+    if series.min() < -1e-13 * abs(series[0]):
+        raise ValueError(
+            f"a strategy matrix with the entry {series.min():.3g}: expected no negative entry, for what an example's turns "
+            "add up to to be bounded by gradients that are all alike. Use other bands or momentum."
+        )
+
+
 def momentum_workload(steps: int, momentum: float) -> Series:
     """What each noisy gradient adds to the later iterates of SGD with momentum β and a learning rate of 1, ``(T,)``.
 
@@ -111,6 +120,32 @@ def moves_of_groups(series: Series, steps: int, groups: int) -> Series:
     moved = rows.reshape(-1, groups).cumsum(axis=0).ravel()[:steps]
     moves: Series = np.sqrt(np.cumsum(moved**2))
     return moves
+
+
+def gram_of_bins(series: Series, steps: int, bins: int) -> Series:
+    """⟨C xᵢ, C xⱼ⟩ for the bins of a block, ``(k, k)``: xᵢ is 1 in the steps i, i + k, i + 2k, … and 0 elsewhere.
+
+    Args:
+        series: the first column of C.
+        steps: T, a whole number of blocks.
+        bins: k.
+
+    Example:
+        >>> gram_of_bins(np.array([3.0, 4.0]), steps=2, bins=2)
+        array([[25., 12.],
+               [12.,  9.]])
+    """
+    column = np.zeros(steps)
+    column[: len(series)] = series[:steps]
+    first = column.reshape(-1, bins).cumsum(axis=0).ravel()  # C x₀; the others are the same, later
+    found = np.zeros((bins, bins))
+    for lag in range(bins):
+        products = np.cumsum(first[lag:] * first[: steps - lag])
+        entries = products[steps - 1 - np.arange(lag, bins)]  # of the bins (j - lag, j): T - j terms
+        found[np.arange(bins - lag), np.arange(lag, bins)] = found[np.arange(lag, bins), np.arange(bins - lag)] = (
+            entries
+        )
+    return found
 
 
 def sensitivity_of_groups(series: Series, steps: int, groups: int) -> float:

@@ -31,7 +31,10 @@ from tests.conftest import Regressor, loader, regression_data, regressor, traine
 from tests.faults.lives import StopAt
 from tests.guarantees.mutations import caught, patched
 
-pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:.*steps to take in blocks of"),
+]
 STEPS, BATCH, EXAMPLES, SIGMA, CLIP, MOMENTUM = 7, 6, 24, 0.7, 0.3, 0.5
 BANDS = {"banded": 3, "lambda": 2, "bisr": 3}
 
@@ -67,10 +70,10 @@ def run(callback: DifferentialPrivacy, steps: int = STEPS, ckpt_path: Any = None
     return weights(module), fit
 
 
-def by_hand(noise: str) -> Tensor:
+def by_hand(noise: str, sampling: str = "cyclic_poisson") -> Tensor:
     """SGD with momentum on clipped sums, and C⁻¹Z by matrices. From the package are the draws, Z and the found matrix."""
     module, key = heavy(), RandomKey.from_seed(3)
-    callback = private(noise)
+    callback = private(noise, sampling=sampling)
     run(callback, steps=STEPS)
     assert callback.plan is not None
     found = callback.plan.mechanism.noise.correlation
@@ -87,10 +90,14 @@ def by_hand(noise: str) -> Tensor:
     )
     added = torch.from_numpy(SIGMA * CLIP * largest * inverse @ z.astype(float)).float()
     groups = groups_of(key, EXAMPLES, BANDS["banded"] if noise == "banded" else EXAMPLES // BATCH)
+    bins = key.generator(Stream.SAMPLING, 0).integers(EXAMPLES // BATCH, size=EXAMPLES)
     velocity, records = torch.zeros(coordinates), regression_data(EXAMPLES)
     for step in range(STEPS):
         total = torch.zeros(coordinates)
-        for index in cyclic_poisson_sample(key, groups, step, min(1.0, len(groups) * BATCH / EXAMPLES)).tolist():
+        drawn = np.flatnonzero(bins == step % (EXAMPLES // BATCH))
+        if sampling == "cyclic_poisson":
+            drawn = cyclic_poisson_sample(key, groups, step, min(1.0, len(groups) * BATCH / EXAMPLES))
+        for index in drawn.tolist():
             inputs, target = records[index]
             loss = torch.nn.functional.mse_loss(module.net(inputs[None]).squeeze(-1), target[None])
             gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
@@ -100,17 +107,22 @@ def by_hand(noise: str) -> Tensor:
     return weights(module)
 
 
-@pytest.mark.parametrize("noise", BANDS)
-def test_a_run_is_the_one_by_hand(noise: str) -> None:
-    expected = by_hand(noise)
+BOTH = [(noise, "cyclic_poisson") for noise in BANDS] + [("banded", "balls_in_bins"), ("lambda", "balls_in_bins")]
+"""Each noise, and each sampling that goes with it."""
+
+
+@pytest.mark.parametrize(("noise", "sampling"), BOTH)
+def test_a_run_is_the_one_by_hand(noise: str, sampling: str) -> None:
+    expected = by_hand(noise, sampling)
     for engine in ("ghost", "loop"):
-        assert torch.allclose(run(private(noise, engine=engine))[0], expected, rtol=1e-4, atol=1e-6), engine
+        found = run(private(noise, engine=engine, sampling=sampling))[0]
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6), engine
 
 
 def test_planted_noise_that_forgets_the_steps_before_is_caught() -> None:
     forgets = (correlated_module.Past, "_terms", lambda self, like, block: iter([torch.zeros_like(like)]))
     with caught(patched(forgets)):
-        test_a_run_is_the_one_by_hand("lambda")
+        test_a_run_is_the_one_by_hand("lambda", "cyclic_poisson")
 
 
 def test_the_optimizers_momentum_is_what_the_matrix_is_found_for_unless_another_is_given() -> None:
@@ -137,12 +149,14 @@ def test_the_momentum_is_the_one_an_optimizer_was_made_with() -> None:
         assert momentum_of(fit) == momentum
 
 
-@pytest.mark.parametrize("noise", BANDS)
-def test_with_a_known_seed_a_run_that_is_resumed_is_the_uninterrupted_one(noise: str, tmp_path: Path) -> None:
-    whole, saved = private(noise), tmp_path / "a.ckpt"
+@pytest.mark.parametrize(("noise", "sampling"), BOTH)
+def test_with_a_known_seed_a_run_that_is_resumed_is_the_uninterrupted_one(
+    noise: str, sampling: str, tmp_path: Path
+) -> None:
+    whole, saved = private(noise, sampling=sampling), tmp_path / "a.ckpt"
     module = heavy()
     trainer(whole, StopAt(4, lambda fit: fit.save_checkpoint(saved)), max_steps=STEPS).fit(module, data())
-    resumed = private(noise)
+    resumed = private(noise, sampling=sampling)
     found, _ = run(resumed, ckpt_path=saved)
     assert torch.equal(found, weights(module))
     assert resumed.ledger is not None
@@ -153,16 +167,17 @@ def test_with_a_known_seed_a_run_that_is_resumed_is_the_uninterrupted_one(noise:
 
 def test_planted_noise_that_begins_anew_at_a_resume_is_caught(tmp_path: Path) -> None:
     with caught(patched((Ledger, "begun_at", property(lambda self: self._past_steps)))):
-        test_with_a_known_seed_a_run_that_is_resumed_is_the_uninterrupted_one("lambda", tmp_path)
+        test_with_a_known_seed_a_run_that_is_resumed_is_the_uninterrupted_one("lambda", "cyclic_poisson", tmp_path)
 
 
-@pytest.mark.parametrize("noise", BANDS)
+@pytest.mark.parametrize(("noise", "sampling"), BOTH)
 @pytest.mark.parametrize("other", [{"seed": None}, {"seed": 4}], ids=str)
 def test_with_another_key_noise_begins_anew_and_is_charged_as_a_mechanism_of_its_own(
-    noise: str, other: dict[str, Any], tmp_path: Path
+    noise: str, sampling: str, other: dict[str, Any], tmp_path: Path
 ) -> None:
-    saved, resumed = tmp_path / "a.ckpt", private(noise, **other)
-    trainer(private(noise), StopAt(4, lambda fit: fit.save_checkpoint(saved)), max_steps=6).fit(heavy(), data())
+    saved, resumed = tmp_path / "a.ckpt", private(noise, sampling=sampling, **other)
+    first = private(noise, sampling=sampling)
+    trainer(first, StopAt(4, lambda fit: fit.save_checkpoint(saved)), max_steps=6).fit(heavy(), data())
     run(resumed, steps=6, ckpt_path=saved)
     assert resumed.ledger is not None
     mechanism = resumed.ledger.plan.mechanism
@@ -171,14 +186,16 @@ def test_with_another_key_noise_begins_anew_and_is_charged_as_a_mechanism_of_its
     assert resumed.ledger.epsilon().epsilon == pytest.approx(epsilon_bound(apart, 1e-5).epsilon)
     assert any("accounted for together began anew 1 time" in caveat for caveat in resumed.statement().caveats)
     assert not any("sampling probability changed" in caveat for caveat in resumed.statement().caveats)
-    if noise == "banded":  # ⌈4/3⌉ + ⌈2/3⌉ rounds, where together they would be ⌈6/3⌉
+    if sampling == "balls_in_bins":  # in place of one of two blocks
+        assert [(phase.steps, phase.blocks) for phase in resumed.ledger.phases] == [(2, 1)]
+    elif noise == "banded":  # ⌈4/3⌉ + ⌈2/3⌉ rounds, where together they would be ⌈6/3⌉
         assert resumed.ledger.phases == (Phase(SIGMA, 0.75, 3),)
 
 
 def test_planted_stretches_that_go_on_with_another_key_are_caught(tmp_path: Path) -> None:
     with caught(patched((RandomKey, "digest", lambda self: "one for all"))):
         test_with_another_key_noise_begins_anew_and_is_charged_as_a_mechanism_of_its_own(
-            "banded", {"seed": 4}, tmp_path
+            "banded", "cyclic_poisson", {"seed": 4}, tmp_path
         )
 
 
@@ -223,9 +240,9 @@ def test_independent_and_correlated_noise_follow_each_other_as_mechanisms_of_the
     assert [phase.steps for phase in third.ledger.phases] == [3, 2, 2]
 
 
-@pytest.mark.parametrize("noise", BANDS)
-def test_a_target_is_reached_and_not_passed(noise: str) -> None:
-    callback = private(noise, epsilon=8.0, noise_multiplier=None)
+@pytest.mark.parametrize(("noise", "sampling"), BOTH)
+def test_a_target_is_reached_and_not_passed(noise: str, sampling: str) -> None:
+    callback = private(noise, epsilon=8.0, noise_multiplier=None, sampling=sampling)
     run(callback)
     assert callback.ledger is not None
     assert 7.9 < callback.ledger.epsilon().epsilon <= 8.0
@@ -249,12 +266,27 @@ def test_what_is_said_of_it() -> None:
     assert any(
         "are accounted for as one Gaussian mechanism with σ = " in caveat for caveat in other.statement().caveats
     )
+    bins = private("lambda", sampling="balls_in_bins")
+    run(bins)
+    statement = bins.statement()
+    assert statement.accountant == "MC"
+    assert "Monte Carlo accountant (upper bound)" in str(statement)
+    assert any("in exactly one of every 4 steps, the same in each such block: 2 blocks" in c for c in statement.caveats)
+    assert any("0.001 δ over the choice of the seed, which is a part of the δ" in c for c in statement.caveats)
+    assert not any("σ/√n" in caveat for caveat in statement.caveats)
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"sampling": "poisson"}, "noise='banded' with sampling='poisson': expected sampling='cyclic_poisson'"),
+        (
+            {"sampling": "poisson"},
+            "noise='banded' with sampling='poisson': expected sampling='cyclic_poisson' or 'balls",
+        ),
+        (
+            {"sampling": "random_allocation"},
+            "noise='banded' with sampling='random_allocation': expected sampling='cyclic",
+        ),
         (
             {"noise": "independent"},
             "sampling='cyclic_poisson' with noise='independent': expected noise that is correlated",
@@ -358,4 +390,4 @@ def test_planted_draws_of_everybody_in_every_step_are_caught() -> None:
         return poisson_sample(key.generator(Stream.SAMPLING, step), EXAMPLES, BATCH / EXAMPLES)
 
     with caught(patched((draws_module, "cyclic_poisson_sample", everybody))):
-        test_a_run_is_the_one_by_hand("banded")
+        test_a_run_is_the_one_by_hand("banded", "cyclic_poisson")
