@@ -1,9 +1,9 @@
-"""Products of matrices in full precision, whatever ``torch.set_float32_matmul_precision`` allows elsewhere."""
+"""Products of matrices in full precision, whatever ``torch.set_float32_matmul_precision`` and autocast allow elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +25,23 @@ def full_precision() -> Iterator[None]:
 
     The setting is one of the whole process. Other threads multiply in full meanwhile too, and it is put back when no
     thread is here any more. Nothing is set where it is full already, which is torch's default.
+
+    Autocast, should the caller's be around the whole step and not around the user's training_step alone, is off meanwhile, in
+    this thread: it would round to 8 bits.
     """
+    with ExitStack() as stack:
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_full_products())
+        yield
+
+
+_AUTOCAST = ("cpu", "cuda")
+
+
+@contextmanager
+def _full_products() -> Iterator[None]:
     if all(backend.fp32_precision in _FULL for backend in _backends()):
         yield
         return
