@@ -123,7 +123,7 @@ def _by_losses(phases: tuple[Phase, ...], delta: float) -> EpsilonBound:
     try:
         by_pld = pld_bound(phases, delta)
     except PrvFailureError as failure:
-        return EpsilonBound(by_rdp, "RDP", f"ε is an RDP (Rényi) upper bound, without amplification, because {failure}")
+        return EpsilonBound(by_rdp, "RDP", f"ε is an RDP (Rényi) upper bound, because {failure}")
     return EpsilonBound(by_pld, "PLD") if by_pld <= by_rdp else EpsilonBound(by_rdp, "RDP")
 
 

@@ -1,4 +1,4 @@
-"""Rényi accounting of the Poisson-subsampled Gaussian mechanism: cheap, never fails, looser than PRV."""
+"""Rényi accounting of Poisson-subsampled Gaussian steps and of blocks: cheap, never fails, looser than PRV and PLD."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from lightning_dp.accounting.allocation_moments import MOST, allocation_log_moments
 from lightning_dp.accounting.phase import Phase, as_known
 from lightning_dp.plan.privacy_plan import check_delta
 
@@ -27,6 +28,9 @@ _SHIFTED_ORDERS: FloatArray = np.concatenate(
 
 ORDERS: FloatArray = _SHIFTED_ORDERS + 1.0
 """Every Rényi order α in use."""
+
+_AMPLIFIED = (0.2, 2000.0)
+"""σ for which the amplification of an allocation is worked out."""
 
 _ROUNDING = 1e-14
 """Added to every cumulant, relatively and absolutely, so that rounding cannot make the bound too small."""
@@ -94,10 +98,28 @@ def total_log_moments(phases: Iterable[Phase]) -> FloatArray:
     total = np.zeros_like(_SHIFTED_ORDERS)
     for phase in phases:
         if phase.steps:
-            # An allocation counts as if the example's step were known: one step with q = 1 (quasi-convexity).
-            known = as_known(phase)
-            total = total + known.steps * log_moments(known.noise_multiplier, known.sampling_probability)
+            if phase.law == "allocation":
+                moments = _allocation_moments(phase.noise_multiplier, phase.sampling_probability)
+            else:
+                known = as_known(phase)
+                moments = log_moments(known.noise_multiplier, known.sampling_probability)
+            total = total + phase.steps * moments
     return total
+
+
+@lru_cache(maxsize=512)
+def _allocation_moments(sigma: float, q: float) -> FloatArray:
+    """:func:`log_moments` of a block of 1/q steps of which an example is in exactly one.
+
+    At most those of one step with q = 1, as if its step were known (quasi-convexity). The cumulant is convex in λ, so between
+    whole λ it is at most its chord.
+    """
+    known = log_moments(sigma, 1.0)
+    if q == 1.0 or not _AMPLIFIED[0] <= sigma <= _AMPLIFIED[1]:
+        return known
+    whole = np.arange(MOST + 1, dtype=np.float64)
+    chords = np.interp(_SHIFTED_ORDERS, whole, allocation_log_moments(sigma, round(1.0 / q)))
+    return np.minimum(known, np.where(_SHIFTED_ORDERS <= MOST, chords, np.inf))
 
 
 def _conversion(delta: float) -> FloatArray:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
+from lightning_dp.accounting.allocation_moments import MOST, _added, _removed, allocation_log_moments
 from lightning_dp.accounting.calibrate import noise_for
 from lightning_dp.accounting.epsilon import few, gaussian_epsilon, pool
 from lightning_dp.accounting.likelihood_ratio import RatioLaw, _by_halves, _by_power, _means, allocation_law
 from lightning_dp.accounting.phase import phase_of, phase_of_numbers
 from lightning_dp.accounting.pld import pld_bound, pld_delta
 from lightning_dp.accounting.rdp import FloatArray, rdp_epsilon
+from lightning_dp.accounting.search import RandomNumber, search_epsilon
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 
 
@@ -103,6 +106,39 @@ def test_means_are_spread_with_their_mean_and_mass_kept() -> None:
 def test_much_noise_on_few_steps_and_long_blocks_have_a_law(sigma: float, block: int) -> None:
     bound = epsilon_bound([Phase(sigma, 1 / block, 5, "allocation")], 1e-5)
     assert 0.0 <= bound.epsilon < gaussian_epsilon([Phase(sigma, 1.0, 5)], 1e-5) + 1e-9
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0, 3.0])
+def test_renyi_moments_agree_with_integrals_and_closed_forms(sigma: float) -> None:
+    axis = np.linspace(-14.0 * sigma - 8.0, 14.0 * sigma + 8.0, 3001)
+    x = np.stack(np.meshgrid(axis, axis), -1)
+    weight = np.exp(-np.sum(x**2, -1) / (2.0 * sigma**2)) / (2.0 * math.pi * sigma**2) * (axis[1] - axis[0]) ** 2
+    s = ratio(x, sigma)
+    for order in (1, 2, 3):
+        exact = math.log(float(np.sum(weight * s ** (order + 1.0)))), math.log(float(np.sum(weight * s ** (-order))))
+        found = float(_removed(sigma, 2)[order]), float(_added(sigma, 2)[order])
+        assert found == pytest.approx(exact, rel=1e-6)
+        assert max(exact) <= allocation_log_moments(sigma, 2)[order] <= max(exact) * (1 + 1e-6) + 2e-9
+    for steps in (3, 10, 1000):
+        assert _removed(sigma, steps)[1] == pytest.approx(math.log1p(math.expm1(1 / sigma**2) / steps), rel=1e-9)
+    known = np.arange(MOST + 1.0) * np.arange(1.0, MOST + 2.0) / (2 * sigma**2)
+    for moments in (_removed(sigma, 1), _added(sigma, 1)):
+        assert moments == pytest.approx(known, rel=1e-8, abs=1e-9)
+
+
+def test_renyi_accounting_and_searches_see_the_amplification() -> None:
+    for sigma, block, blocks in ((1.0, 10, 8), (3.0, 12, 12), (2.0, 400, 8), (0.45, 100, 1)):
+        phases = [Phase(sigma, 1 / block, blocks, "allocation")]
+        bound = epsilon_bound(phases, 1e-5).epsilon
+        assert bound < rdp_epsilon(phases, 1e-5) < 1.2 * bound
+        unamplified = [Phase(sigma, 1.0, blocks)]
+        assert rdp_epsilon(phases, 1e-5) < 0.8 * gaussian_epsilon(unamplified, 1e-5)
+        for number in get_args(RandomNumber):
+            assert (
+                bound
+                < search_epsilon(phases, 1e-5, 20, number).epsilon
+                < (0.8 * search_epsilon(unamplified, 1e-5, 20, number).epsilon)
+            )
 
 
 @pytest.mark.parametrize("law", ["poisson", "allocation"])
