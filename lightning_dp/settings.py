@@ -16,7 +16,7 @@ from lightning_dp.plan.correlation import INDEPENDENT, NoiseStyle, check_bands, 
 from lightning_dp.plan.filtering import FilterStyle, GradientFilter, filter_of
 from lightning_dp.plan.mechanism import check_noise_multiplier
 from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
-from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_sampling
+from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_participations, check_sampling
 from lightning_dp.plan.simulation import check_simulation
 from lightning_dp.validate import shown, truth, whole
 
@@ -113,6 +113,7 @@ class PrivacySettings:
     simulate: int
     secure: bool
     sampling: SamplingScheme
+    participations: int
     noise: NoiseStyle
     noise_bands: int
     noise_momentum: float | None
@@ -140,6 +141,7 @@ class PrivacySettings:
         adaptation_of(self.clipping, **{name: getattr(self, name) for name in NAMES})
         check_simulation(self.simulate)
         check_sampling(self.sampling)
+        check_participations(self.participations, self.sampling)
         if self.sampling in IN_BLOCKS and self.simulate > 1:
             raise ValueError(
                 f"simulate={self.simulate} with sampling={self.sampling!r}: expected sampling='poisson', since a step of a "

@@ -25,15 +25,15 @@ REMEDY = "Resume from a checkpoint written by this version, whole and unedited; 
 FIELDS = (
     "steps", "noise_multiplier", "sampling_probability", "clip_norm", "expected_batch_size", "dataset_size", "delta",
     "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", *ADAPTED, "unit", "row_wise", "public_state",
-    "sampling", "stretch", "noise", *FILTERED,
+    "sampling", "stretch", "noise", *FILTERED, "participations",
 )  # fmt: skip
 """What is written of an entry."""
 
 _NULLABLE = ("max_batch_size", "resolution", "coordinates", "automatic_gamma", *ADAPTED, *FILTERED)
 _BESIDE = ("automatic_gamma", "stretch", *NAMES)
-_SINCE = {"sampling": "poisson", "noise": INDEPENDENT, **dict.fromkeys((*ADAPTED, *FILTERED))}
+_SINCE = {"sampling": "poisson", "participations": 1, "noise": INDEPENDENT, **dict.fromkeys((*ADAPTED, *FILTERED))}
 """What a mechanism has since later versions, as it was before. In :meth:`Entry.text` only where it is another."""
-_COUNTS = ("steps", "dataset_size", "max_batch_size", "resolution", "coordinates", "slack_bins")
+_COUNTS = ("steps", "dataset_size", "max_batch_size", "resolution", "coordinates", "slack_bins", "participations")
 _TEXTS = ("clipping", "unit", "sampling", "stretch", "noise", "gradient_filter")
 _AT_FIRST = {
     "clipping": "flat", "unit": EXAMPLE, "automatic_gamma": None, "stretch": "", **_SINCE, **NOTHING_ASSUMED.numbers,
@@ -83,7 +83,7 @@ class Entry:
         if not isinstance(raw, Mapping) or set(raw) != set(FIELDS):
             found = sorted(map(str, raw)) if isinstance(raw, Mapping) else raw
             raise ValueError(
-                f"a phase of the ledger's state has {shown(found, 400)}: expected {sorted(FIELDS)}. {REMEDY}"
+                f"a phase of the ledger's state has {shown(found, 800)}: expected {sorted(FIELDS)}. {REMEDY}"
             )
         for name in FIELDS:
             if name in (*_TEXTS, *NAMES) or (raw[name] is None and name in _NULLABLE):
@@ -149,6 +149,7 @@ class Entry:
             **numbers_of(step.clipping.adaptation),
             "unit": step.unit,
             "sampling": step.sampling.scheme,
+            "participations": step.sampling.participations,
             "stretch": self.stretch,
             "noise": str(step.noise.correlation or INDEPENDENT),
             **filter_numbers(step.filter),

@@ -37,6 +37,7 @@ class Wanted:
         coordinates: P, how many trainable coordinates there are; needed with ``resolution``.
         sampling: how samples are drawn. In blocks of k steps B is made N/k, with the smallest k that keeps it at most what is
             asked for.
+        participations: t, in how many steps of a block of t·k an example is.
         noise: how noise is correlated over the steps.
         noise_bands: how many bands the strategy matrix, or its inverse, has.
         noise_momentum: β of the workload that the matrix is found for.
@@ -53,6 +54,7 @@ class Wanted:
     resolution: int | None = None
     coordinates: int | None = None
     sampling: SamplingScheme = "poisson"
+    participations: int = 1
     noise: NoiseStyle = "independent"
     noise_bands: int = DEFAULT_BANDS
     noise_momentum: float = 0.0
@@ -133,7 +135,7 @@ def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) 
     if known.remaining_steps is not None:
         plan = plan.but(steps=before.steps + known.remaining_steps)
     noise = _correlation(wanted, plan, before.last)
-    return plan.but(sampling=wanted.sampling, noise=noise)
+    return plan.but(sampling=wanted.sampling, participations=wanted.participations, noise=noise)
 
 
 def with_noise(plan: PrivacyPlan, wanted: Wanted, spent: Mapping[str, Any] | None) -> PrivacyPlan:

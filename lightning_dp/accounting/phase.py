@@ -93,7 +93,7 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
     sigma, q = mechanism.event()
     correlation = mechanism.noise.correlation
     if correlation is None:
-        return phase_of_numbers(sigma, q, steps, mechanism.sampling.scheme)
+        return phase_of_numbers(sigma, q, steps, mechanism.sampling.scheme, mechanism.sampling.participations)
     if mechanism.sampling.scheme in IN_BLOCKS:
         return _phase_of_bins(correlation, sigma, q, steps)
     if not correlation.of_inverse:
@@ -129,12 +129,21 @@ def as_known(phase: Phase) -> Phase:
 
 
 def phase_of_numbers(
-    noise_multiplier: float, sampling_probability: float, steps: int, sampling: SamplingScheme = "poisson"
+    noise_multiplier: float,
+    sampling_probability: float,
+    steps: int,
+    sampling: SamplingScheme = "poisson",
+    participations: int = 1,
 ) -> Phase:
     """:func:`phase_of` steps of which no more than this is known.
 
     With ``"random_allocation"`` the blocks are composed. With ``"balls_in_bins"`` an example is in the same step of each block,
     so that n blocks tell as much of it as one with noise σ/√n: the mean of their outputs is all that matters.
+
+    An example that is in t random steps of a block of tk counts as one that is in one step of each of t blocks of k. Put the tk
+    steps into t groups of k at random and draw one step of each group: that gives each t steps with the same probability. So
+    the likelihood ratio S of the block is the mean, over how the steps are grouped, of products of t independent ratios
+    that belong to one step of k. Under Q all these products have one law, so S is less spread than any of them (Jensen).
 
     Raises:
         ValueError: as of :class:`Phase`.
@@ -143,7 +152,7 @@ def phase_of_numbers(
         return Phase(noise_multiplier, sampling_probability, steps)
     if sampling not in IN_BLOCKS:
         raise ValueError(f"sampling={sampling!r}: expected one of 'poisson', {', '.join(map(repr, IN_BLOCKS))}.")
-    blocks = -(-steps // block_of(sampling_probability))
+    blocks = participations * -(-steps // (participations * block_of(sampling_probability)))
     if sampling == "random_allocation" or blocks == 0:
         return Phase(noise_multiplier, sampling_probability, blocks, "allocation")
     return Phase(noise_multiplier / math.sqrt(blocks), sampling_probability, 1, "allocation")

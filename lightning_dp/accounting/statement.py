@@ -34,9 +34,9 @@ _ADAPTED = (
     "is bounded and that gets the noise; ε does not depend on what they are"
 )
 _BLOCKS: dict[SamplingScheme, str] = {
-    "random_allocation": "each example is in exactly one of every {block} steps, drawn anew for each such block; a block that "
-    "is begun counts as whole",
-    "balls_in_bins": "each example is in exactly one of every {block} steps, the same in each such block; a block that is "
+    "random_allocation": "each example is in exactly {times} of every {block} steps, drawn anew for each such block; a block "
+    "that is begun counts as whole",
+    "balls_in_bins": "each example is in exactly {times} of every {block} steps, the same in each such block; a block that is "
     "begun counts as whole, and n blocks as one with σ/√n",
 }
 
@@ -149,7 +149,9 @@ class Statement:
         if phases not in ((), (phase_of(plan.mechanism, ledger.steps),)):
             found.append(f"{_COMPOSED}{_count(len(phases), 'phase')}: " + _list(phases))
         if plan.sampling in _BLOCKS and plan.mechanism.noise.correlation is None:
-            found.append(_BLOCKS[plan.sampling].format(block=plan.mechanism.sampling.block))
+            block, times = plan.mechanism.sampling.block, plan.mechanism.sampling.participations
+            counted = "" if times == 1 else f", and counts as {times} blocks of {block // times} steps with one each"
+            found.append(_BLOCKS[plan.sampling].format(block=block, times="one" if times == 1 else times) + counted)
         if plan.clipping_rule.adaptation is not None:
             found.append(_ADAPTED)
         found.extend(_how_accounted(ledger))

@@ -107,6 +107,7 @@ class DifferentialPrivacy(Callback):
             the group whose turn it is. Or in blocks of
             k = ⌈N/B⌉ steps, of which each example is in exactly one, drawn anew for each block (``"random_allocation"``) or the
             same in all (``"balls_in_bins"``): B is then N/k, and a block that is begun counts as whole.
+        participations: t. With ``"random_allocation"`` blocks have t·k steps, of which each example is in exactly t.
         noise: ``"independent"``, or noise correlated over the steps, which partly cancels in the sum that momentum SGD makes:
             ``"banded"``, ``"lambda"`` or ``"bisr"`` (:class:`lightning_dp.plan.correlation.Correlation`). It needs
             ``sampling="cyclic_poisson"`` or ``"balls_in_bins"``.
@@ -160,6 +161,7 @@ class DifferentialPrivacy(Callback):
         row_wise: list[str] | None = None,
         public_state: list[str] | None = None,
         sampling: SamplingScheme = "poisson",
+        participations: int = 1,
         noise: NoiseStyle = "independent",
         noise_bands: int = DEFAULT_BANDS,
         noise_momentum: float | None = None,
@@ -189,6 +191,7 @@ class DifferentialPrivacy(Callback):
         self.batch_axis = batch_axis
         self.static_shapes = static_shapes
         self.sampling: SamplingScheme = sampling
+        self.participations = participations
         self.noise: NoiseStyle = noise
         self.noise_bands = noise_bands
         self.noise_momentum = noise_momentum

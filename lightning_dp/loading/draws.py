@@ -15,6 +15,7 @@ from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import (
     allocation,
     cut,
+    distinct_steps,
     exact_allocation,
     exact_poisson_sample,
     poisson_sample,
@@ -92,8 +93,9 @@ class Draws:
         if first not in self._allocated:
             self._allocated = dict([*self._allocated.items()][-1:])  # that of the block before is still read
             make = _ALLOCATED[self._plan.mechanism.noise.kind]
-            self._allocated[first] = make(self._key, first, self.dataset_size, block)
-        return np.flatnonzero(self._allocated[first] == place)
+            draw = make(self._key, first, self.dataset_size)
+            self._allocated[first] = distinct_steps(draw, block, self._plan.mechanism.sampling.participations)
+        return np.flatnonzero((self._allocated[first] == place).any(axis=1))
 
     def pieces(self, step: int, physical_batch_size: int) -> list[Piece]:
         """This rank's part of the step's draw, micro-batch by micro-batch."""
@@ -127,15 +129,17 @@ _DRAWN: dict[NoiseKind, Callable[[RandomKey, int, int, float], Indices]] = {
 """How a draw is made beside each kind of noise: both from one cryptographic generator, or both from a fast one."""
 
 
-def _pseudorandom_allocation(key: RandomKey, first: int, size: int, block: int) -> Indices:
-    return allocation(key.generator(Stream.SAMPLING, first), size, block)
+def _pseudorandom_allocation(key: RandomKey, first: int, size: int) -> Callable[[int], Indices]:
+    generator = key.generator(Stream.SAMPLING, first)
+    return lambda block: allocation(generator, size, block)
 
 
-def _exact_allocation(key: RandomKey, first: int, size: int, block: int) -> Indices:
-    return exact_allocation(Keystream.of(key, Stream.SAMPLING, first), size, block)
+def _exact_allocation(key: RandomKey, first: int, size: int) -> Callable[[int], Indices]:
+    stream = Keystream.of(key, Stream.SAMPLING, first)
+    return lambda block: exact_allocation(stream, size, block)
 
 
-_ALLOCATED: dict[NoiseKind, Callable[[RandomKey, int, int, int], Indices]] = {
+_ALLOCATED: dict[NoiseKind, Callable[[RandomKey, int, int], Callable[[int], Indices]]] = {
     "floating": _pseudorandom_allocation,
     "discrete": _exact_allocation,
 }

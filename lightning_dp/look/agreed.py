@@ -147,6 +147,7 @@ def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, trainer: p
         if privacy.secure
         else None,
         sampling=privacy.sampling,
+        participations=privacy.participations,
         noise=privacy.noise,
         noise_bands=privacy.noise_bands,
         noise_momentum=momentum_of(trainer) if privacy.noise_momentum is None else privacy.noise_momentum,

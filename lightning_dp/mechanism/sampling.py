@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_dp.mechanism.keystream import WORD_BITS, Keystream, LazyUniform
+
+Steps = npt.NDArray[np.int64]
 
 
 def poisson_sample(
@@ -104,6 +107,36 @@ def exact_allocation(stream: Keystream, dataset_size: int, block: int) -> npt.ND
     while fair < 2**WORD_BITS and (again := np.flatnonzero(words >= np.uint64(fair))).size:
         words[again] = stream.spare.words(again.size)
     return (words % np.uint64(block)).astype(np.int64)
+
+
+def distinct_steps(draw: Callable[[int], Steps], block: int, times: int) -> Steps:
+    """In which ``times`` steps of a block each example is, ``(N, times)``: all different, and any as likely as any others.
+
+    Args:
+        draw: :func:`allocation` or :func:`exact_allocation` of all examples, to a block of as many steps as it is given; each
+            call draws anew.
+        block: k, at least ``times``.
+        times: t. With 1 the one draw is what there is.
+
+    Guarantee:
+        A row is a uniformly random set of t of the k steps, independent of other rows: step j of the last t enters, unless it
+        is drawn, in place of what was drawn before.
+
+    Example:
+        >>> generator = np.random.default_rng(0)
+        >>> sorted(distinct_steps(lambda steps: allocation(generator, 1, steps), 3, 3)[0].tolist())
+        [0, 1, 2]
+
+    Source: R. Floyd in J. Bentley, *Programming pearls: a sample of brilliance*, CACM 1987.
+    """
+    columns: list[Steps] = []
+    for last in range(block - times, block):
+        drawn = draw(last + 1)
+        again = np.zeros(len(drawn), dtype=bool)
+        for column in columns:
+            again |= column == drawn
+        columns.append(np.where(again, last, drawn))
+    return np.stack(columns, axis=1)
 
 
 def cut(generator: np.random.Generator, drawn: npt.NDArray[np.int64], max_batch_size: int) -> npt.NDArray[np.int64]:

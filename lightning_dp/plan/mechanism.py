@@ -173,6 +173,7 @@ class Mechanism:
         gradient_filter: FilterStyle | None = None,
         filter_gain: float | None = None,
         filter_lookahead: float | None = None,
+        participations: int = 1,
     ) -> Mechanism:
         """The mechanism of these numbers, as a user, a checkpoint or a logger writes them: one beside the other."""
         adaptation = adaptation_of(
@@ -183,7 +184,7 @@ class Mechanism:
             slack_bins=slack_bins,
         )
         return cls(
-            Sampling(dataset_size, expected_batch_size, max_batch_size, sampling),
+            Sampling(dataset_size, expected_batch_size, max_batch_size, sampling, participations),
             Clipping(clip_norm, clipping, automatic_gamma, adaptation),
             NoiseScale(noise_multiplier, resolution, coordinates, Correlation.read(noise)),
             unit,
@@ -206,6 +207,7 @@ class Mechanism:
             **numbers_of(self.clipping.adaptation),
             "unit": self.unit,
             "sampling": self.sampling.scheme,
+            "participations": self.sampling.participations,
             "noise": str(self.noise.correlation or INDEPENDENT),
             **filter_numbers(self.filter),
         }

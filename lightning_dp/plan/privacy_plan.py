@@ -28,7 +28,7 @@ SAMPLING: dict[SamplingScheme, str] = {
 _NAMES = (
     "noise_multiplier", "clip_norm", "delta", "dataset_size", "expected_batch_size", "steps", "target_epsilon",
     "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", *NAMES, "simulation", "unit", "sampling",
-    "noise", *FILTERED,
+    "noise", *FILTERED, "participations",
 )  # fmt: skip
 """In the order in which they are shown."""
 
@@ -55,6 +55,7 @@ class Numbers(TypedDict, total=False):
     gradient_filter: FilterStyle | None
     filter_gain: float | None
     filter_lookahead: float | None
+    participations: int
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -88,6 +89,7 @@ class PrivacyPlan:
               :mod:`lightning_dp.plan.adaptation`.
             - ``unit``: who is protected, ``"example"`` or the name of a user's field.
             - ``sampling``: how samples are drawn, see :class:`lightning_dp.plan.sampling.Sampling`.
+            - ``participations``: t, in how many steps of a block an example is.
             - ``noise``: ``"independent"``, or the text of a :class:`lightning_dp.plan.correlation.Correlation`.
             - ``gradient_filter``, ``filter_gain``, ``filter_lookahead``: see :mod:`lightning_dp.plan.filtering`.
         delta: δ of the (ε, δ) guarantee, in (0, 1).

@@ -11,6 +11,8 @@ from lightning_dp.validate import number, shown, whole
 MOST_EXAMPLES = 10**15
 """Counts up to here are exact as floating-point numbers, and so is arithmetic with them."""
 
+MOST_PARTICIPATIONS = 1000
+"""Drawing them takes memory of as many numbers for each example, and time of the square."""
 SamplingScheme = Literal["poisson", "cyclic_poisson", "random_allocation", "balls_in_bins"]
 """How a step's sample is drawn."""
 IN_BLOCKS: tuple[SamplingScheme, ...] = ("random_allocation", "balls_in_bins")
@@ -27,7 +29,8 @@ class Sampling:
 
     With the others steps come in blocks of k = N / B, a whole number, and every example is in exactly one step of a block, with
     the same probability in each and independently of all other examples: with ``"random_allocation"`` in a step that is drawn
-    anew for each block, with ``"balls_in_bins"`` in the same one of all blocks.
+    anew for each block, with ``"balls_in_bins"`` in the same one of all blocks. With ``participations`` t a block of random
+    allocation has t·N / B steps, and every example is in exactly t of them, each t steps as likely as any others.
 
     Args:
         dataset_size: N, the public number of examples.
@@ -35,6 +38,7 @@ class Sampling:
         max_batch_size: M, the most examples that a step uses over all ranks: a larger draw is cut to a random part of
             this size (truncated Poisson sampling). ``None`` never cuts.
         scheme: the scheme's name, as the argument ``sampling`` of ``DifferentialPrivacy`` takes it.
+        participations: t, in how many steps of a block an example is; above 1 for ``"random_allocation"`` alone.
 
     Raises:
         ValueError: a number is outside its range, or there is no such scheme.
@@ -48,9 +52,11 @@ class Sampling:
     expected_batch_size: float
     max_batch_size: int | None = None
     scheme: SamplingScheme = "poisson"
+    participations: int = 1
 
     def __post_init__(self) -> None:
         check_sampling(self.scheme)
+        check_participations(self.participations, self.scheme)
         number("expected_batch_size", self.expected_batch_size)
         if whole("dataset_size", self.dataset_size, high=MOST_EXAMPLES) < 1:
             raise ValueError(
@@ -81,8 +87,8 @@ class Sampling:
 
     @property
     def block(self) -> int:
-        """k, of how many steps an example is in exactly one; 1 where it may be in any."""
-        return round(1 / self.probability) if self.scheme in IN_BLOCKS else 1
+        """k, of how many steps an example is in exactly :attr:`participations`; 1 where it may be in any."""
+        return self.participations * round(1 / self.probability) if self.scheme in IN_BLOCKS else 1
 
 
 def check_sampling(scheme: object) -> None:
@@ -90,6 +96,15 @@ def check_sampling(scheme: object) -> None:
     if not isinstance(scheme, str) or scheme not in get_args(SamplingScheme):
         names = ", ".join(map(repr, get_args(SamplingScheme)))
         raise ValueError(f"sampling={shown(scheme)}: expected one of {names}.")
+
+
+def check_participations(participations: object, scheme: str) -> None:
+    """Raise ``ValueError`` unless an example may be in so many steps of a block."""
+    if whole("participations", participations, low=1, high=MOST_PARTICIPATIONS) > 1 and scheme != "random_allocation":
+        raise ValueError(
+            f"participations={participations} with sampling={scheme!r}: expected sampling='random_allocation', where an "
+            "example is in exactly so many steps of a block. Elsewhere it takes part once, or as often as it is drawn."
+        )
 
 
 def block_of(sampling_probability: float) -> int:

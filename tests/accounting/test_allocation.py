@@ -69,6 +69,30 @@ def test_composed_blocks_agree_with_simulation(sigma: float, block: int, blocks:
         assert bound >= max(mean - 4.5 * error for mean, error in zip(means, errors, strict=True))
 
 
+@pytest.mark.parametrize(("sigma", "block", "times"), [(0.8, 3, 2), (1.0, 4, 3)])
+def test_several_participations_in_a_block_agree_with_simulation(sigma: float, block: int, times: int) -> None:
+    """The likelihood ratio of t random steps of tk is a mean over sets of steps; t blocks of k bound it, closely."""
+    count, generator, steps = 60_000, np.random.default_rng(0), block * times
+    noise = sigma * generator.standard_normal((count, steps))
+    with_it = noise.copy()
+    with_it[:, :times] += 1.0  # which they are makes no difference
+
+    def log_ratio(x: FloatArray) -> FloatArray:
+        each = np.exp((2.0 * x - 1.0) / (2.0 * sigma**2))
+        sums = [np.ones(count), *[np.zeros(count)] * times]  # elementary symmetric polynomials
+        for step in range(steps):
+            sums = [sums[0], *(sums[i] + sums[i - 1] * each[:, step] for i in range(1, times + 1))]
+        return np.asarray(np.log(sums[times] / math.comb(steps, times)))
+
+    phase = phase_of_numbers(sigma, 1 / block, steps, "random_allocation", times)
+    assert phase == Phase(sigma, 1 / block, times, "allocation")
+    for epsilon in (0.1, 0.5, 1.5):
+        sides = [np.maximum(-np.expm1(epsilon - loss), 0.0) for loss in (log_ratio(with_it), -log_ratio(noise))]
+        best = max(float(x.mean() - 4.5 * x.std() / math.sqrt(count)) for x in sides)
+        assert best <= pld_delta([phase], epsilon, 1e-8) <= 1.5 * best + 0.01
+        assert pld_delta([Phase(sigma, 1 / block, 1, "allocation")], epsilon, 1e-8) < best  # one of them is not enough
+
+
 def test_two_ways_to_the_same_law() -> None:
     """By Fourier transform on equal cells, and two by two on uneven ones."""
     for sigma, steps in [(1.5, 12), (3.0, 50)]:
@@ -212,6 +236,9 @@ def make_plan(**changes: object) -> PrivacyPlan:
 
 
 def test_a_part_of_a_block_counts_as_the_whole() -> None:
+    several = Ledger(make_plan(participations=2))
+    assert several.epsilon(1) == several.epsilon(20) == Ledger(make_plan()).epsilon(20)
+    assert several.epsilon(21) == several.epsilon(40) == Ledger(make_plan()).epsilon(40)
     ledger = Ledger(make_plan())
     bounds = [ledger.epsilon(steps).epsilon for steps in (0, 1, 9, 10, 11, 20, 21)]
     assert bounds[0] == 0.0 < bounds[1] == bounds[2] == bounds[3] < bounds[4] == bounds[5] < bounds[6]

@@ -57,7 +57,7 @@ def test_no_number_of_the_mechanism_falls_off() -> None:
     plan = PrivacyPlan(**NUMBERS)
     adapted, slack = plan.but(clipping="quantile"), plan.but(clipping="slaclip")
     of_sampling = {"noise"}  # of which others do not go with these
-    assert {*OTHERS, *ADAPTED, *FILTERED, "slack_bins"} == set(plan.mechanism.numbers) - of_sampling
+    assert {*OTHERS, *ADAPTED, *FILTERED, "slack_bins", "participations"} == set(plan.mechanism.numbers) - of_sampling
     for name, value in OTHERS.items():
         assert Entry.of(plan.but(**{name: value}), 1) != Entry.of(plan, 1), name
     for name, value in ADAPTED.items():
@@ -69,6 +69,9 @@ def test_no_number_of_the_mechanism_falls_off() -> None:
         other = filtered.but(**{name: value / 2}) if name != "gradient_filter" else plan
         assert Entry.of(other, 1) != Entry.of(filtered, 1), name
         assert Entry.of(other, 1).text() != Entry.of(filtered, 1).text(), name
+    blocks = plan.but(sampling="random_allocation", participations=3)
+    assert Entry.of(blocks.but(participations=1), 1) != Entry.of(blocks, 1)
+    assert Entry.of(blocks.but(participations=1), 1).text() != Entry.of(blocks, 1).text()
     for each in (plan, adapted.but(**ADAPTED), slack.but(slack_bins=3), filtered):
         entry = Entry.of(each, 7)
         assert set(entry.numbers) == set(FIELDS)
@@ -77,7 +80,10 @@ def test_no_number_of_the_mechanism_falls_off() -> None:
 
 def test_the_key_of_a_run_that_adapts_nothing_is_as_it_was() -> None:
     """The text enters the key of a run with a known seed."""
-    assert not any(name in Entry.of(PrivacyPlan(**NUMBERS), 1).text() for name in (*ADAPTED, *FILTERED, "slack_bins"))
+    assert not any(
+        name in Entry.of(PrivacyPlan(**NUMBERS), 1).text()
+        for name in (*ADAPTED, *FILTERED, "slack_bins", "participations")
+    )
 
 
 def test_another_way_to_adapt_is_another_phase_and_is_said() -> None:
@@ -146,6 +152,7 @@ def test_numbers_enter_the_key_in_the_form_they_always_had() -> None:
         ({"clipping": "flat"}, "automatic_gamma=0.25 with clipping='flat': expected None"),
         ({"sampling_probability": 0.2}, r"sampling_probability=0.2 with expected_batch_size=100.0 .*expected their ratio"),
         ({"resolution": 0}, "resolution=0: expected at least 1"),
+        ({"participations": 2}, "participations=2 with sampling='poisson': expected sampling='random_allocation'"),
         ({"filter_gain": 0.5}, "gradient_filter=None, filter_gain=0.5, filter_lookahead=None: expected all of them"),
         ({**FILTERED, "gradient_filter": "kalman"}, "gradient_filter='kalman': expected 'disk', or None"),
         ({**FILTERED, "filter_gain": "0.5"}, "filter_gain='0.5' in the ledger's state: expected a plain number"),

@@ -189,6 +189,7 @@ def test_state_is_plain_numbers() -> None:
                 "slack_bins": None,
                 "unit": "example",
                 "sampling": "poisson",
+                "participations": 1,
                 "stretch": "",
                 "noise": "independent",
                 "gradient_filter": None,

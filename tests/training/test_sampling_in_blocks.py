@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from lightning_dp.audit import audit
 from lightning_dp.loading.draws import Draws
 from lightning_dp.mechanism.keystream import Keystream
 from lightning_dp.mechanism.randomness import RandomKey, Stream
-from lightning_dp.mechanism.sampling import allocation, exact_allocation
+from lightning_dp.mechanism.sampling import allocation, distinct_steps, exact_allocation
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from tests import harness
 from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, trainer, weights
@@ -83,6 +84,46 @@ def test_every_example_is_in_exactly_one_step_of_a_block(sampling: str, secure: 
     assert (said["sampling"], said["accountant"]) == (sampling.replace("_", "-"), "PLD")
     assert any(caveat.startswith("each example is in exactly one of every 4 steps") for caveat in said["caveats"])
     assert f"{sampling.replace('_', '-')} sampling with q = 0.25, σ = 1.0" in str(dp.statement())
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_every_example_is_in_exactly_as_many_steps_of_a_block_as_asked(secure: bool) -> None:
+    if secure:
+        pytest.importorskip("cryptography")
+    dp, members = private("random_allocation", participations=3, secure=secure, engine="loop"), Members()
+    fitted(dp, members, steps=24)
+    for block in (members.steps[:12], members.steps[12:]):
+        assert sorted(itertools.chain(*block)) == sorted([*range(64)] * 3)
+        assert all(len(set(step)) == len(step) for step in block)
+        assert any(sorted(itertools.chain(*block[at : at + 4])) != [*range(64)] for at in (0, 4, 8))
+    assert members.steps[:12] != members.steps[12:]
+    assert dp.ledger is not None
+    if not secure:
+        assert dp.ledger.phases == (phase_module.Phase(1.0, 0.25, 6, "allocation"),)
+    said = [
+        caveat for caveat in dp.statement().caveats if caveat.startswith("each example is in exactly 3 of every 12")
+    ]
+    assert len(said) == 1
+    assert said[0].endswith("counts as 3 blocks of 4 steps with one each")
+    assert dp.ledger.numbers["participations"] == 3
+
+
+def test_every_set_of_steps_is_as_likely() -> None:
+    def fast(number: int) -> Any:
+        generator = np.random.default_rng(number)
+        return lambda steps: allocation(generator, 3000, steps)
+
+    def exact(number: int) -> Any:
+        stream = Keystream(number.to_bytes(32, "big"))
+        return lambda steps: exact_allocation(stream, 3000, steps)
+
+    pytest.importorskip("cryptography")
+    for make in (fast, exact):
+        places = np.concatenate([distinct_steps(make(n), 5, 3) for n in range(4)])
+        sets = Counter(tuple(sorted(row)) for row in places.tolist())
+        assert len(sets) == 10
+        assert stats.chisquare(list(sets.values())).pvalue > 1e-6
+        assert np.array_equal(distinct_steps(make(7), 5, 1)[:, 0], make(7)(5))
 
 
 @pytest.mark.parametrize("sampling", SCHEMES)
@@ -201,8 +242,8 @@ def every_key_goes_on() -> Iterator[None]:
 def a_part_of_a_block_is_free() -> Iterator[None]:
     original = phase_module.phase_of_numbers
 
-    def rounded_down(sigma: float, q: float, steps: int, sampling: Any = "poisson") -> Any:
-        return original(sigma, q, steps if sampling == "poisson" else steps - steps % round(1 / q), sampling)
+    def rounded_down(sigma: float, q: float, steps: int, sampling: Any = "poisson", times: int = 1) -> Any:
+        return original(sigma, q, steps if sampling == "poisson" else steps - steps % round(1 / q), sampling, times)
 
     with patched((phase_module, "phase_of_numbers", rounded_down)):
         yield
@@ -210,10 +251,21 @@ def a_part_of_a_block_is_free() -> Iterator[None]:
 
 @contextmanager
 def accounted_for_as_poisson() -> Iterator[None]:
-    def poisson(sigma: float, q: float, steps: int, _: Any = "poisson") -> Any:
+    def poisson(sigma: float, q: float, steps: int, *_: Any) -> Any:
         return phase_module.Phase(sigma, q, steps)
 
     with patched((phase_module, "phase_of_numbers", poisson)):
+        yield
+
+
+@contextmanager
+def with_replacement() -> Iterator[None]:
+    """The same step of a block may be drawn twice."""
+
+    def again(draw: Any, block: int, times: int) -> Any:
+        return np.stack([draw(block) for _ in range(times)], axis=1)
+
+    with patched((draws_module, "distinct_steps", again)):
         yield
 
 
@@ -234,6 +286,8 @@ def drawn_anew_for_every_step() -> Iterator[None]:
 def test_planted_bugs_are_caught(tmp_path: Path) -> None:
     with every_key_goes_on(), pytest.raises(AssertionError):
         test_another_key_begins_new_blocks_and_is_charged_for_them("random_allocation", None, None, tmp_path)
+    with with_replacement(), pytest.raises(AssertionError):
+        test_every_example_is_in_exactly_as_many_steps_of_a_block_as_asked(False)
     with drawn_anew_for_every_step(), pytest.raises(AssertionError):
         test_every_example_is_in_exactly_one_step_of_a_block("random_allocation", False)
     with accounted_for_as_poisson(), pytest.raises(AssertionError):
@@ -288,6 +342,12 @@ class EverySecond(Regressor):
 def test_what_is_not_proved_is_refused() -> None:
     with pytest.raises(ValueError, match=r"simulate=2 with sampling='balls_in_bins': expected sampling='poisson'"):
         private("balls_in_bins", simulate=2)
+    with pytest.raises(
+        ValueError, match=r"participations=2 with sampling='balls_in_bins': expected sampling='random_allo"
+    ):
+        private("balls_in_bins", participations=2)
+    with pytest.raises(ValueError, match=r"participations=0"):
+        private("random_allocation", participations=0)
     with pytest.raises(ValueError, match=r"sampling='shuffle': expected one of 'poisson'"):
         private("shuffle")
     with pytest.raises(PreflightError, match=r"reload_dataloaders_every_n_epochs: expected one training loader"):
