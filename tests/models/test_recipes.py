@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -62,6 +63,9 @@ def configs(name: str) -> list[str]:
 def build(name: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> RecipeCLI:
     """What ``lightning-dp`` makes of the header's command, up to and without ``fit``."""
     paths = [word for config in configs(name) for word in ("--config", str(ROOT / config))]
+    if "mix_public" in name:  # a pool as its header asks for
+        Path("data").mkdir(exist_ok=True)
+        np.save("data/public_pool.npy", np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32))
     monkeypatch.setattr(sys, "argv", ["lightning-dp", *paths, *more])
     return RecipeCLI(run=False, save_config_callback=None)
 
@@ -115,7 +119,7 @@ def test_no_recipe_and_no_part_is_forgotten() -> None:
     used = {config.removeprefix("recipes/") for name in RECIPES for config in configs(name)}
     assert used >= set(RECIPES)
     assert set(PARTS) <= used
-    assert len(RECIPES) == 65
+    assert len(RECIPES) == 66
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -204,6 +208,14 @@ def test_steps_and_batch_are_those_of_the_header_and_the_last_step_is_validated(
     assert optimizer.defaults["weight_decay"] == 0
     momentum = 0.0 if private.noise == "independent" else 0.9  # correlated noise cancels in what momentum adds up
     assert known or optimizer.defaults["momentum"] == momentum
+
+
+def test_a_pool_that_is_not_there_is_an_error_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "save", lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"public_images='data/public_pool.npy': expected the path of a .npy or .pt file"
+    ):
+        build("cifar10/wrn_16_4_mix_public_eps3.yaml", monkeypatch)
 
 
 def test_parts_without_a_recipe_do_not_train_without_privacy(monkeypatch: pytest.MonkeyPatch) -> None:
