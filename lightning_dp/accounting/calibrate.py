@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from decimal import ROUND_CEILING, Decimal
 
-from lightning_dp.accounting.epsilon import MOST_MECHANISMS, epsilon_bound, few, pool
+from lightning_dp.accounting.epsilon import MOST_MECHANISMS, epsilon_bound, few, gaussian_epsilon, pool
 from lightning_dp.accounting.mixture import can_simulate, closed_bound
-from lightning_dp.accounting.phase import Phase, as_known
-from lightning_dp.accounting.prv import EPSILON_ERROR, PrvFailureError, PrvGrid
+from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.rdp import rdp_epsilon
 from lightning_dp.plan.privacy_plan import MOST_STEPS, check_delta, check_epsilon
 from lightning_dp.plan.sampling import block_of, check_sampling_probability
@@ -20,8 +19,6 @@ LARGEST_NOISE_MULTIPLIER = 1e6
 
 _SMALLEST_NOISE_MULTIPLIER = 1e-3
 _TOLERANCE = 5e-4
-_COARSE = 30.0
-"""How much coarser than the reported bound's grid the search's grid is."""
 
 
 def noise_multiplier_for(
@@ -36,8 +33,8 @@ def noise_multiplier_for(
     The σ returned was itself confirmed: ``epsilon_bound([*history, Phase(σ, q, steps)], delta)`` is at most
     ``epsilon``. It has at most five significant digits, so that it can be quoted.
 
-    The search brackets σ with Rényi accounting, narrows it with PRV on a coarse grid, and ends with PRV upper
-    bounds on the full grid, the ones the ledger reports.
+    The search begins with the central limit of the privacy loss, a Gaussian mechanism, and goes on with the upper bounds that
+    the ledger reports: secant steps within a bracket.
 
     Args:
         epsilon: the target, above 0 and finite.
@@ -81,8 +78,8 @@ def noise_for(epsilon: float, delta: float, phase: Callable[[float], Phase], his
     check_delta(delta)
     search = _Search(epsilon, delta, phase, few(pool(history), MOST_MECHANISMS - 1))
     search.check_reachable()
-    holds = search.by_rdp()
-    return search.confirm(search.by_closed_bound(holds) or search.by_coarse_prv(holds), holds)
+    holds = search.by_rdp() if can_simulate([phase(1.0)]) else LARGEST_NOISE_MULTIPLIER
+    return search.confirm(search.by_closed_bound(holds) or search.by_central_limit(), holds)
 
 
 class _Search:
@@ -138,34 +135,22 @@ class _Search:
             fails, holds = (fails, middle) if good else (middle, holds)
         return holds
 
-    def by_coarse_prv(self, start: float) -> float:
-        """A guess at σ from PRV's estimate on a coarse grid; where PRV fails, the last good guess."""
-        history, aim = tuple(map(_alike, self.history)), self.target - EPSILON_ERROR * min(1.0, self.target)
-        sigma, slope = start, -1.1
-        last: tuple[float, float] | None = None
-        for _ in range(8):
-            try:
-                asked = _alike(self.phase(sigma))
-                grid = PrvGrid(
-                    history,
-                    asked.noise_multiplier,
-                    asked.sampling_probability,
-                    self.delta,
-                    asked.steps,
-                    _COARSE * EPSILON_ERROR,
-                )
-                estimate = grid.epsilon(asked.steps)[0]
-            except PrvFailureError:
-                break
-            if estimate <= 0.0:
-                break
-            here = math.log(sigma), math.log(estimate / aim)
-            if abs(here[1]) < 1e-4:
-                break
-            slope = _secant_slope(last, here, slope)
-            last = here
-            sigma = min(start, max(_SMALLEST_NOISE_MULTIPLIER, math.exp(here[0] - here[1] / slope)))
-        return sigma
+    def by_central_limit(self) -> float:
+        """A guess: μ² = Σ T·q²·(e^(1/σ²) − 1) of the mechanism asked for (Bu et al. 2020), and what the history has spent."""
+        asked, low, high = self.phase(1.0), 1e-6, 1e6
+        while high / low > 1.001:
+            middle = math.sqrt(low * high)
+            if gaussian_epsilon([Phase(1.0 / middle, 1.0, 1)], self.delta) <= self.target:
+                low = middle
+            else:
+                high = middle
+        scale, q, turns = asked.noise_multiplier, asked.sampling_probability, asked.steps
+        if asked.law == "allocation":
+            turns *= block_of(q)
+        spent = sum(one.steps * _growth(one.sampling_probability, one.noise_multiplier) for one in self.history)
+        room = max(low**2 - spent, 0.01 * low**2)
+        sigma = 1.0 / math.sqrt(math.log1p(room / (turns * q**2))) / scale
+        return min(max(sigma, 10.0 * _SMALLEST_NOISE_MULTIPLIER), LARGEST_NOISE_MULTIPLIER / 10.0)
 
     def confirm(self, guess: float, holds: float) -> float:
         """Close in on the smallest σ whose reported bound holds: secant steps inside a bracket."""
@@ -194,11 +179,8 @@ class _Search:
         return holds
 
 
-def _alike(phase: Phase) -> Phase:
-    """Poisson-sampled steps that cost about as much, or more: enough for a guess."""
-    if phase.law != "allocation":
-        return as_known(phase)
-    return Phase(phase.noise_multiplier, phase.sampling_probability, phase.steps * block_of(phase.sampling_probability))
+def _growth(q: float, sigma: float) -> float:
+    return q**2 * math.expm1(min(1.0 / sigma**2, 50.0))
 
 
 def _secant_slope(last: tuple[float, float] | None, here: tuple[float, float], fallback: float) -> float:

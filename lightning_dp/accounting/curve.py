@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lightning_dp.accounting.epsilon import EpsilonBound, EpsilonCurve, epsilon_bound
 from lightning_dp.accounting.phase import Phase, phase_of
@@ -17,17 +18,13 @@ class MechanismCurve:
         history: phases already spent.
         mechanism: of the steps to come.
         delta: δ, in (0, 1).
-        max_steps: how many further steps are foreseen, or ``None``.
         begun: how many steps of ``mechanism`` were taken with the randomness that goes on; they are not in ``history``.
             0 for a memoryless mechanism.
     """
 
-    def __init__(
-        self, history: Sequence[Phase], mechanism: Mechanism, delta: float, max_steps: int | None = None, begun: int = 0
-    ) -> None:
+    def __init__(self, history: Sequence[Phase], mechanism: Mechanism, delta: float, begun: int = 0) -> None:
         self._history, self._mechanism, self._delta, self._begun = tuple(history), mechanism, delta, begun
-        self._foreseen = None if max_steps is None else self._phase(max_steps)
-        self._curves: dict[tuple[float, float], EpsilonCurve] = {}
+        self._curves: dict[Phase, EpsilonCurve] = {}
         check_delta(delta)
 
     def at(self, steps: int) -> EpsilonBound:
@@ -51,13 +48,8 @@ class MechanismCurve:
         return phase_of(self._mechanism, self._begun + steps)
 
     def _curve(self, phase: Phase) -> EpsilonCurve:
-        law = (phase.noise_multiplier, phase.sampling_probability)
-        if law not in self._curves:
-            foreseen = self._foreseen
-            most = (
-                None
-                if foreseen is None or (foreseen.noise_multiplier, foreseen.sampling_probability) != law
-                else foreseen.steps
-            )
-            self._curves[law] = EpsilonCurve(self._history, *law, self._delta, most)
-        return self._curves[law]
+        alike = replace(phase, steps=0)
+        if alike not in self._curves:
+            numbers = alike.noise_multiplier, alike.sampling_probability
+            self._curves[alike] = EpsilonCurve(self._history, *numbers, self._delta, alike.seldom)
+        return self._curves[alike]

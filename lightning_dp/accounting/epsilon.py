@@ -12,16 +12,10 @@ from functools import lru_cache
 from scipy.special import log_ndtr, ndtr
 
 from lightning_dp.accounting.mixture import FAILURE, can_simulate, simulated_bound
-from lightning_dp.accounting.phase import Phase, as_known
+from lightning_dp.accounting.phase import Phase, Seldom, as_known
 from lightning_dp.accounting.pld import pld_bound, pld_bounds
-from lightning_dp.accounting.prv import EPSILON_ERROR, PrvFailureError, PrvGrid
-from lightning_dp.accounting.rdp import (
-    epsilon_of_log_moments,
-    log_moments,
-    rdp_epsilon,
-    steps_within,
-    total_log_moments,
-)
+from lightning_dp.accounting.prv import PrvFailureError
+from lightning_dp.accounting.rdp import rdp_epsilon, steps_within
 from lightning_dp.plan.privacy_plan import check_delta
 
 __all__ = [
@@ -33,7 +27,6 @@ __all__ = [
     "rdp_epsilon",
 ]
 
-_FIRST_CAPACITY = 1024
 _SIMULATED = (
     "ε is an upper bound found by simulation with a public seed: that it is too small for some plan has a probability of at "
     f"most {FAILURE:g} δ over the choice of the seed, which is a part of the δ that is stated"
@@ -41,7 +34,7 @@ _SIMULATED = (
 _FEW_SAMPLES = 1 / 200
 """Of more bins so few outcomes are simulated that distributions may tell more."""
 _NO_NOISE = "a step without noise was taken: nobody is protected"
-MOST_MECHANISMS = 32
+MOST_MECHANISMS = 64
 """Phases of different σ or q that are composed one by one; of more than these, neighbours are put together."""
 
 
@@ -73,10 +66,10 @@ def epsilon_bound(phases: Sequence[Phase], delta: float) -> EpsilonBound:
     | no steps | 0, exact |
     | a step with σ = 0 | ``math.inf``, exact |
     | q = 1 throughout | the Gaussian mechanism's own ε, exact |
-    | otherwise | the PRV upper bound, with at most 0.01 of discretisation error included |
-    | a block of an allocation among them | an upper bound by privacy loss distributions |
+    | otherwise | privacy random variables on a grid, each discretised so that it dominates: an upper bound |
+    | a block of an allocation among them | likewise, by the likelihood ratios of a block |
     | balls in bins under correlated noise | an upper bound by simulation; with other sampling beside it, by distributions |
-    | PRV fails numerically, or RDP is smaller | the RDP upper bound, with the reason in ``note`` |
+    | no grid holds the losses | the RDP upper bound, with the reason in ``note`` |
 
     The composition is that of mechanisms fixed in advance: σ and q may change between phases, but should not
     be chosen by looking at what earlier phases released.
@@ -91,11 +84,11 @@ def epsilon_bound(phases: Sequence[Phase], delta: float) -> EpsilonBound:
     Example:
         >>> bound = epsilon_bound([Phase(3.0, 4096 / 50000, 875)], delta=1e-5)
         >>> bound.accountant, round(bound.epsilon, 2)
-        ('PRV', 3.61)
+        ('PRV', 3.6)
 
-    Source: Gopi, Lee and Wutschitz (2021), "Numerical composition of differential privacy", Theorem 5.5;
-    Zhu, Dong and Wang (2022), Theorem 11, for the pair of directions; Balle and Wang (2018), Theorem 8, for q
-    = 1.
+    Source: Gopi, Lee and Wutschitz (2021), "Numerical composition of differential privacy", for privacy random variables and
+    their composition, with :mod:`lightning_dp.accounting.likelihood_ratio` in place of their error bound; Zhu, Dong and Wang
+    (2022), Theorem 11, for the pair of directions; Balle and Wang (2018), Theorem 8, for q = 1.
     """
     check_delta(delta)
     pooled = pool(phases)
@@ -107,23 +100,20 @@ def epsilon_bound(phases: Sequence[Phase], delta: float) -> EpsilonBound:
 def _bound_of(phases: tuple[Phase, ...], delta: float) -> EpsilonBound:
     if not phases:
         return EpsilonBound(0.0, "exact")
-    if any(phase.law != "poisson" for phase in phases):
-        return _by_losses(phases, delta)
-    *history, last = phases
-    curve = EpsilonCurve(history, last.noise_multiplier, last.sampling_probability, delta, last.steps)
-    return curve.at(last.steps)
-
-
-def _by_losses(phases: tuple[Phase, ...], delta: float) -> EpsilonBound:
     if any(phase.noise_multiplier == 0 for phase in phases):
         return EpsilonBound(math.inf, "exact", _NO_NOISE)
-    if can_simulate(phases):
+    if can_simulate(phases) and not any(phase.seldom for phase in phases):
         return _by_simulation(phases, delta)
-    by_rdp = epsilon_of_log_moments(total_log_moments(phases), delta)
+    poisson = all(phase.law == "poisson" for phase in phases)
+    if poisson and all(phase.sampling_probability == 1 and phase.seldom is None for phase in phases):
+        return EpsilonBound(gaussian_epsilon(phases, delta), "exact")
     try:
         by_pld = pld_bound(phases, delta)
     except PrvFailureError as failure:
-        return EpsilonBound(by_rdp, "RDP", f"ε is an RDP (Rényi) upper bound, because {failure}")
+        return EpsilonBound(rdp_epsilon(phases, delta), "RDP", f"ε is an RDP (Rényi) upper bound, because {failure}")
+    if poisson:
+        return EpsilonBound(by_pld, "PRV")
+    by_rdp = rdp_epsilon(phases, delta)
     return EpsilonBound(by_pld, "PLD") if by_pld <= by_rdp else EpsilonBound(by_rdp, "RDP")
 
 
@@ -169,25 +159,23 @@ def gaussian_epsilon(phases: Iterable[Phase], delta: float) -> float:
 
 
 class EpsilonCurve:
-    """Upper bounds on ε after ``history`` and any number of further steps, for many cheap queries.
+    """Upper bounds on ε after ``history`` and any number of further steps, which never fall as steps grow.
 
-    The privacy loss is discretised once, at the first query; each new query then costs one inverse Fourier
-    transform for each direction, and each repeated query a look-up. The bounds never fall as steps grow: ε
-    itself does not, so a bound may be raised to that of fewer steps, and lowered to that of more.
+    ε itself does not fall, so a bound may be raised to that of fewer steps, and lowered to that of more. Each repeated query
+    costs a look-up.
 
     Args:
         history: phases already spent.
         noise_multiplier: σ of the steps to come.
         sampling_probability: q of the steps to come.
         delta: δ, in (0, 1).
-        max_steps: how many further steps are foreseen; the grid is made for them. ``None``, or a query beyond
-            it, makes the grid grow by itself.
+        seldom: what a step to come is now and then instead.
 
     Raises:
         ValueError: a number is outside its range.
 
     Example:
-        >>> curve = EpsilonCurve((), 3.0, sampling_probability=0.08192, delta=1e-5, max_steps=875)
+        >>> curve = EpsilonCurve((), 3.0, sampling_probability=0.08192, delta=1e-5)
         >>> curve.at(0).epsilon, curve.at(100).epsilon < curve.at(875).epsilon
         (0.0, True)
     """
@@ -198,21 +186,13 @@ class EpsilonCurve:
         noise_multiplier: float,
         sampling_probability: float,
         delta: float,
-        max_steps: int | None = None,
+        seldom: Seldom | None = None,
     ) -> None:
         check_delta(delta)
-        current = Phase(noise_multiplier, sampling_probability, max_steps or 0)
-        self._sigma, self._q, self._delta = noise_multiplier, sampling_probability, delta
+        self._each, self._delta = Phase(noise_multiplier, sampling_probability, 0, seldom=seldom), delta
         pooled = pool(history)
         self._put_together = len(pooled) if len(pooled) > MOST_MECHANISMS else 0
-        pooled = few(pooled)
-        self._history = tuple(
-            p for p in pooled if (p.noise_multiplier, p.sampling_probability) != (self._sigma, self._q)
-        )
-        self._spent_alike = sum(p.steps for p in pooled) - sum(p.steps for p in self._history)
-        self._foreseen = current.steps + self._spent_alike if max_steps is not None else None
-        self._grid: PrvGrid | None = None
-        self._failures: dict[int, str] = {}
+        self._history = few(pooled)
         self._known: dict[int, EpsilonBound] = {}
         self._known_steps: list[int] = []
 
@@ -222,11 +202,11 @@ class EpsilonCurve:
         Raises:
             ValueError: ``steps`` is negative.
         """
-        current = Phase(self._sigma, self._q, steps + self._spent_alike) if steps >= 0 else None
-        if current is None:
+        if steps < 0:
             raise ValueError(f"steps={steps}: expected a non-negative number of steps after the history.")
         if steps not in self._known:
-            bound = self._between_neighbours(steps, self._fresh(current))
+            fresh = epsilon_bound([*self._history, replace(self._each, steps=steps)], self._delta)
+            bound = self._between_neighbours(steps, fresh)
             if self._put_together:
                 bound = replace(bound, note=_together(bound.note, self._put_together))
             self._known[steps] = bound
@@ -235,8 +215,7 @@ class EpsilonCurve:
 
     def rdp_steps(self, epsilon: float) -> float:
         """A number of further steps that surely stays within ``epsilon``, by RDP alone (possibly ``inf``)."""
-        within = steps_within(self._history, self._sigma, self._q, self._delta, epsilon)
-        return max(0.0, within - self._spent_alike)
+        return max(0.0, steps_within(self._history, self._each, self._delta, epsilon))
 
     def _between_neighbours(self, steps: int, bound: EpsilonBound) -> EpsilonBound:
         place = bisect.bisect_left(self._known_steps, steps)
@@ -248,52 +227,15 @@ class EpsilonCurve:
             bound = more if more.epsilon < bound.epsilon else bound
         return bound
 
-    def _fresh(self, current: Phase) -> EpsilonBound:
-        phases = [phase for phase in (*self._history, current) if phase.steps]
-        if not phases:
-            return EpsilonBound(0.0, "exact")
-        if any(phase.noise_multiplier == 0 for phase in phases):
-            return EpsilonBound(math.inf, "exact", _NO_NOISE)
-        if all(phase.sampling_probability == 1 for phase in phases):
-            return EpsilonBound(gaussian_epsilon(phases, self._delta), "exact")
-        moments = total_log_moments(self._history) + current.steps * log_moments(self._sigma, self._q)
-        by_rdp = epsilon_of_log_moments(moments, self._delta)
-        try:
-            grid = self._grid_for(current.steps)
-            by_prv = grid.epsilon(current.steps)[1]
-        except PrvFailureError as failure:
-            return EpsilonBound(by_rdp, "RDP", f"ε is an RDP (Rényi) upper bound, because {failure}")
-        if by_rdp <= by_prv:
-            return EpsilonBound(by_rdp, "RDP", "ε is an RDP (Rényi) upper bound: it is below PRV's upper bound here")
-        coarse = grid.epsilon_error > EPSILON_ERROR * (1 + 1e-9)
-        note = f"PRV's upper bound includes a discretisation error of {grid.epsilon_error:.2g}" if coarse else None
-        return EpsilonBound(by_prv, "PRV", note)
-
-    def _grid_for(self, steps: int) -> PrvGrid:
-        if self._grid is not None and steps <= self._grid.max_steps:
-            return self._grid
-        grown = max(_FIRST_CAPACITY, 1 << max(0, steps - 1).bit_length())
-        foreseen = self._foreseen if self._foreseen is not None and steps <= self._foreseen else grown
-        for capacity in dict.fromkeys((foreseen, grown, steps)):
-            if capacity in self._failures:
-                continue
-            try:
-                self._grid = PrvGrid(self._history, self._sigma, self._q, self._delta, capacity)
-            except PrvFailureError as failure:
-                self._failures[capacity] = str(failure)
-                continue
-            return self._grid
-        raise PrvFailureError(self._failures[steps])
-
 
 def pool(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     """Add up the steps of equal mechanisms: composition does not depend on the order."""
     steps: dict[Phase, int] = {}
     for phase in phases:
         if phase.steps:
-            key = replace(phase, steps=0)
-            steps[key] = steps.get(key, 0) + phase.steps
-    return tuple(replace(phase, steps=count) for phase, count in steps.items())
+            alike = replace(phase, steps=0)
+            steps[alike] = steps.get(alike, 0) + phase.steps
+    return tuple(replace(alike, steps=count) for alike, count in steps.items())
 
 
 def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, ...]:
@@ -326,8 +268,20 @@ def few(pooled: tuple[Phase, ...], most: int = MOST_MECHANISMS) -> tuple[Phase, 
             max(phase.sampling_probability for phase in group),
             sum(phase.steps for phase in group),
             group[0].law,
+            seldom=_least_private([phase.seldom for phase in group if phase.seldom], group),
         )
         for group in groups
+    )
+
+
+def _least_private(seldom: Sequence[Seldom], group: Sequence[Phase]) -> Seldom | None:
+    """What is no better than any of these nor than the phases themselves, as often as the most frequent."""
+    if not seldom:
+        return None
+    return Seldom(
+        max(one.probability for one in seldom),
+        min(min(one.noise_multiplier for one in seldom), min(phase.noise_multiplier for phase in group)),
+        max(max(one.sampling_probability for one in seldom), max(phase.sampling_probability for phase in group)),
     )
 
 

@@ -89,7 +89,6 @@ class Ledger:
             self._plan.mechanism,
             self._plan.delta,
             Entry.of(self._plan, 1).slack(),
-            foreseen,
             self._begun,
         )
         self._surely_affordable: int | None = None
@@ -256,7 +255,7 @@ class Ledger:
         history = phases_composed(entry for entry in cut[:-1] if entry not in mine)
         begun = sum(entry.steps for entry in mine if entry is not last)
         slack = sum((entry.slack() for entry in cut), Slack())
-        curve = ReservedCurve(history, slack, last.mechanism, self._plan.delta, Slack(), last.steps, begun)
+        curve = ReservedCurve(history, slack, last.mechanism, self._plan.delta, Slack(), begun)
         return curve.at(last.steps)
 
     def __reduce__(self) -> tuple[Any, ...]:

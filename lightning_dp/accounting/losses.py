@@ -16,6 +16,7 @@ import numpy as np
 import scipy.fft
 
 from lightning_dp.accounting.likelihood_ratio import ROUNDING, binned
+from lightning_dp.accounting.prv import PrvFailureError
 from lightning_dp.accounting.rdp import FloatArray
 
 _NEGLIGIBLE = 1e-18
@@ -149,6 +150,11 @@ class LossSum:
         tilt = self.tilt_for(delta)
         return (self.log_moment(tilt) - math.log(delta)) / tilt
 
+    def likely(self, tilt: float, epsilon: float) -> bool:
+        """Whether ``epsilon`` is well within the losses of the tilted sum, and above 0 by more than these spread."""
+        _, mean, variance = self._guess(tilt)
+        return epsilon > max(3.0 * math.sqrt(variance), mean - 6.0 * math.sqrt(variance))
+
     def window(self, tilt: float) -> tuple[float, float, float]:
         """Between which losses the tilted sum is, nearly; and how much of it may lie above, surely."""
         value, mean, variance = self._guess(tilt)
@@ -172,6 +178,9 @@ class LossSum:
         Args:
             tilt: θ, at least 0. Any gives an upper bound; the better it fits, the tighter.
             most_cells: of the window, which is cut from below to this.
+
+        Raises:
+            PrvFailureError: a number came out that cannot be right.
         """
         low, high, above = self.window(tilt)
         first = max(math.floor(low / self.cell), math.ceil(high / self.cell) - most_cells)
@@ -185,6 +194,9 @@ class LossSum:
         composed = np.exp(exponent)
         lost = above + ROUNDING * (self.rounds + 32) * math.sqrt(2.0 * float(np.sum(np.abs(composed) ** 2)))
         mass = np.maximum(np.roll(scipy.fft.irfft(composed, size), -(first % size)), 0.0)
+        total = float(np.sum(mass))
+        if not (abs(total - 1.0) < 1e-6 and math.isfinite(log_moment) and math.isfinite(lost)):
+            raise PrvFailureError(f"composed probabilities sum to {total}, not 1")
         loss = np.arange(first, first + size, dtype=np.float64) * self.cell
         # With A(ε) = e^(K − θε): P[loss > l_j] = A(l_j)·tail_j and δ(l_j) = A(l_j)·excess_j, summed up of positive numbers.
         tail = np.append(decayed(mass, tilt * self.cell)[1:], 0.0) * math.exp(-tilt * self.cell)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from lightning_dp.accounting.binomial import at_least
 from lightning_dp.plan.correlation import MOST_STEPS as MOST_ROWS
 from lightning_dp.plan.correlation import Correlation
 from lightning_dp.plan.mechanism import Mechanism, check_noise_multiplier
@@ -18,6 +19,20 @@ Law = Literal["poisson", "allocation", "bins"]
 """What is composed: a step whose sample each example enters with probability q, or a block of 1/q steps of which each example
 is in exactly one, with the same probability in each and independently of all others and of other blocks;
 or a stretch of blocks with the same step in each, under noise that is correlated over the steps."""
+
+
+class Seldom(NamedTuple):
+    """With this probability, seen by everybody, a round is that of these other numbers, which protect less.
+
+    Args:
+        probability: of such a round, independently of all others and of the example.
+        noise_multiplier: σ of it.
+        sampling_probability: q of it.
+    """
+
+    probability: float
+    noise_multiplier: float
+    sampling_probability: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +47,7 @@ class Phase:
         law: what a round is.
         correlation: of the noise, with the law ``"bins"``. σ is then in units of the largest norm of a column of C, too.
         blocks: of how many blocks each stretch is, with the law ``"bins"``.
+        seldom: what a step with Poisson sampling is now and then instead, or ``None``.
 
     Raises:
         ValueError: σ is negative or not finite, q is outside (0, 1], or ``steps`` is negative; or with an allocation 1/q is
@@ -48,6 +64,7 @@ class Phase:
     law: Law = "poisson"
     correlation: Correlation | None = field(default=None, repr=False)
     blocks: int = field(default=0, repr=False)
+    seldom: Seldom | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_noise_multiplier(self.noise_multiplier)
@@ -93,7 +110,9 @@ def phase_of(mechanism: Mechanism, steps: int) -> Phase:
     sigma, q = mechanism.event()
     correlation = mechanism.noise.correlation
     if correlation is None:
-        return phase_of_numbers(sigma, q, steps, mechanism.sampling.scheme, mechanism.sampling.participations)
+        scheme, participations = mechanism.sampling.scheme, mechanism.sampling.participations
+        phase = phase_of_numbers(sigma, q, steps, scheme, participations)
+        return phase if phase.law != "poisson" else replace(phase, seldom=_where_draws_are_cut(mechanism))
     if mechanism.sampling.scheme in IN_BLOCKS:
         return _phase_of_bins(correlation, sigma, q, steps)
     if not correlation.of_inverse:
@@ -126,6 +145,26 @@ def as_known(phase: Phase) -> Phase:
         bins = block_of(phase.sampling_probability)
         sigma *= phase.correlation.column_norm / phase.correlation.sensitivity(phase.blocks * bins, bins)
     return Phase(sigma, 1.0, phase.steps)
+
+
+def _where_draws_are_cut(mechanism: Mechanism) -> Seldom | None:
+    """What a step is where so many others are drawn that the example would displace one of them.
+
+    Let A be the draw of all others, and let |A| ≥ M, which has probability τ = P[Binomial(N, q) ≥ M] at most and is
+    independent of the example's own coin. Without the example a uniformly random part of M of A is used. With it, and if it is
+    drawn and kept, which has probability q·M/(|A| + 1), it takes the place of a uniformly random one of such a part: the sum
+    moves by g - g', at most 2C. So, with |A|, the part and the displaced one told to everybody, the step is a
+    Poisson-subsampled Gaussian mechanism of sensitivity 2C, that is σ/2, and at most q; with fewer others nothing is cut, and
+    it is that of σ and q.
+
+    The same case as in A. Ganesh, *Tighter privacy analysis for truncated Poisson sampling* (arXiv 2508.15089), with what is
+    told to everybody chosen for add/remove, where the dataset without the example has no one in its place.
+    """
+    sampling, (sigma, q) = mechanism.sampling, mechanism.event()
+    if sampling.max_batch_size is None:
+        return None
+    probability = at_least(sampling.dataset_size, q, sampling.max_batch_size)
+    return Seldom(probability, sigma / 2.0, q) if probability > 0.0 else None
 
 
 def phase_of_numbers(

@@ -57,7 +57,7 @@ def pld_bounds(phases: Sequence[Phase], delta: float) -> tuple[float, float]:
     for total in _both_ways(tuple(phases), _magnitude(delta)):
         tilt = total.tilt_for(delta)
         epsilon = total.deltas(tilt, _MOST_CELLS).inverse(delta)
-        if not epsilon < math.inf or epsilon < total.window(tilt)[0]:
+        if not (epsilon < math.inf and total.likely(tilt, epsilon)):
             epsilon = min(epsilon, total.deltas(0.0, _MOST_CELLS).inverse(delta))
         if math.isinf(epsilon):
             raise PrvFailureError(f"δ = {delta:.3g} is too small for double precision")
@@ -119,11 +119,15 @@ def _both_ways(phases: tuple[Phase, ...], delta: float) -> tuple[LossSum, LossSu
     phases = tuple(one for phase in phases for one in apart(phase, delta))
     rounds = sum(phase.steps for phase in phases)
     tail = _magnitude(_TAIL_SHARE * delta / rounds)
-    ratios = [_ratio_law(phase.noise_multiplier, phase.sampling_probability, phase.law, tail) for phase in phases]
-    counts, least = [phase.steps for phase in phases], max(_FINEST, min(map(_deviation, ratios)))
-    cell = min(_COARSEST, least / _CELLS_IN_DEVIATION[0])
+    ratios = [_ratio_law(phase, tail) for phase in phases]
+    instead = [_poisson_law(*phase.seldom[1:], tail) if phase.seldom else None for phase in phases]
+    counts = [phase.steps for phase in phases]
+    variance = sum(n * _deviation(ratio) ** 2 for n, ratio in zip(counts, ratios, strict=True)) / rounds
+    width = sum(float(np.log(ratio.ratio[-1] / ratio.ratio[0])) for ratio in (*ratios, *filter(None, instead)))
+    least = max(_FINEST, math.sqrt(variance))  # of a round, on average
+    cell = max(min(_COARSEST, least / _CELLS_IN_DEVIATION[0]), width / _MOST_CELLS)
     while True:
-        laws = [_on_losses(ratio, cell) for ratio in ratios]
+        laws = [_laws(*one, cell) for one in zip(phases, ratios, instead, strict=True)]
         totals = [LossSum([law[way] for law in laws], counts, cell) for way in (0, 1)]
         size = 0.0
         for total in totals:
@@ -141,8 +145,19 @@ def _both_ways(phases: tuple[Phase, ...], delta: float) -> tuple[LossSum, LossSu
             return totals[0], totals[1]
 
 
-def _ratio_law(sigma: float, q: float, law: str, tail: float) -> RatioLaw:
-    if law == "allocation" and q < 1.0:
+def _laws(phase: Phase, usual: RatioLaw, instead: RatioLaw | None, cell: float) -> tuple[LossLaw, LossLaw]:
+    removed, added = _on_losses(usual, cell)
+    if phase.seldom is None or instead is None:
+        return removed, added
+    others = _on_losses(instead, cell)
+    return removed.mixed(others[0], phase.seldom.probability), added.mixed(others[1], phase.seldom.probability)
+
+
+def _ratio_law(phase: Phase, tail: float) -> RatioLaw:
+    sigma, q = phase.noise_multiplier, phase.sampling_probability
+    if phase.law not in ("poisson", "allocation"):
+        raise PrvFailureError(f"there is no law of likelihood ratios for {phase.law!r}")
+    if phase.law == "allocation" and q < 1.0:
         if _AMPLIFIED[0] <= sigma <= _AMPLIFIED[1]:
             return allocation_law(sigma, round(1.0 / q), tail)
         q = 1.0

@@ -98,13 +98,22 @@ def total_log_moments(phases: Iterable[Phase]) -> FloatArray:
     total = np.zeros_like(_SHIFTED_ORDERS)
     for phase in phases:
         if phase.steps:
-            if phase.law == "allocation":
-                moments = _allocation_moments(phase.noise_multiplier, phase.sampling_probability)
-            else:
-                known = as_known(phase)
-                moments = log_moments(known.noise_multiplier, known.sampling_probability)
-            total = total + phase.steps * moments
+            total = total + phase.steps * log_moments_of(phase)
     return total
+
+
+def log_moments_of(phase: Phase) -> FloatArray:
+    """:func:`log_moments` of one round, whatever its law."""
+    if phase.law == "allocation":
+        return _allocation_moments(phase.noise_multiplier, phase.sampling_probability)
+    known = as_known(phase)
+    usual = log_moments(known.noise_multiplier, known.sampling_probability)
+    if phase.seldom is None:
+        return usual
+    share, *others = phase.seldom
+    rest = math.log1p(-share) if share < 1.0 else -math.inf
+    mixed: FloatArray = np.logaddexp(rest + usual, math.log(share) + log_moments(*others))
+    return np.maximum(mixed, usual) + _ROUNDING
 
 
 @lru_cache(maxsize=512)
@@ -170,14 +179,13 @@ def rdp_epsilon(phases: Sequence[Phase], delta: float) -> float:
 
 def steps_within(
     history: Sequence[Phase],
-    noise_multiplier: float,
-    sampling_probability: float,
+    each: Phase,
     delta: float,
     epsilon: float,
 ) -> float:
-    """How many further steps the Rényi bound allows after ``history`` (whole, or ``inf``)."""
+    """How many further rounds like that of ``each`` the Rényi bound allows after ``history`` (whole, or ``inf``)."""
     room = _SHIFTED_ORDERS * (epsilon - _conversion(delta)) - total_log_moments(history)
-    step = log_moments(noise_multiplier, sampling_probability)
+    step = log_moments_of(each)
     usable = np.isfinite(step) & (room > 0)
     if not usable.any():
         return 0.0

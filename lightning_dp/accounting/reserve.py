@@ -30,13 +30,12 @@ class ReservedCurve:
         mechanism: of the steps to come.
         delta: δ, in (0, 1).
         each: the slack of each step to come.
-        max_steps: how many further steps are foreseen, or ``None``.
         begun: see :class:`~lightning_dp.accounting.curve.MechanismCurve`.
 
     Example:
         >>> step = Mechanism.of(noise_multiplier=3.0, clip_norm=1.0, dataset_size=50_000, expected_batch_size=4096)
-        >>> plain = ReservedCurve((), Slack(), step, 1e-5, Slack(), 875).at(100)
-        >>> cut = ReservedCurve((), Slack(), step, 1e-5, Slack(truncation=1e-12), 875).at(100)
+        >>> plain = ReservedCurve((), Slack(), step, 1e-5, Slack()).at(100)
+        >>> cut = ReservedCurve((), Slack(), step, 1e-5, Slack(truncation=1e-12)).at(100)
         >>> plain.epsilon < cut.epsilon < plain.epsilon + 1e-3
         True
     """
@@ -48,13 +47,10 @@ class ReservedCurve:
         mechanism: Mechanism,
         delta: float,
         each: Slack,
-        max_steps: int | None = None,
         begun: int = 0,
     ) -> None:
         self._spent, self._each, self._delta = spent, each, delta
-        self._curve_at: Callable[[float], MechanismCurve] = lambda left: MechanismCurve(
-            history, mechanism, left, max_steps, begun
-        )
+        self._curve_at: Callable[[float], MechanismCurve] = lambda left: MechanismCurve(history, mechanism, left, begun)
         self._curves: dict[float, MechanismCurve] = {}
         self._curve(0.0)  # which checks the numbers
 

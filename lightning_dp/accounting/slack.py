@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy.special import betainc
-
+from lightning_dp.accounting.binomial import at_least
 from lightning_dp.plan.mechanism import Mechanism
 
 _ROUNDING = 1.0 + 1e-9
-"""Every probability is rounded up by this factor: the incomplete beta function is good to about 1e-12."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +57,12 @@ class Slack:
 def slack_of(mechanism: Mechanism) -> Slack:
     """The slack of one step: its distance from one step of the Poisson-subsampled Gaussian mechanism.
 
-    ``dataset_size`` must be at least the actual number of examples.
+    ``dataset_size`` must be at least the actual number of examples. Cut draws of Poisson sampling are no slack: they are
+    accounted for as what they are (:func:`lightning_dp.accounting.phase.phase_of`).
     """
     sampling, noise = mechanism.sampling, mechanism.noise
     truncation = 0.0
-    if sampling.max_batch_size is not None:
+    if sampling.max_batch_size is not None and sampling.scheme != "poisson":
         truncation = truncation_probability(sampling.dataset_size, sampling.probability, sampling.max_batch_size)
     return Slack(truncation, discretisation_divergence(noise.grid_std, noise.coordinates or 0))
 
@@ -79,13 +78,7 @@ def truncation_probability(dataset_size: int, sampling_probability: float, max_b
         >>> truncation_probability(1000, 0.1, 200) < 1e-18
         True
     """
-    examples = dataset_size + 1
-    if max_batch_size >= examples:
-        return 0.0
-    if sampling_probability == 1.0:
-        return 1.0
-    tail = float(betainc(max_batch_size + 1, examples - max_batch_size, sampling_probability))
-    return min(1.0, tail * _ROUNDING)
+    return at_least(dataset_size + 1, sampling_probability, max_batch_size + 1)
 
 
 def smallest_max_batch_size(dataset_size: int, sampling_probability: float, probability: float) -> int:

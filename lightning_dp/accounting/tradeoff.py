@@ -184,7 +184,7 @@ def gaussian_mu(phases: Sequence[Phase]) -> float | None:
 
     Source: Dong, Roth and Su 2022, Corollary 3.3.
     """
-    if any(phase.sampling_probability != 1 or phase.noise_multiplier == 0 for phase in phases):
+    if any(phase.sampling_probability != 1 or phase.noise_multiplier == 0 or phase.seldom for phase in phases):
         return None
     return math.sqrt(sum(phase.steps / phase.noise_multiplier**2 for phase in phases))
 

@@ -95,7 +95,14 @@ def with_noise(phases: Sequence[Phase], factor: float) -> list[Phase]:
         >>> with_noise([Phase(2.0, 0.1, 5)], 1.5)[0].noise_multiplier
         3.0
     """
-    return [replace(phase, noise_multiplier=phase.noise_multiplier * factor) for phase in phases]
+    return [
+        replace(
+            phase,
+            noise_multiplier=phase.noise_multiplier * factor,
+            seldom=phase.seldom and phase.seldom._replace(noise_multiplier=phase.seldom.noise_multiplier * factor),
+        )
+        for phase in phases
+    ]
 
 
 def gaussian_shift(epsilon: float, delta: float) -> float:

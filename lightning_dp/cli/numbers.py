@@ -18,6 +18,7 @@ from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_sampling
 
 _NAMES = {
     "prv": "PRV, upper bound       ",
+    "gopi": "PRV, estimate and error",
     "rdp": "RDP, upper bound       ",
     "pld": "PLD, upper bound       ",
     "pld_low": "PLD, optimistic        ",
@@ -56,7 +57,8 @@ def epsilon(words: Sequence[str]) -> None:
     note = "; " + bound.note if bound.note else ""
     print(f"ε ≤ {_up(bound.epsilon)} at δ = {args.delta:g}: {plan} ({bound.accountant} accountant{note})")
     for name, value in others.items():
-        missing = "not installed (dp-accounting)" if args.sampling == "poisson" else "only for Poisson sampling"
+        missing = "no grid holds the losses" if name == "gopi" else "not installed (dp-accounting)"
+        missing = missing if args.sampling == "poisson" else "only for Poisson sampling"
         label = _NAMES["pld" if name == "prv" and bound.accountant == "PLD" else name]
         print(f"  {label}  {missing if value is None else _up(value)}")
     print(in_lines(risk))

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import scipy.fft
 from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,14 +41,14 @@ def pld_epsilon(phases: list[Phase], delta: float, interval: float = 1e-4) -> fl
 @pytest.mark.parametrize(
     ("phase", "delta", "pld", "upper", "rdp"),
     [
-        (CIFAR, 1e-5, 3.6016, 3.6118, 3.9102),
-        (Phase(4.0, 4096 / 50000, 2000), 1e-5, 4.0627, 4.0729, 4.3988),
-        (Phase(1.0, 0.01, 1000), 1e-5, 1.8282, 1.8384, 2.1014),
-        (IMAGENET, 8e-7, 7.4652, 7.4753, 7.9537),
+        (CIFAR, 1e-5, 3.6016, 3.6018, 3.9102),
+        (Phase(4.0, 4096 / 50000, 2000), 1e-5, 4.0627, 4.0628, 4.3988),
+        (Phase(1.0, 0.01, 1000), 1e-5, 1.8282, 1.8283, 2.1014),
+        (IMAGENET, 8e-7, 7.4652, 7.4661, 7.9537),
     ],
 )
 def test_reference_table(phase: Phase, delta: float, pld: float, upper: float, rdp: float) -> None:
-    """Figures of dp_accounting 0.6 (PLD, RDP) and prv_accountant 0.2 (upper bound at an error of 0.01)."""
+    """Figures of dp_accounting 0.6 (PLD, RDP), and the upper bound just above them."""
     bound = epsilon_bound([phase], delta)
     assert bound.accountant == "PRV"
     assert bound.epsilon == pytest.approx(upper, abs=1e-3)
@@ -78,7 +79,7 @@ def test_prv_lies_between_pld_and_rdp(mechanism: tuple[float, float, int], delta
     phases = [Phase(*mechanism)]
     pld = pld_epsilon(phases, delta, interval=1e-4)
     bound = epsilon_bound(phases, delta)
-    assert pld - 2e-4 <= bound.epsilon <= pld + 0.0115
+    assert pld - 2e-4 <= bound.epsilon <= pld * 1.001 + 1e-4
     assert bound.epsilon <= rdp_epsilon(phases, delta) + 1e-12
 
 
@@ -93,7 +94,7 @@ def test_heterogeneous_composition_agrees_with_pld(phases: list[Phase], delta: f
     pld = pld_epsilon(phases, delta)
     bound = epsilon_bound(phases, delta)
     assert bound.accountant == "PRV"
-    assert pld - 2e-4 <= bound.epsilon <= pld + 0.0115
+    assert pld - 2e-4 <= bound.epsilon <= pld * 1.001 + 1e-4
     assert epsilon_bound(phases[::-1], delta).epsilon == pytest.approx(bound.epsilon, abs=1e-6)
 
 
@@ -135,7 +136,7 @@ def test_full_batch_is_the_gaussian_mechanism() -> None:
     assert delta == pytest.approx(1e-5, rel=1e-6)
     assert delta <= 1e-5
     almost = [Phase(p.noise_multiplier, 1 - 1e-9, p.steps) for p in phases]
-    assert eps - 1e-4 < epsilon_bound(almost, 1e-5).epsilon < eps + 0.0115
+    assert eps - 1e-4 < epsilon_bound(almost, 1e-5).epsilon < eps + 1e-3
 
 
 @pytest.mark.parametrize("q", [0.01, 0.3, 1.0])
@@ -180,42 +181,54 @@ def test_extreme_plans_have_an_answer(phase: Phase, delta: float) -> None:
 
 
 def test_fallback_is_flagged() -> None:
-    bound = epsilon_bound([Phase(1.0, 0.01, 1000)], 1e-18)
+    bound = epsilon_bound([Phase(0.3, 0.5, 10**6)], 1e-5)
     assert bound.accountant == "RDP"
-    assert_nearly(bound.epsilon, rdp_epsilon([Phase(1.0, 0.01, 1000)], 1e-18))
-    assert "δ = 1e-18 is too small" in str(bound.note)
+    assert_nearly(bound.epsilon, rdp_epsilon([Phase(0.3, 0.5, 10**6)], 1e-5))
+    assert "may exceed 600" in str(bound.note)
 
 
-def test_a_failing_discretisation_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is raised when the check of the means fails becomes a flagged RDP bound, not a crash."""
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("Discrete mean differs from continuous mean significantly.")
-
-    monkeypatch.setattr("lightning_dp.accounting.prv.discretised", fail)
-    bound = EpsilonCurve([], 1.25, 0.1, 1e-5, 10).at(10)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 0.9])
+def test_numbers_that_cannot_be_right_fall_back(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trouble inside the Fourier transform becomes a flagged RDP bound, not a small ε."""
+    irfft = scipy.fft.irfft
+    monkeypatch.setattr(scipy.fft, "irfft", lambda *args: irfft(*args) * wrong)
+    with np.errstate(invalid="ignore"):
+        bound = EpsilonCurve([], 1.27, 0.1, 1e-5).at(10)
     assert bound.accountant == "RDP"
-    assert_nearly(bound.epsilon, rdp_epsilon([Phase(1.25, 0.1, 10)], 1e-5))
-    assert "Discrete mean" in str(bound.note)
+    assert_nearly(bound.epsilon, rdp_epsilon([Phase(1.27, 0.1, 10)], 1e-5))
+    assert "composed probabilities sum to" in str(bound.note)
 
 
-def test_numpy_trouble_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_a_number(*_: object) -> float:
-        return float(np.log(np.array([-1.0]))[0])
-
-    monkeypatch.setattr("lightning_dp.accounting.prv.invert", not_a_number)
-    bound = EpsilonCurve([], 1.25, 0.1, 1e-5, 10).at(10)
-    assert bound.accountant == "RDP"
-    assert "nan" in str(bound.note)
-
-
-def test_grid_too_large_gets_coarser_and_stays_above() -> None:
-    """A million steps: the discretisation error grows and is stated; past any useful ε the grid refuses."""
+def test_a_million_steps_and_what_no_grid_holds() -> None:
     bound = epsilon_bound([Phase(1.0, 0.01, 10**6)], 1e-5)
-    assert bound.accountant == "PRV"
-    assert "discretisation error" in str(bound.note)
+    assert (bound.accountant, bound.note) == ("PRV", None)
     with pytest.raises(PrvFailureError, match="beyond what PRV's grid can hold"):
         PrvGrid([], 0.3, 0.5, 1e-5, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("phase", "delta", "pld"),
+    [
+        (Phase(100.0, 0.00825, 388), 1e-5, 0.00392),
+        (Phase(3.3, 4.3e-4, 33), 1e-12, 0.0053),
+        (Phase(3.0, 0.1, 3), 1e-5, 0.2635),
+    ],
+)
+def test_a_small_epsilon_has_a_small_error(phase: Phase, delta: float, pld: float) -> None:
+    """Not above dp_accounting's, on its finest grid, where an error that is added would be as large as ε itself."""
+    assert epsilon_bound([phase], delta).epsilon <= pld
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-9, 1e-15, 1e-30, 1e-100])
+def test_one_step_at_any_delta(delta: float) -> None:
+    """δ(ε) of the larger direction is two normal tails; by logarithms, since δ is far below what a transform rounds."""
+    sigma, q = 1.1, 0.03
+    epsilon = epsilon_bound([Phase(sigma, q, 1)], delta).epsilon
+    x = sigma**2 * (epsilon + math.log1p(-(1 - q) * math.exp(-epsilon)) - math.log(q)) + 0.5
+    log_without, log_with = norm.logsf(x / sigma), norm.logsf((x - 1) / sigma)
+    log_p = np.logaddexp(math.log1p(-q) + log_without, math.log(q) + log_with)
+    log_delta = log_p + math.log(-math.expm1(epsilon + log_without - log_p))
+    assert math.log(delta) * 1.05 <= log_delta <= math.log(delta) + 1e-9
 
 
 def test_no_steps_and_no_noise() -> None:
@@ -233,7 +246,7 @@ def test_delta_outside_its_range(delta: float) -> None:
     with pytest.raises(ValueError, match="delta="):
         rdp_epsilon([CIFAR], delta)
     with pytest.raises(ValueError, match="delta="):
-        EpsilonCurve([], 1.0, 0.1, delta, 10)
+        EpsilonCurve([], 1.0, 0.1, delta)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +265,7 @@ def test_phases_outside_their_range(numbers: tuple[float, float, int], name: str
 
 
 def test_curve_never_falls_in_whatever_order_it_is_asked() -> None:
-    curve = EpsilonCurve([Phase(1.5, 0.05, 30)], 2.0, 0.1, 1e-5, 200)
+    curve = EpsilonCurve([Phase(1.5, 0.05, 30)], 2.0, 0.1, 1e-5)
     order = np.random.default_rng(0).permutation(261)
     for steps in order:  # 260 is beyond the foreseen 200: the grid grows on the way
         curve.at(int(steps))
@@ -264,21 +277,21 @@ def test_curve_never_falls_in_whatever_order_it_is_asked() -> None:
 
 @pytest.mark.parametrize("steps", [1, 10, 100, 875])
 def test_curve_stays_an_upper_bound_before_its_end(steps: int) -> None:
-    """One grid serves all steps: each value is at least PLD's ε and at most 0.0115 above it."""
-    curve = EpsilonCurve([], CIFAR.noise_multiplier, CIFAR.sampling_probability, 1e-5, CIFAR.steps)
+    """Each value is at least PLD's ε and hardly above it."""
+    curve = EpsilonCurve([], CIFAR.noise_multiplier, CIFAR.sampling_probability, 1e-5)
     pld = pld_epsilon([Phase(CIFAR.noise_multiplier, CIFAR.sampling_probability, steps)], 1e-5)
-    assert pld - 2e-4 <= curve.at(steps).epsilon <= pld + 0.0115
+    assert pld - 2e-4 <= curve.at(steps).epsilon <= pld * 1.001 + 1e-4
 
 
 def test_curve_agrees_with_the_bound() -> None:
     """The same number, whether the equal steps before are history or not, and foreseen or not."""
     bound = epsilon_bound([Phase(2.0, 0.1, 90)], 1e-5)
-    assert_nearly(EpsilonCurve([], 2.0, 0.1, 1e-5, 90).at(90), bound)
-    assert_nearly(EpsilonCurve([Phase(2.0, 0.1, 50)], 2.0, 0.1, 1e-5, 40).at(40), bound)
-    unforeseen = EpsilonCurve([], 2.0, 0.1, 1e-5, None).at(90)
+    assert_nearly(EpsilonCurve([], 2.0, 0.1, 1e-5).at(90), bound)
+    assert_nearly(EpsilonCurve([Phase(2.0, 0.1, 50)], 2.0, 0.1, 1e-5).at(40), bound)
+    unforeseen = EpsilonCurve([], 2.0, 0.1, 1e-5).at(90)
     assert unforeseen.epsilon == pytest.approx(bound.epsilon, abs=1e-3)
 
 
 def test_curve_refuses_negative_steps() -> None:
     with pytest.raises(ValueError, match="steps=-1"):
-        EpsilonCurve([], 2.0, 0.1, 1e-5, 90).at(-1)
+        EpsilonCurve([], 2.0, 0.1, 1e-5).at(-1)

@@ -89,7 +89,10 @@ def test_sizes_that_do_not_go_together_are_refused(asked: dict[str, Any], found:
 
 def test_a_bound_on_draws_that_the_budget_cannot_pay_for_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_batch_size=110 with an expected batch size of 100: expected at least"):
-        find_plan(wanted(max_batch_size=110), known())
+        find_plan(wanted(max_batch_size=110, sampling="random_allocation"), known())
+    assert (
+        find_plan(wanted(max_batch_size=110), known()).noise_multiplier > find_plan(wanted(), known()).noise_multiplier
+    )
 
 
 def test_the_examples_of_the_documentation_hold() -> None:

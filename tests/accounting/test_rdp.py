@@ -57,9 +57,9 @@ def test_little_noise_is_bounded_from_above(sigma: float) -> None:
 @pytest.mark.parametrize("q", [0.05, 1.0])
 def test_steps_within_is_the_inverse(q: float) -> None:
     history = [Phase(2.0, 0.1, 20)]
-    steps = int(steps_within(history, 3.0, q, 1e-5, 4.0))
+    steps = int(steps_within(history, Phase(3.0, q, 0), 1e-5, 4.0))
     assert steps > 0
     assert rdp_epsilon([*history, Phase(3.0, q, steps)], 1e-5) <= 4.0
     assert rdp_epsilon([*history, Phase(3.0, q, steps + 2)], 1e-5) > 4.0
-    assert steps_within(history, 0.0, q, 1e-5, 4.0) == 0
-    assert steps_within([Phase(0.5, 0.5, 100)], 3.0, q, 1e-5, 4.0) == 0
+    assert steps_within(history, Phase(0.0, q, 0), 1e-5, 4.0) == 0
+    assert steps_within([Phase(0.5, 0.5, 100)], Phase(3.0, q, 0), 1e-5, 4.0) == 0

@@ -71,7 +71,7 @@ def strict(text: str) -> Any:
 def test_the_quotable_line() -> None:
     statement = Statement.of(make_ledger(875), randomness="secret")
     assert str(statement) == (
-        "(ε = 3.62, δ = 1e-05)-DP, add/remove one example, Poisson sampling with q = 0.08192, σ = 3.0, "
+        "(ε = 3.61, δ = 1e-05)-DP, add/remove one example, Poisson sampling with q = 0.08192, σ = 3.0, "
         "C = 1.0, 875 steps, PRV accountant (upper bound)"
     )
     assert statement.caveats == []
@@ -165,7 +165,7 @@ def test_a_composed_history_is_said() -> None:
 
 
 def test_a_fallback_is_said() -> None:
-    ledger = make_ledger(20, delta=1e-18)
+    ledger = make_ledger(875, noise_multiplier=0.1, expected_batch_size=40000)
     statement = Statement.of(ledger, randomness="secret")
     assert statement.accountant == "RDP"
     assert ledger.epsilon().note in statement.caveats

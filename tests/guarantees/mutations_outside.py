@@ -18,7 +18,6 @@ import lightning_dp.look.agreed as agreed_module
 import lightning_dp.look.module as module_module
 import lightning_dp.record.report as report_module
 import lightning_dp.run as run_module
-from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.plan.mechanism import Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.step.logs import StepCapture
@@ -190,14 +189,13 @@ def epochs_rounded_down() -> Iterator[None]:
 @contextmanager
 def the_lower_bound_is_reported() -> Iterator[None]:
     """The accountant's lower bound on ε in place of the upper one."""
-    original = epsilon_module.PrvGrid.epsilon
+    original = epsilon_module.pld_bound
 
-    def epsilon(self: Any, steps: int) -> tuple[float, float]:
-        lower = max(0.0, original(self, steps)[0] - self.epsilon_error)
-        return lower, lower
+    def lower(phases: Any, delta: float) -> float:
+        return max(0.0, original(phases, delta) - 0.01)
 
     epsilon_module._bound_of.cache_clear()
-    with patched((epsilon_module.PrvGrid, "epsilon", epsilon)):
+    with patched((epsilon_module, "pld_bound", lower)):
         yield
     epsilon_module._bound_of.cache_clear()
 
@@ -205,14 +203,8 @@ def the_lower_bound_is_reported() -> Iterator[None]:
 @contextmanager
 def a_failing_accountant_says_zero() -> Iterator[None]:
     """P#36: trouble inside the accountant ends as a small or negative ε."""
-    original = epsilon_module.EpsilonCurve._fresh
-
-    def fresh(self: Any, current: Any) -> EpsilonBound:
-        bound = original(self, current)
-        return EpsilonBound(0.0, "PRV") if bound.note else bound
-
     epsilon_module._bound_of.cache_clear()
-    with patched((epsilon_module.EpsilonCurve, "_fresh", fresh)):
+    with patched((epsilon_module, "rdp_epsilon", lambda phases, delta: 0.0)):
         yield
     epsilon_module._bound_of.cache_clear()
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import lightning_dp.accounting.entry as entry_module
+import lightning_dp.accounting.phase as phase_module
 import lightning_dp.engines.rounded as rounded_module
 import lightning_dp.loading.draws as draws_module
 import lightning_dp.mechanism.discrete as discrete_module
@@ -27,18 +28,26 @@ from tests.guarantees.mutations import patched
 @contextmanager
 def cuts_are_free() -> Iterator[None]:
     """Draws are cut and accounted for as if they were not, as a fixed-size buffer does it."""
-    original = entry_module.slack_of
-
-    def slack_of(mechanism: Mechanism) -> Slack:
-        return original(mechanism.but(max_batch_size=None))
-
-    with patched((entry_module, "slack_of", slack_of)):
+    with patched((phase_module, "_where_draws_are_cut", lambda mechanism: None)):
         yield
 
 
 @contextmanager
-def cuts_are_paid_for_once() -> Iterator[None]:
-    """The probability of a cut is taken for one step, not for all of them."""
+def cuts_move_an_example_by_no_more_than_others() -> Iterator[None]:
+    """Where a draw is cut, the example that is displaced is forgotten, which moves the sum by C as well."""
+    original = phase_module._where_draws_are_cut
+
+    def where_draws_are_cut(mechanism: Mechanism) -> Any:
+        found = original(mechanism)
+        return found and found._replace(noise_multiplier=2.0 * found.noise_multiplier)
+
+    with patched((phase_module, "_where_draws_are_cut", where_draws_are_cut)):
+        yield
+
+
+@contextmanager
+def slack_is_paid_for_once() -> Iterator[None]:
+    """The distance from the ideal is taken for one step, not for all of them."""
     original = entry_module.Entry.slack
 
     def slack(self: Any) -> Slack:

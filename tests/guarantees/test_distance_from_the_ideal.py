@@ -14,11 +14,11 @@ from tests.training import test_cut_draws as cut_draws
 from tests.training import test_secure as secure
 
 
-@pytest.mark.parametrize("wrong", [mutations.cuts_are_free, mutations.cuts_are_paid_for_once])
+@pytest.mark.parametrize("wrong", [mutations.cuts_are_free, mutations.cuts_move_an_example_by_no_more_than_others])
 def test_cut_draws_are_paid_for(wrong: Mutation) -> None:
-    slacks.test_the_slack_of_phases_add_up_and_stay_in_the_ledger()
+    slacks.test_cut_draws_stay_in_the_ledger_and_are_paid_for()
     with caught(wrong()):
-        slacks.test_the_slack_of_phases_add_up_and_stay_in_the_ledger()
+        slacks.test_cut_draws_stay_in_the_ledger_and_are_paid_for()
 
 
 @pytest.mark.parametrize("wrong", [mutations.draws_are_not_cut, mutations.each_rank_cuts_for_itself])
@@ -30,7 +30,7 @@ def test_the_bound_on_draws_is_kept(wrong: Mutation) -> None:
 
 def test_discrete_noise_is_paid_for() -> None:
     slacks.test_discrete_noise_is_paid_for_at_every_step()
-    for wrong in (mutations.discrete_noise_is_free, mutations.cuts_are_paid_for_once):
+    for wrong in (mutations.discrete_noise_is_free, mutations.slack_is_paid_for_once):
         with caught(wrong()):
             slacks.test_discrete_noise_is_paid_for_at_every_step()
 

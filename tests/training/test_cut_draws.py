@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.accounting.slack import truncation_probability
+from lightning_dp.accounting.binomial import at_least
 from lightning_dp.mechanism.randomness import RandomKey, Stream
 from lightning_dp.mechanism.sampling import cut
 from tests.conftest import Notes, loader, regressor, sample_of, trainer
@@ -46,9 +46,10 @@ def test_a_run_uses_no_more_than_the_bound_and_says_so() -> None:
     assert len(sizes.steps) == 12
     assert max(sizes.steps) <= BOUND
     assert private.ledger is not None
-    cut = 12 * truncation_probability(64, 0.25, BOUND)
-    assert private.ledger.slack(12).truncation == pytest.approx(cut, rel=1e-9, abs=0)
-    assert cut > 0
+    (phase,) = private.ledger.phases
+    assert phase.seldom is not None
+    assert phase.seldom.probability == pytest.approx(at_least(64, 0.25, BOUND), rel=1e-9, abs=0)
+    assert phase.seldom.probability > 0
     statement = json.loads(Path("privacy.json").read_text(encoding="utf-8"))
     assert statement["max_batch_size"] == BOUND
     assert statement["sampling"] == "truncated Poisson"
@@ -100,7 +101,7 @@ def test_what_stays_of_a_cut_draw_is_a_uniform_part() -> None:
 
 def test_with_a_target_the_noise_pays_for_the_bound() -> None:
     noise = []
-    for bound in (None, 34):
+    for bound in (None, 20):
         private = DifferentialPrivacy(epsilon=2.0, delta=1e-3, max_batch_size=bound)
         trainer(private, max_steps=10).fit(regressor(), loader())
         assert private.plan is not None
@@ -117,20 +118,11 @@ def test_a_resumed_run_keeps_what_the_bound_has_cost(tmp_path: Path) -> None:
     second = DifferentialPrivacy(noise_multiplier=1.0, delta=1e-3, max_batch_size=50)
     trainer(second, max_steps=8).fit(regressor(), loader(), ckpt_path=tmp_path / "last.ckpt")
     assert second.ledger is not None
-    each = [truncation_probability(64, 0.25, bound) for bound in (38, 50)]
-    assert second.ledger.slack(8).truncation == pytest.approx(4 * each[0] + 4 * each[1], rel=1e-12, abs=0)
+    found = [phase.seldom and phase.seldom.probability for phase in second.ledger.phases]
+    assert found == [at_least(64, 0.25, bound) for bound in (38, 50)]
     assert any("changed during training from 38 to 50" in caveat for caveat in second.statement().caveats)
 
 
 def test_bounds_that_cannot_be_are_refused() -> None:
-    private: dict[str, Any] = {"noise_multiplier": 1.0, "delta": 1e-3}
+    private: dict[str, Any] = {"noise_multiplier": 1.0, "delta": 1e-3, "sampling": "random_allocation"}
     refusals.refused(ValueError, "max_batch_size=20", "at least 3", private={**private, "max_batch_size": 20})
-    refusals.refused(
-        ValueError, "max_batch_size=17", "Raise", private={"epsilon": 2.0, "delta": 1e-3, "max_batch_size": 17}
-    )
-    refusals.refused(
-        refusals.PreflightError, "dataset_size=50", "max_batch_size=40", "larger dataset_size",
-        private={**private, "max_batch_size": 40, "dataset_size": 50},
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"max_batch_size=0: expected at least 1"):
-        DifferentialPrivacy(noise_multiplier=1.0, max_batch_size=0)
