@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_dp.audit.canaries import NOT_A_CANARY, WithCanaries, coordinates
+from lightning_dp.audit.canaries import NOT_A_CANARY, WithCanaries, coordinates, put_under
 from lightning_dp.audit.decorrelated import score, signal
 from lightning_dp.audit.expected import Scores, log_likelihood_ratio, noise_on_a_canary
 from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
@@ -44,13 +44,22 @@ class Observer(pl.Callback):
         self._mechanism: Mechanism | None = None
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            put_under(trainer.optimizers, pl_module, self._private.public_optimizers or ())
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.white_box = np.zeros(coordinates(pl_module).numel())
         self.signal = np.zeros(coordinates(pl_module).numel())
         self.black_box = self._losses(trainer, pl_module)
 
     @override
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if not pl_module.automatic_optimization and not _holds(optimizer, coordinates(pl_module)):
+            return
         mechanism, gradient = self._private.released, coordinates(pl_module).grad
         assert mechanism is not None
         assert gradient is not None
@@ -92,3 +101,7 @@ class Observer(pl.Callback):
         for child, training in zip(module.modules(), modes, strict=True):
             child.training = training
         return np.asarray(losses, dtype=np.float64)
+
+
+def _holds(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> bool:
+    return any(one is parameter for group in optimizer.param_groups for one in group["params"])

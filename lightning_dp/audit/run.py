@@ -9,15 +9,19 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from lightning_dp.audit.bound import check_confidence
-from lightning_dp.audit.canaries import Canaries, let_in, loader_with_canaries
+from lightning_dp.audit.canaries import Canaries, WithCanaries, let_in, loader_with_canaries
 from lightning_dp.audit.judge import judged
 from lightning_dp.audit.observer import Observer
 from lightning_dp.audit.result import AuditResult
-from lightning_dp.callbacks.augmentation import views_of
+from lightning_dp.callbacks.augmentation import AugmentationMultiplicity, views_of
 from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.loading.columns import with_batch_size
+from lightning_dp.loading.privacy_unit import PrivacyUnit
 from lightning_dp.look.loader import check_loader
 from lightning_dp.validate import number, whole
+
+EXAMPLES_OF_A_USER = 2
+"""So many examples a canary has that is a user."""
 
 MOST_CANARIES = 10**7
 """Each gradient-space canary is one more coordinate of the gradient."""
@@ -52,7 +56,8 @@ def audit(
     The run is ``trainer.fit`` as ever, with the plan that it would have had without canaries: N and B, and so q, σ and
     the number of steps, are those of the user's data; the canaries that are in are drawn with the same q. Gradient-space
     canaries are attacked by someone who sees every released gradient (white box), input-space ones (one example's input
-    with another's target) by someone who sees the model at the end (black box).
+    with another's target) by someone who sees the model at the end (black box). Where users are protected, a canary is a
+    user with examples of its own. Under manual optimization canaries are in the first private optimizer's releases.
 
     Args:
         trainer: with a :class:`~lightning_dp.DifferentialPrivacy` callback, on one device.
@@ -65,7 +70,8 @@ def audit(
         seed: of the coins; ``None`` for the operating system's entropy.
 
     Raises:
-        ValueError: several devices, no privacy callback, no canary, or a number out of range.
+        ValueError: several devices, no privacy callback, no canary, input canaries under manual optimization, or a number
+            out of range.
 
     Source: Steinke, Nasr and Jagielski (2023), arXiv 2305.08846.
     """
@@ -77,11 +83,12 @@ def audit(
         raise ValueError(
             "no DifferentialPrivacy among the Trainer's callbacks: expected one, whose claim is to be audited. Add it."
         )
-    if private.privacy_unit is not None:
+    if not module.automatic_optimization and input_canaries:
         raise ValueError(
-            "privacy_unit with an audit: expected None. A canary is one example, of nobody who has others; audit the run "
-            "without a privacy unit, whose step is otherwise the same."
+            f"input_canaries={input_canaries} with manual optimization: expected 0. What training_step does there is more "
+            "than a loss that could be asked for. Audit by gradient canaries alone (--input-canaries 0)."
         )
+    unit = private.privacy_unit
     observer = Observer(private)
     canaries: list[Canaries] = []
     generator = np.random.default_rng(seed)
@@ -90,8 +97,13 @@ def audit(
         loader = check_loader(with_batch_size(loader))
         size = len(loader.dataset)  # type: ignore[arg-type]  # preflight saw that it has a length
         if not canaries:
-            canaries.append(Canaries.draw(generator, gradient_canaries, input_canaries, size))
-            private.dataset_size = private.dataset_size or size
+            each = 1 if unit is None else EXAMPLES_OF_A_USER
+            canaries.append(Canaries.draw(generator, gradient_canaries, input_canaries, size, each))
+            units = None if unit is None else unit.read(loader.dataset)
+            if units is not None:
+                private.privacy_unit = PrivacyUnit(WithCanaries(loader.dataset, canaries[0]).users(units), units.most)
+                private.privacy_unit.name = units.name
+            private.dataset_size = private.dataset_size or (size if units is None else len(units))
             private.expected_batch_size = private.expected_batch_size or loader.batch_size
         observer.loader = loader_with_canaries(loader, canaries[0])
         return observer.loader
@@ -106,6 +118,10 @@ def audit(
         original = owner.train_dataloader
         owner.train_dataloader = lambda: with_canaries(original())  # type: ignore[method-assign]  # the audit's own loader, on purpose
     views = views_of(trainer)
-    let_in(module, gradient_canaries, 1 if views is None else views.total)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set where type checkers do not see it
+        if isinstance(callback, AugmentationMultiplicity) and callback.images is not None:
+            inside = callback.images if isinstance(callback.images, tuple) else (callback.images,)
+            callback.images = (0, *inside)  # the user's batch is the first of two now
+    let_in(module, gradient_canaries, None if unit is not None else 1 if views is None else views.total)
     trainer.fit(module, train_dataloaders=given, datamodule=datamodule)
     return judged(observer, canaries[0], private, confidence)

@@ -80,8 +80,11 @@ class TradeOff:
             taken: τ, how far the run may be from ``phases`` in total variation, which costs (1 + e^ε)·τ.
 
         Raises:
-            PrvFailureError: as of :func:`~lightning_dp.accounting.pld.pld_bound`, or σ below 0.2.
+            PrvFailureError: as of :func:`~lightning_dp.accounting.pld.pld_bound`, σ below 0.2, or an
+                accountant that simulates.
         """
+        if any(phase.law == "bins" for phase in phases):
+            raise PrvFailureError("its accountant simulates, and has no curve")
         if min(phase.noise_multiplier for phase in phases) < _LEAST_NOISE:
             raise PrvFailureError(f"noise below {_LEAST_NOISE} says next to nothing, and a grid cannot hold it")
         epsilons, *ways = pld_curve(phases, _POINTS, min(delta, 1e-6) / 1e3)

@@ -196,3 +196,15 @@ def of_two(batch: Any, examples: int, units: Units | None) -> Any:
     if units is None or units.most == 1:
         return batch
     return group(take(batch, [index for index in range(examples) for _ in range(2)]), examples, 2)
+
+
+def counted(units: Units | None, examples: int, dataset_size: int) -> int:
+    """How many examples, from the first on, are among those that the plan counts, or are had by units that it counts.
+
+    An audit's canaries come behind these.
+
+    Example:
+        >>> counted(None, 12, 10), counted(Units.of([0, 0, 1, 2], most=8), 4, 2)
+        (10, 3)
+    """
+    return min(examples, dataset_size) if units is None else int(units.starts[min(len(units), dataset_size)])

@@ -37,13 +37,14 @@ class Views:
     Attributes:
         k: how many views ``transform`` makes of an example, at least 1.
         transform: what makes a view.
-        images: key or position of the images in the batch; ``None`` for the only tensor of four dimensions.
+        images: key or position of the images in the batch, or a tuple of them for one inside of another; ``None`` for the
+            only tensor of four dimensions.
         mix: what makes further views of these.
     """
 
     k: int
     transform: ViewTransform
-    images: str | int | None = None
+    images: str | int | tuple[str | int, ...] | None = None
     mix: tuple[MixViews, ...] = ()
 
     @property
@@ -123,7 +124,9 @@ class Views:
                 return False
             if self.images is None:
                 return leaf.ndim == IMAGE_DIMENSIONS
-            return bool(path) and self.images in (getattr(path[0], "key", None), getattr(path[0], "idx", None))
+            inside = self.images if isinstance(self.images, tuple) else (self.images,)
+            names = [(getattr(one, "key", None), getattr(one, "idx", None)) for one in path[: len(inside)]]
+            return len(names) == len(inside) and all(one in name for one, name in zip(inside, names, strict=True))
 
         found = [position for position, (path, leaf) in enumerate(leaves) if is_image(path, leaf)]
         if len(found) != 1:

@@ -68,7 +68,7 @@ class AugmentationMultiplicity(Callback):
             transform = [Crop(), Flip()]
         self.k = k
         self.transform = transform if isinstance(transform, ViewTransform) else Compose(transform)
-        self.images = images
+        self.images: str | int | tuple[str | int, ...] | None = images
         self.mix = (mix,) if isinstance(mix, MixViews) else tuple(mix)
         if self.mix and not k:
             raise ValueError(

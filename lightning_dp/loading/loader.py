@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dp.batches.microbatch import split
-from lightning_dp.batches.units import Piece, Units
+from lightning_dp.batches.units import Piece, Units, counted
 from lightning_dp.loading.apart import collate_each_if_needed
 from lightning_dp.loading.draws import Draws
 from lightning_dp.loading.examples import Drawn, Examples, as_it_is, first_of
@@ -217,7 +217,7 @@ class PoissonLoader:
 
         An audit's canaries come behind those: they are planted to be odd.
         """
-        size = len(self._readable) if self.units else min(len(self._readable), self.plan.dataset_size)
+        size = counted(self.units, len(self._readable), self.plan.dataset_size)
         return self.records([self._readable[int(place)] for place in np.linspace(0, size - 1, min(count, size))])
 
     def records(self, indices: Sequence[int]) -> list[Any]:
@@ -226,7 +226,7 @@ class PoissonLoader:
 
     def scattered(self, at_once: int) -> Iterator[list[int]]:
         """The indices of all examples that the plan counts (of many, of 10⁵), in pieces from all over the dataset."""
-        size = len(self._readable) if self.units else min(len(self._readable), self.plan.dataset_size)
+        size = counted(self.units, len(self._readable), self.plan.dataset_size)
         places = np.unique(np.linspace(0, size - 1, min(size, 100_000)).astype(np.int64))
         for piece in split(np.random.default_rng(0).permutation(places), at_once):
             yield [int(self._readable[int(place)]) for place in piece]

@@ -175,7 +175,7 @@ def test_the_dataset_holds_the_canaries_that_are_in_after_the_examples() -> None
     base = regression_data(5)
     dataset = WithCanaries(base, canaries)
     assert len(dataset) == 5 + 2 + 1
-    assert [dataset[index][1] for index in range(8)] == [NOT_A_CANARY] * 5 + [0, 2, NOT_A_CANARY]
+    assert [dataset[index][1] for index in range(8)] == [NOT_A_CANARY] * 5 + [1, 3, NOT_A_CANARY]
     inputs, target = dataset[7][0]
     assert torch.equal(inputs, base[2][0])
     assert torch.equal(target, base[3][1])
