@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
+from lightning_dp.accounting.target import NAMES as RISKS
+from lightning_dp.accounting.target import RiskTarget
 from lightning_dp.batches.axis import Axis, BatchAxis, check_batch_axis_argument
 from lightning_dp.engines.select import EngineName, check_engine_name
 from lightning_dp.loading.privacy_unit import PrivacyUnit
@@ -98,6 +100,9 @@ class PrivacySettings:
 
     epsilon: float | None
     noise_multiplier: float | None
+    advantage: float | None
+    tpr_at_fpr: tuple[float, float] | None
+    mu: float | None
     delta: float
     clip_norm: float
     clipping: ClippingStyle
@@ -126,10 +131,20 @@ class PrivacySettings:
     public_state: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
+        asked = {name: getattr(self, name) for name in ("epsilon", "noise_multiplier", *RISKS)}
+        if sum(value is not None for value in asked.values()) != 1:
+            listed = ", ".join(
+                f"{name}={shown(asked[name])}" for name in asked if name not in RISKS or asked[name] is not None
+            )
             raise ValueError(
-                f"epsilon={shown(self.epsilon)}, noise_multiplier={shown(self.noise_multiplier)}: expected exactly one of them."
-                " Give epsilon to have the noise found for a budget, or noise_multiplier to have ε computed."
+                f"{listed}: expected exactly one of them."
+                " Give epsilon, or advantage, tpr_at_fpr or mu, to have the noise found for a budget, or noise_multiplier to "
+                "have ε computed."
+            )
+        if self.risk is not None and self.simulate != 1:
+            raise ValueError(
+                f"simulate={self.simulate} with {self.risk}: expected epsilon or noise_multiplier, since a simulation has no "
+                "risk of its own that anybody should quote. Leave out one of the two."
             )
         if self.epsilon is not None:
             check_epsilon(self.epsilon)
@@ -165,6 +180,11 @@ class PrivacySettings:
                 f"clip_norm={self.clip_norm}: expected a finite number. Without clipping no finite noise protects anybody; "
                 "only noise_multiplier=0 (no privacy) goes with it."
             )
+
+    @property
+    def risk(self) -> RiskTarget | None:
+        """What may be risked, if the budget is not an ε."""
+        return RiskTarget.of(self.advantage, self.tpr_at_fpr, self.mu)
 
     @property
     def clipping_rule(self) -> Clipping:

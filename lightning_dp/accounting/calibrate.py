@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from decimal import ROUND_CEILING, Decimal
 
-from lightning_dp.accounting.epsilon import MOST_MECHANISMS, epsilon_bound, few, gaussian_epsilon, pool
+from scipy.special import log_ndtr, ndtr
+
+from lightning_dp.accounting.epsilon import MOST_MECHANISMS, epsilon_bound, few, pool
 from lightning_dp.accounting.mixture import can_simulate, closed_bound
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.rdp import rdp_epsilon
+from lightning_dp.accounting.target import RiskTarget
 from lightning_dp.plan.privacy_plan import MOST_STEPS, check_delta, check_epsilon
 from lightning_dp.plan.sampling import block_of, check_sampling_probability
 from lightning_dp.validate import whole
@@ -76,79 +79,123 @@ def noise_for(epsilon: float, delta: float, phase: Callable[[float], Phase], his
     """
     check_epsilon(epsilon)
     check_delta(delta)
-    search = _Search(epsilon, delta, phase, few(pool(history), MOST_MECHANISMS - 1))
+    past = few(pool(history), MOST_MECHANISMS - 1)
+
+    def spent(sigma: float | None) -> float:
+        return epsilon_bound([*past, *([] if sigma is None else [phase(sigma)])], delta).epsilon
+
+    low, high = 1e-6, 1e6
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        lost = math.exp(min(epsilon + float(log_ndtr(-epsilon / middle - middle / 2.0)), 0.0))
+        good = float(ndtr(middle / 2.0 - epsilon / middle)) - lost <= delta  # Balle and Wang 2018, Theorem 8
+        low, high = (middle, high) if good else (low, middle)
+    search = _Search("epsilon", f"epsilon={epsilon:g} with delta={delta:g}", epsilon, spent, phase, past)
     search.check_reachable()
-    holds = search.by_rdp() if can_simulate([phase(1.0)]) else LARGEST_NOISE_MULTIPLIER
-    return search.confirm(search.by_closed_bound(holds) or search.by_central_limit(), holds)
+    if not can_simulate([phase(1.0)]):
+        return search.confirm(search.by_central_limit(low), LARGEST_NOISE_MULTIPLIER)
+    holds = search.by_rdp(delta)
+    return search.confirm(search.by_closed_bound(holds, delta) or search.by_central_limit(low), holds)
+
+
+def noise_for_risk(
+    target: RiskTarget,
+    phase: Callable[[float], Phase],
+    history: Sequence[Phase] = (),
+    total_variation: Callable[[float], float] = lambda sigma: 0.0,
+) -> float:
+    """:func:`noise_for` where the budget is a risk.
+
+    Args:
+        target: what may be risked.
+        phase: as of :func:`noise_for`.
+        history: likewise.
+        total_variation: how far all steps are from what is composed, at a σ; it must not grow with σ.
+
+    Raises:
+        ValueError: as of :func:`noise_multiplier_for`.
+
+    Example:
+        >>> from lightning_dp.accounting.target import RiskTarget
+        >>> round(noise_for_risk(RiskTarget("mu", 0.5), lambda sigma: Phase(sigma, 1.0, 4)), 3)
+        4.0
+    """
+    past = few(pool(history), MOST_MECHANISMS - 1)
+
+    def spent(sigma: float | None) -> float:
+        if sigma is None:
+            return target.risk(past)
+        return target.risk([*past, phase(sigma)], total_variation(sigma))
+
+    search = _Search(target.name, str(target), target.value, spent, phase, past)
+    search.check_reachable()
+    return search.confirm(search.by_central_limit(target.as_mu), LARGEST_NOISE_MULTIPLIER)
 
 
 class _Search:
-    """One calibration: the target, and ε as a function of σ."""
+    """One calibration: the target, and what is spent as a function of σ, of the history alone for ``None``."""
 
     def __init__(
-        self, epsilon: float, delta: float, phase: Callable[[float], Phase], history: tuple[Phase, ...]
+        self,
+        name: str,
+        asked: str,
+        target: float,
+        spent: Callable[[float | None], float],
+        phase: Callable[[float], Phase],
+        history: tuple[Phase, ...],
     ) -> None:
-        self.target, self.delta, self.phase, self.history = epsilon, delta, phase, history
+        self.name, self.asked, self.target = name, asked, target
+        self.spent, self.phase, self.history = spent, phase, history
 
     def phases(self, sigma: float) -> list[Phase]:
         return [*self.history, self.phase(sigma)]
 
     def check_reachable(self) -> None:
         taken = sum(phase.steps for phase in self.history)
-        spent = epsilon_bound(self.history, self.delta).epsilon
-        if spent >= self.target:
+        spent = self.spent(None)
+        what = "ε" if self.name == "epsilon" else self.name
+        if self.history and spent >= self.target:
             raise ValueError(
-                f"epsilon={self.target:g} with delta={self.delta:g}: the {taken} steps already taken have "
-                f"spent ε = {spent:.4g}. Expected a target above that. Raise epsilon, or stop here."
+                f"{self.asked}: the {taken} steps already taken have "
+                f"spent {what} = {spent:.4g}. Expected a target above that. Raise {self.name}, or stop here."
             )
-        if epsilon_bound(self.phases(LARGEST_NOISE_MULTIPLIER), self.delta).epsilon > self.target:
+        if self.spent(LARGEST_NOISE_MULTIPLIER) > self.target:
             after, asked = f" after {taken} steps already taken" if taken else "", self.phase(LARGEST_NOISE_MULTIPLIER)
             raise ValueError(
-                f"epsilon={self.target:g} with delta={self.delta:g}, sampling_probability="
+                f"{self.asked}, sampling_probability="
                 f"{asked.sampling_probability:.6g}, steps={asked.steps}{after}: expected a target that some noise multiplier "
-                f"up to {LARGEST_NOISE_MULTIPLIER:g} reaches, but none does. Raise epsilon or delta, or lower the "
+                f"up to {LARGEST_NOISE_MULTIPLIER:g} reaches, but none does. Raise {self.name} or delta, or lower the "
                 "number of steps or the expected batch size."
             )
 
-    def by_rdp(self) -> float:
+    def by_rdp(self, delta: float) -> float:
         """A σ that holds: within 2 % of the smallest one by Rényi accounting."""
         fails, holds = _SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER
         while holds / fails > 1.02:
             middle = math.sqrt(fails * holds)
-            if rdp_epsilon(self.phases(middle), self.delta) <= self.target:
-                holds = middle
-            else:
-                fails = middle
+            good = rdp_epsilon(self.phases(middle), delta) <= self.target
+            fails, holds = (fails, middle) if good else (middle, holds)
         return holds
 
-    def by_closed_bound(self, holds: float) -> float | None:
+    def by_closed_bound(self, holds: float, delta: float) -> float | None:
         """A guess where ε takes a simulation: the bound in closed form is larger by about a seventh."""
         if not can_simulate(self.phases(holds)):
             return None
         fails = holds / 8.0
         while holds / fails > 1.005:
             middle = math.sqrt(fails * holds)
-            good = (
-                can_simulate(self.phases(middle))
-                and closed_bound(self.phases(middle), self.delta) <= 1.14 * self.target
-            )
+            good = can_simulate(self.phases(middle)) and closed_bound(self.phases(middle), delta) <= 1.14 * self.target
             fails, holds = (fails, middle) if good else (middle, holds)
         return holds
 
-    def by_central_limit(self) -> float:
+    def by_central_limit(self, mu: float) -> float:
         """A guess: μ² = Σ T·q²·(e^(1/σ²) − 1) of the mechanism asked for (Bu et al. 2020), and what the history has spent."""
-        asked, low, high = self.phase(1.0), 1e-6, 1e6
-        while high / low > 1.001:
-            middle = math.sqrt(low * high)
-            if gaussian_epsilon([Phase(1.0 / middle, 1.0, 1)], self.delta) <= self.target:
-                low = middle
-            else:
-                high = middle
+        asked = self.phase(1.0)
         scale, q, turns = asked.noise_multiplier, asked.sampling_probability, asked.steps
         if asked.law == "allocation":
             turns *= block_of(q)
         spent = sum(one.steps * _growth(one.sampling_probability, one.noise_multiplier) for one in self.history)
-        room = max(low**2 - spent, 0.01 * low**2)
+        room = max(mu**2 - spent, 0.01 * mu**2)
         sigma = 1.0 / math.sqrt(math.log1p(room / (turns * q**2))) / scale
         return min(max(sigma, 10.0 * _SMALLEST_NOISE_MULTIPLIER), LARGEST_NOISE_MULTIPLIER / 10.0)
 
@@ -162,7 +209,7 @@ class _Search:
             sigma = _round_up(guess)
             if not fails < sigma < holds:
                 sigma = _round_up(math.sqrt(fails * holds))
-            reported = epsilon_bound(self.phases(sigma), self.delta).epsilon
+            reported = self.spent(sigma)
             if reported <= self.target:
                 holds = sigma
                 if reported >= self.target * (1.0 - _TOLERANCE):

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_dp.accounting.calibrate import noise_for
+from lightning_dp.accounting.calibrate import noise_for, noise_for_risk
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.limits import check_slack_is_affordable
-from lightning_dp.accounting.phase import phase_of
+from lightning_dp.accounting.phase import Phase, phase_of
 from lightning_dp.accounting.reserve import noise_with_reserve
+from lightning_dp.accounting.slack import Slack
+from lightning_dp.accounting.target import RiskTarget
 from lightning_dp.errors import PreflightError
 from lightning_dp.plan.clipping import Clipping
 from lightning_dp.plan.correlation import DEFAULT_BANDS, INDEPENDENT, Correlation, NoiseStyle
@@ -41,6 +43,8 @@ class Wanted:
         noise: how noise is correlated over the steps.
         noise_bands: how many bands the strategy matrix, or its inverse, has.
         noise_momentum: β of the workload that the matrix is found for.
+        risk: what may be risked, in place of ``epsilon``. The plan's target is then the ε, at ``delta``, of as many of the
+            planned steps as keep it.
         filter: what is between release and optimizer, or ``None``.
     """
 
@@ -58,6 +62,7 @@ class Wanted:
     noise: NoiseStyle = "independent"
     noise_bands: int = DEFAULT_BANDS
     noise_momentum: float = 0.0
+    risk: RiskTarget | None = None
     filter: GradientFilter | None = None
 
 
@@ -141,7 +146,9 @@ def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) 
 def with_noise(plan: PrivacyPlan, wanted: Wanted, spent: Mapping[str, Any] | None) -> PrivacyPlan:
     """The plan of :func:`before_noise` with the σ that reaches the target ε, if it was not given. A search: seconds."""
     if wanted.noise_multiplier is None:
-        plan = plan.but(noise_multiplier=_found(plan, spent))
+        plan = plan.but(noise_multiplier=_found(plan, wanted.risk, spent))
+    if wanted.risk is not None:
+        plan = plan.but(target_epsilon=_as_epsilon(wanted.risk, ledger_of(plan, spent)))
     check_slack_is_affordable(ledger_of(plan, spent))
     return plan
 
@@ -151,28 +158,56 @@ def ledger_of(plan: PrivacyPlan, spent: Mapping[str, Any] | None) -> Ledger:
     return Ledger.resume(plan, spent) if spent else Ledger(plan)
 
 
-def _found(plan: PrivacyPlan, spent: Mapping[str, Any] | None) -> float:
+def _as_epsilon(risk: RiskTarget, ledger: Ledger) -> float:
+    """ε of as many of the planned steps as keep the risk: whoever stops there, stops before more is risked."""
+    most = ledger.plan.steps or ledger.steps
+
+    def holds(steps: int) -> bool:
+        return risk.holds(ledger.phases_after(steps), ledger.slack(steps).total_variation)
+
+    if not holds(most):
+        fails, most = most, ledger.steps
+        if not holds(most):
+            raise ValueError(
+                f"{risk}: the {most} steps already taken risk more. Expected a target above that. Raise {risk.name}."
+            )
+        while fails - most > 1:
+            middle = (fails + most) // 2
+            fails, most = (fails, middle) if holds(middle) else (middle, most)
+    epsilon = ledger.epsilon(most).epsilon
+    if not 0.0 < epsilon < math.inf:
+        raise ValueError(
+            f"{risk} with delta={ledger.plan.delta:g}: ε of the planned steps is {epsilon:g} at this δ, which tells nobody "
+            "when to stop. Expected a smaller delta and at least one step. Lower delta."
+        )
+    return epsilon
+
+
+def _found(plan: PrivacyPlan, risk: RiskTarget | None, spent: Mapping[str, Any] | None) -> float:
     epsilon, history = plan.target_epsilon, ledger_of(plan, spent)
-    if epsilon is None:
+    if epsilon is None and risk is None:
         raise ValueError("epsilon=None, noise_multiplier=None: expected one of them.")
     if plan.steps is None:
         raise PreflightError(
-            f"epsilon={epsilon} without an end: expected Trainer(max_steps=...) or Trainer(max_epochs=...). The noise "
-            "is found for a planned number of steps; training may still stop earlier, for instance by max_time."
+            f"{risk or f'epsilon={epsilon}'} without an end: expected Trainer(max_steps=...) or Trainer(max_epochs=...). The "
+            "noise is found for a planned number of steps; training may still stop earlier, for instance by max_time."
         )
     last, remaining = history.last, plan.steps - history.steps
     if last is not None and (_drawn_alike(last, plan.mechanism) or remaining == 0):
         return last.noise.noise_multiplier  # go on as before; the ledger stops the run before it overspends
     more, phases = max(remaining, 1), history.phases
     ideal = plan.mechanism.but(resolution=None, coordinates=None)  # whatever σ is tried
-    return noise_with_reserve(
-        lambda left: noise_for(
-            epsilon, left, lambda sigma: phase_of(ideal.but(noise_multiplier=sigma), more), history=phases
-        ),
-        epsilon,
-        plan.delta,
-        lambda sigma: ledger_of(plan.but(noise_multiplier=sigma), spent).slack(history.steps + more),
-    )
+
+    def phase(sigma: float) -> Phase:
+        return phase_of(ideal.but(noise_multiplier=sigma), more)
+
+    def slack(sigma: float) -> Slack:
+        return ledger_of(plan.but(noise_multiplier=sigma), spent).slack(history.steps + more)
+
+    if risk is not None:
+        return noise_for_risk(risk, phase, phases, lambda sigma: slack(sigma).total_variation)
+    assert epsilon is not None
+    return noise_with_reserve(lambda left: noise_for(epsilon, left, phase, history=phases), epsilon, plan.delta, slack)
 
 
 def _correlation(wanted: Wanted, plan: PrivacyPlan, last: Mechanism | None) -> str:

@@ -123,7 +123,12 @@ class Ledger:
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Every step taken so far, as runs of equal σ and q in order."""
-        return merge_phases([*self._past_phases, phase_of(self._plan.mechanism, self._begun + self._charged)])
+        return self.phases_after(self.steps)
+
+    def phases_after(self, steps: int) -> tuple[Phase, ...]:
+        """:attr:`phases` if ``steps`` steps were taken in all, at least those past, the rest of them under the current plan."""
+        further = max(0, steps - self._past_steps)
+        return merge_phases([*self._past_phases, phase_of(self._plan.mechanism, self._begun + further)])
 
     @property
     def begun_at(self) -> int:

@@ -118,8 +118,14 @@ class DifferentialPrivacy(Callback):
         filter_gain: κ of ``"disk"``.
         filter_lookahead: γ of ``"disk"``.
 
+        advantage: in place of ``epsilon``: the most that TPR − FPR of any membership test may be.
+        tpr_at_fpr: in place of ``epsilon``: ``[TPR, FPR]``, the largest true positive rate at that false positive rate.
+        mu: in place of ``epsilon``: μ of Gaussian DP. With any of the three, training stops at the ε at ``delta`` that it
+            comes to, and the statement says both (:class:`lightning_dp.accounting.target.RiskTarget`).
+
     Raises:
-        ValueError: a number is out of range, or not exactly one of ``epsilon`` and ``noise_multiplier`` is given.
+        ValueError: a number is out of range, or not exactly one of ``epsilon``, ``noise_multiplier``, ``advantage``,
+            ``tpr_at_fpr`` and ``mu`` is given.
         PreflightError: while ``fit`` is being set up, if module, data or Trainer cannot be trained privately.
         BudgetExceededError: if a step would overspend although training could not be stopped (``min_steps``).
 
@@ -168,6 +174,9 @@ class DifferentialPrivacy(Callback):
         gradient_filter: FilterStyle | None = None,
         filter_gain: float = DEFAULT_GAIN,
         filter_lookahead: float = DEFAULT_LOOKAHEAD,
+        advantage: float | None = None,
+        tpr_at_fpr: list[float] | None = None,
+        mu: float | None = None,
     ) -> None:
         self.epsilon = epsilon
         self.noise_multiplier = noise_multiplier
@@ -198,6 +207,9 @@ class DifferentialPrivacy(Callback):
         self.gradient_filter: FilterStyle | None = gradient_filter
         self.filter_gain = filter_gain
         self.filter_lookahead = filter_lookahead
+        self.advantage = advantage
+        self.tpr_at_fpr = tuple(tpr_at_fpr) if isinstance(tpr_at_fpr, list) else tpr_at_fpr
+        self.mu = mu
         register_strategies()  # of a root of Lightning that was imported after this package
         self.public_optimizers = check_places(public_optimizers)
         self.row_wise = check_row_wise(row_wise)

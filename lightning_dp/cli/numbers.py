@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_dp.accounting import Phase, epsilon_bound, phases_of, side_by_side
-from lightning_dp.accounting.calibrate import noise_for
+from lightning_dp.accounting.calibrate import noise_for, noise_for_risk
 from lightning_dp.accounting.phase import phase_of_numbers
 from lightning_dp.accounting.risk import in_lines, risk_of
+from lightning_dp.accounting.target import RiskTarget
 from lightning_dp.plan.mechanism import check_noise_multiplier
 from lightning_dp.plan.privacy_plan import SAMPLING, check_delta, check_epsilon
 from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_sampling_probability
@@ -66,19 +67,35 @@ def epsilon(words: Sequence[str]) -> None:
 
 def calibrate(words: Sequence[str]) -> None:
     """``lightning-dp calibrate``, of these arguments."""
-    parser = _parser("calibrate", "Print the smallest noise multiplier σ that keeps DP-SGD within (ε, δ).")
-    parser.add_argument("--epsilon", type=float, required=True, metavar="E", help="target ε")
+    parser = _parser(
+        "calibrate", "Print the smallest noise multiplier σ that keeps DP-SGD within (ε, δ), or within a risk."
+    )
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--epsilon", type=float, metavar="E", help="target ε")
+    target.add_argument(
+        "--advantage", type=float, metavar="A", help="the most that TPR - FPR of a membership test may be"
+    )
+    target.add_argument(
+        "--tpr-at-fpr",
+        type=float,
+        nargs=2,
+        metavar=("TPR", "FPR"),
+        help="the most that TPR of a membership test may be at FPR",
+    )
+    target.add_argument("--mu", type=float, metavar="M", help="target μ of Gaussian differential privacy")
     args = _parse_common(parser, words)
     try:
-        check_epsilon(args.epsilon)
+        risk = RiskTarget.of(args.advantage, args.tpr_at_fpr, args.mu)
+        if risk is None:
+            check_epsilon(args.epsilon)
         if args.steps < 1:
             raise ValueError(f"steps={args.steps}: expected at least 1 step to calibrate the noise for.")
 
         def phase(sigma: float) -> Phase:
             return phase_of_numbers(sigma, args.sampling_probability, args.steps, args.sampling)
 
-        sigma = noise_for(args.epsilon, args.delta, phase)
-        bound = epsilon_bound([phase(sigma)], args.delta)
+        sigma = noise_for(args.epsilon, args.delta, phase) if risk is None else noise_for_risk(risk, phase)
+        bound, found = epsilon_bound([phase(sigma)], args.delta), risk_of([phase(sigma)])
     except ValueError as error:
         parser.error(str(error))
     if args.json:
@@ -88,12 +105,15 @@ def calibrate(words: Sequence[str]) -> None:
             delta=args.delta,
             accountant=bound.accountant,
             note=bound.note,
+            risk=found.to_dict(),
         )
         return
+    asked = f"{args.epsilon:g}" if risk is None else str(risk)
     print(
-        f"σ = {sigma:.6g} keeps ε ≤ {_up(bound.epsilon)} (target {args.epsilon:g}) at δ = {args.delta:g}: "
+        f"σ = {sigma:.6g} keeps ε ≤ {_up(bound.epsilon)} (target {asked}) at δ = {args.delta:g}: "
         f"q = {args.sampling_probability:g}, {args.steps} steps{_drawn(args.sampling)} ({bound.accountant} accountant)"
     )
+    print(in_lines(found))
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

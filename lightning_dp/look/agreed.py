@@ -105,6 +105,8 @@ def agree(
     ledger = Ledger(plan, assumed) if spent is None else Ledger.resume(plan, spent, assumed)
     ledger.course = "" if account.lineage is None else account.lineage.course
     notes = on_rank_zero(world, lambda: caveats(account.lineage, ledger.numbers, where, privacy.seed is not None))
+    if privacy.risk is not None:
+        notes = (f"the noise was found for {privacy.risk}; target_epsilon is the ε of that at this δ", *notes)
     return Agreed(ledger, Report(ledger, privacy.randomness, notes), real.noise_multiplier, ledger.steps, facts)
 
 
@@ -150,6 +152,7 @@ def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, trainer: p
         participations=privacy.participations,
         noise=privacy.noise,
         noise_bands=privacy.noise_bands,
+        risk=privacy.risk,
         noise_momentum=momentum_of(trainer) if privacy.noise_momentum is None else privacy.noise_momentum,
         filter=privacy.filter,
     )

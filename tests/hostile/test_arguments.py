@@ -30,6 +30,7 @@ ARGUMENTS = {
     "clip_quantile": None, "clip_learning_rate": None, "quantile_weight": None, "slack_bins": None,
     "sampling": "poisson", "noise": "independent", "noise_bands": 4, "noise_momentum": None,
     "gradient_filter": None, "filter_gain": 0.7, "filter_lookahead": 0.5,
+    "advantage": None, "tpr_at_fpr": None, "mu": None,
 }  # fmt: skip
 PLAN = {
     "noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, "expected_batch_size": 10.0, "steps": 5,
@@ -54,7 +55,8 @@ def refused_or_right(make: Callable[[], Any], names: set[str], right: Callable[[
 
 def sound(private: DifferentialPrivacy) -> bool:
     """The numbers can be put into the theorem."""
-    one = (private.epsilon is None) != (private.noise_multiplier is None)
+    budgets = (private.epsilon, private.noise_multiplier, private.advantage, private.tpr_at_fpr, private.mu)
+    one = sum(budget is not None for budget in budgets) == 1
     positive = private.epsilon is None or 0 < float(private.epsilon) < math.inf
     noise = private.noise_multiplier is None or 0 <= float(private.noise_multiplier) < math.inf
     counts = (private.expected_batch_size, private.dataset_size, private.max_batch_size)
