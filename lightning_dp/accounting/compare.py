@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 from lightning_dp.accounting.epsilon import epsilon_bound
 from lightning_dp.accounting.phase import Phase
-from lightning_dp.accounting.prv import PrvFailureError, PrvGrid
+from lightning_dp.accounting.prv import prv_accountant_interval
 from lightning_dp.accounting.rdp import rdp_epsilon
 
 PLD_INTERVAL = 1e-4
@@ -24,10 +24,10 @@ def side_by_side(phases: Sequence[Phase], delta: float) -> dict[str, float | Non
         delta: δ, in (0, 1).
 
     Returns:
-        ``"prv"``: the upper bound that this package reports (:func:`epsilon_bound`); ``"gopi"``: the one by the error bound of
-        Gopi, Lee and Wutschitz, or ``None`` where its grid does not hold the losses; ``"rdp"``: the Rényi upper bound;
-        ``"pld_low"`` and ``"pld_high"``: optimistic and pessimistic privacy loss distributions of Google's
-        ``dp-accounting``, or ``None`` where it is not installed.
+        ``"prv"``: the upper bound that this package reports (:func:`epsilon_bound`); ``"prv_accountant"``: that of the package
+        ``prv-accountant``, or ``None`` where it has none; ``"rdp"``: the Rényi upper bound; ``"pld_low"`` and ``"pld_high"``:
+        optimistic and pessimistic privacy loss distributions of Google's ``dp-accounting``, or ``None`` where it is not
+        installed.
 
     Raises:
         ValueError: ``delta`` is outside (0, 1).
@@ -39,34 +39,14 @@ def side_by_side(phases: Sequence[Phase], delta: float) -> dict[str, float | Non
 
     Source: Koskela, Jälkö and Honkela (2020); Doroshenko et al. (2022) for the privacy loss distributions.
     """
+    theirs = prv_accountant_interval(phases, delta)
     return {
         "prv": epsilon_bound(phases, delta).epsilon,
-        "gopi": gopi_epsilon(phases, delta),
+        "prv_accountant": None if theirs is None else theirs[1],
         "rdp": rdp_epsilon(phases, delta),
         "pld_low": pld_epsilon(phases, delta, pessimistic=False),
         "pld_high": pld_epsilon(phases, delta, pessimistic=True),
     }
-
-
-def gopi_epsilon(phases: Sequence[Phase], delta: float) -> float | None:
-    """ε by privacy random variables as their authors bound it: an estimate, and the error of its discretisation on top.
-
-    Args:
-        phases: runs of identical steps.
-        delta: δ, in (0, 1).
-
-    Returns:
-        ``None`` where there is another law than Poisson sampling, no noise, or no grid that is fine enough.
-    """
-    taken = [phase for phase in phases if phase.steps]
-    if not taken or any(phase.law != "poisson" or phase.seldom or phase.noise_multiplier == 0 for phase in taken):
-        return None
-    *history, last = taken
-    try:
-        grid = PrvGrid(history, last.noise_multiplier, last.sampling_probability, delta, last.steps)
-        return grid.epsilon(last.steps)[1]
-    except PrvFailureError:
-        return None
 
 
 def pld_epsilon(

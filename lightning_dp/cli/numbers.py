@@ -19,7 +19,7 @@ from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_sampling
 
 _NAMES = {
     "prv": "PRV, upper bound       ",
-    "gopi": "PRV, estimate and error",
+    "prv_accountant": "prv-accountant, bound  ",
     "rdp": "RDP, upper bound       ",
     "pld": "PLD, upper bound       ",
     "pld_low": "PLD, optimistic        ",
@@ -33,7 +33,9 @@ def epsilon(words: Sequence[str]) -> None:
     parser.add_argument(
         "--noise-multiplier", type=float, nargs="+", required=True, metavar="S", help="σ, noise over clip norm"
     )
-    parser.add_argument("--all", action="store_true", help="also by RDP and PLD (the latter needs dp-accounting)")
+    parser.add_argument(
+        "--all", action="store_true", help="also by prv-accountant, RDP and PLD (the last needs dp-accounting)"
+    )
     parser.epilog = "Several σ, q or T, one for each phase, are composed; a single one holds for all phases."
     args = _parse_common(parser, words, several=True)
     try:
@@ -58,7 +60,7 @@ def epsilon(words: Sequence[str]) -> None:
     note = "; " + bound.note if bound.note else ""
     print(f"ε ≤ {_up(bound.epsilon)} at δ = {args.delta:g}: {plan} ({bound.accountant} accountant{note})")
     for name, value in others.items():
-        missing = "no grid holds the losses" if name == "gopi" else "not installed (dp-accounting)"
+        missing = "it gives up here" if name == "prv_accountant" else "not installed (dp-accounting)"
         missing = missing if args.sampling == "poisson" else "only for Poisson sampling"
         label = _NAMES["pld" if name == "prv" and bound.accountant == "PLD" else name]
         print(f"  {label}  {missing if value is None else _up(value)}")

@@ -45,7 +45,7 @@ def test_the_printed_epsilon_is_never_below_the_bound(capsys: pytest.CaptureFixt
 def test_all_accountants_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["epsilon", "--noise-multiplier", "3", *CIFAR, "--all"]
     found = json.loads(said(capsys, *words, "--json"))
-    assert found["epsilon_pld_low"] <= found["epsilon_prv"] <= found["epsilon_gopi"] <= found["epsilon_rdp"]
+    assert found["epsilon_pld_low"] <= found["epsilon_prv"] <= found["epsilon_prv_accountant"] <= found["epsilon_rdp"]
     assert found["epsilon_prv"] == pytest.approx(found["epsilon_pld_high"], rel=1e-3)
     assert_nearly(found["epsilon_prv"], found["epsilon"])
     lines = said(capsys, *words).splitlines()
@@ -60,7 +60,7 @@ def test_a_plan_that_changes_on_the_way_is_composed_by_every_accountant(capsys: 
     found = json.loads(said(capsys, *words, "--all", "--json"))
     phases = [Phase(1.0, 0.05, 20), Phase(2.0, 0.05, 60)]
     assert_nearly([found["epsilon"], found["epsilon_prv"]], [epsilon_bound(phases, 1e-5).epsilon] * 2)
-    assert found["epsilon_pld_low"] <= found["epsilon_prv"] <= found["epsilon_gopi"] <= found["epsilon_rdp"]
+    assert found["epsilon_pld_low"] <= found["epsilon_prv"] <= found["epsilon_prv_accountant"] <= found["epsilon_rdp"]
     assert found["epsilon_prv"] == pytest.approx(found["epsilon_pld_high"], rel=1e-3)
     assert max(epsilon_bound([phase], 1e-5).epsilon for phase in phases) < found["epsilon"]
     assert "σ = 1, q = 0.05, 20 steps, then σ = 2, q = 0.05, 60 steps (PRV" in said(capsys, *words)
