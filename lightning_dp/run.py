@@ -30,7 +30,7 @@ from lightning_dp.look.layerwise_check import start_layerwise
 from lightning_dp.look.leaks.examples_apart import check_examples_stay_apart
 from lightning_dp.look.loader import check_loader, check_not_nested
 from lightning_dp.look.looked_at import looked_at
-from lightning_dp.look.planning import check_blocks, warn_spent
+from lightning_dp.look.planning import check_blocks, stretch_of, warn_spent
 from lightning_dp.look.same_data import check_same_data_on_every_rank
 from lightning_dp.look.trainer import check_trainer
 from lightning_dp.mechanism.trainable import trainable
@@ -155,7 +155,7 @@ class Fit:
         else:
             key = shared_key(world, settings.privacy.seed, ledger.changed)
         if before is None:
-            ledger.begins(key.digest())
+            ledger.begins(stretch_of(ledger, key.digest(), loader.dataset))
             check_blocks(ledger)
         most = 1 if units is None else units.most
         size = settings.speed.physical_batch_size

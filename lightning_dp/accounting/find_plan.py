@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_dp.accounting.amplified import MOST_BINS, USUAL_EPSILON, amplified_lambda
 from lightning_dp.accounting.calibrate import noise_for, noise_for_risk
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.limits import check_slack_is_affordable
@@ -232,6 +233,11 @@ def _correlation(wanted: Wanted, plan: PrivacyPlan, last: Mechanism | None) -> s
         bands,
     ):
         return str(before)  # found on another machine, it may differ in its last digits
+    if wanted.noise == "lambda" and wanted.sampling in IN_BLOCKS:
+        bins = round(plan.dataset_size / plan.expected_batch_size)
+        if 1 < bins <= MOST_BINS:
+            share = amplified_lambda(steps, bins, momentum, wanted.epsilon or USUAL_EPSILON, wanted.delta)
+            return str(Correlation("lambda", steps, momentum, (1.0, -share)))
     apart = max(1, int(plan.dataset_size // plan.expected_batch_size))
     return str(Correlation.found(wanted.noise, steps=steps, momentum=momentum, groups=apart, bands=bands))
 

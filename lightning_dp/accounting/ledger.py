@@ -141,6 +141,11 @@ class Ledger:
         taken = [entry for entry in self._entries() if entry.steps]
         return taken[-1].mechanism if taken else None
 
+    @property
+    def stretches(self) -> tuple[str, ...]:
+        """The names of the randomness of the steps before, as :meth:`begins` was told them."""
+        return tuple(dict.fromkeys(entry.stretch for entry in self._past if entry.stretch))
+
     def begins(self, stretch: str) -> None:
         """Name the randomness of the steps to come, before the first of them. Nothing for a memoryless mechanism.
 

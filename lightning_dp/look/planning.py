@@ -13,6 +13,7 @@ from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.batches.units import Units
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.errors import PreflightError
+from lightning_dp.loading.reading import order
 from lightning_dp.plan.mechanism import EXAMPLE
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.agreement import check_same_on_every_rank
@@ -127,6 +128,34 @@ def check_blocks(ledger: Ledger) -> None:
             f"such as {f'{whole} or ' if whole else ''}{whole + block}. A part of a block "
             "costs as much as the whole, since an example may be in any of its steps; ε is that of the whole block."
         )
+
+
+def stretch_of(ledger: Ledger, key: str, dataset: Any) -> str:
+    """The name of the randomness of the steps to come: the digest of its key, and of what says which example is where.
+
+    Args:
+        ledger: with the steps before.
+        key: the digest of the key.
+        dataset: of the training loader.
+
+    Raises:
+        PreflightError: the steps before were taken with the same key on another order of the data, by which an example may be
+            in other steps than those that are left to it.
+    """
+    if ledger.plan.mechanism.memoryless:
+        return ""
+    name = f"{key}:{order(dataset)[:16]}"
+    if key in ledger.stretches:  # of a version that did not write the order down
+        return key
+    others = [one for one in ledger.stretches if one.split(":")[0] == key and one != name]
+    if others:
+        raise PreflightError(
+            f"sampling={ledger.plan.sampling!r} resumed with the same seed on a dataset whose indices are others than in the "
+            "steps before: expected the same examples in the same order. It follows from an example's index which steps it may "
+            "be in, and in another order it might be in more. Resume on the same data, or with another seed, so that the "
+            "randomness begins anew."
+        )
+    return name
 
 
 def check_dataset_stays(plan: PrivacyPlan) -> None:

@@ -14,8 +14,10 @@ from dp_accounting import dp_event
 from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 from scipy.linalg import toeplitz
 from torch import Tensor
+from torch.utils.data import Subset
 
 import lightning_dp.loading.draws as draws_module
+import lightning_dp.look.planning as planning_module
 import lightning_dp.mechanism.correlated as correlated_module
 from lightning_dp import DifferentialPrivacy, PreflightError
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
@@ -197,6 +199,33 @@ def test_planted_stretches_that_go_on_with_another_key_are_caught(tmp_path: Path
         test_with_another_key_noise_begins_anew_and_is_charged_as_a_mechanism_of_its_own(
             "banded", "cyclic_poisson", {"seed": 4}, tmp_path
         )
+
+
+REVERSED = Subset(regression_data(EXAMPLES), list(reversed(range(EXAMPLES))))
+
+
+@pytest.mark.parametrize(("noise", "sampling"), [("banded", "cyclic_poisson"), ("lambda", "balls_in_bins")])
+def test_a_run_of_a_known_seed_is_not_resumed_on_another_order_of_the_data(
+    noise: str, sampling: str, tmp_path: Path
+) -> None:
+    """An example would be in another group or bin, and so in steps that were not left to it."""
+    saved = tmp_path / "a.ckpt"
+    first = private(noise, sampling=sampling)
+    trainer(first, StopAt(4, lambda fit: fit.save_checkpoint(saved)), max_steps=6).fit(heavy(), data())
+    refused = private(noise, sampling=sampling)
+    with pytest.raises(
+        PreflightError, match=f"sampling='{sampling}' resumed with the same seed on a dataset whose indices"
+    ):
+        trainer(refused, max_steps=6).fit(heavy(), loader(REVERSED, batch_size=BATCH), ckpt_path=saved)
+    anew = private(noise, sampling=sampling, seed=4)
+    trainer(anew, max_steps=6).fit(heavy(), loader(REVERSED, batch_size=BATCH), ckpt_path=saved)
+    assert anew.ledger is not None
+    assert len(anew.ledger.state_dict()["phases"]) == 2
+
+
+def test_a_planted_order_that_nobody_looks_at_is_caught(tmp_path: Path) -> None:
+    with caught(patched((planning_module, "order", lambda dataset: "some"))):
+        test_a_run_of_a_known_seed_is_not_resumed_on_another_order_of_the_data("banded", "cyclic_poisson", tmp_path)
 
 
 class CrashError(Exception):
