@@ -218,7 +218,7 @@ def _means(a: RatioLaw, b: RatioLaw, share: float) -> tuple[FloatArray, FloatArr
 
 def _variance(law: RatioLaw) -> float:
     """Of a ratio under Q, whose mean is 1 but for what was cut off."""
-    return law.zero + float(np.sum(law.without_it * (law.ratio - 1.0) ** 2))
+    return law.zero + float(np.sum(law.without_it * np.minimum(np.abs(law.ratio - 1.0), 1e150) ** 2))
 
 
 def binned(place: npt.NDArray[np.int64], mass: FloatArray, size: int) -> FloatArray:
@@ -234,7 +234,7 @@ def _finest_where_it_is(mean: FloatArray, mass: FloatArray, tail: float) -> Floa
     first = int(np.searchsorted(np.cumsum(below), tail))
     last = 4096 - int(np.searchsorted(np.cumsum(above[::-1]), tail))
     lowest, highest = math.exp(bins[min(first, 4095)]), math.exp(bins[max(last, 1)])
-    width = math.sqrt(min(float(np.sum(mass * (mean - 1.0) ** 2)), 1e300))
+    width = math.sqrt(min(float(np.sum(mass * np.minimum(np.abs(mean - 1.0), 1e150) ** 2)), 1e300))
     if width >= 0.5 or not lowest < 1.0 < highest:
         points = np.geomspace(lowest, highest, _POINTS)
     else:

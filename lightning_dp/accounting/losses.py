@@ -22,6 +22,8 @@ from lightning_dp.accounting.rdp import FloatArray
 _NEGLIGIBLE = 1e-18
 _BINS = 32.0
 _LARGEST_EXPONENT = 300.0
+_LARGEST_EPSILON = 700.0
+"""e^ε of more is no number."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Deltas:
 
     def at(self, epsilon: FloatArray) -> FloatArray:
         """Upper bounds at other ε; 1 below the first."""
-        found = np.interp(np.expm1(epsilon), np.expm1(self.epsilon), self.delta, left=1.0)
+        kept = self.epsilon <= _LARGEST_EPSILON  # beyond, δ is at most what it is there
+        at, known = np.minimum(epsilon, _LARGEST_EPSILON), np.expm1(self.epsilon[kept])
+        found = np.interp(np.expm1(at), known, self.delta[kept], left=1.0) if len(known) else np.ones_like(at)
         return np.asarray(found, dtype=np.float64)
 
     def inverse(self, delta: float) -> float:

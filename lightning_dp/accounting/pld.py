@@ -28,7 +28,7 @@ Spreading adds about 1/6·24² of the variance, so 0.02 % of ε."""
 _MANY_CELLS, _MOST_CELLS = 2**17, 2**21
 _FINEST, _COARSEST = 1e-10, 5e-3
 _LARGEST_LOSS = 600.0
-_AMPLIFIED = (0.05, 2000.0)
+_AMPLIFIED = (0.1, 2000.0)
 """σ for which an allocation is worked out; beyond, it counts as if everybody knew the example's step."""
 _CURVE_AT = (1e-5, 1e-11)
 """δ around which a whole curve is worked out."""
@@ -123,7 +123,7 @@ def _both_ways(phases: tuple[Phase, ...], delta: float) -> tuple[LossSum, LossSu
     instead = [_poisson_law(*phase.seldom[1:], tail) if phase.seldom else None for phase in phases]
     counts = [phase.steps for phase in phases]
     variance = sum(n * _deviation(ratio) ** 2 for n, ratio in zip(counts, ratios, strict=True)) / rounds
-    width = sum(float(np.log(ratio.ratio[-1] / ratio.ratio[0])) for ratio in (*ratios, *filter(None, instead)))
+    width = sum(float(np.log(ratio.ratio[-1]) - np.log(ratio.ratio[0])) for ratio in (*ratios, *filter(None, instead)))
     least = max(_FINEST, math.sqrt(variance))  # of a round, on average
     cell = max(min(_COARSEST, least / _CELLS_IN_DEVIATION[0]), width / _MOST_CELLS)
     while True:

@@ -16,8 +16,10 @@ from scipy.stats import norm
 
 from lightning_dp.accounting import EpsilonBound, EpsilonCurve, Phase, epsilon_bound, rdp_epsilon
 from lightning_dp.accounting.epsilon import gaussian_epsilon
+from lightning_dp.accounting.phase import Law
 from lightning_dp.accounting.pld import pld_bound, pld_bounds
 from lightning_dp.accounting.prv import PrvFailureError
+from lightning_dp.accounting.risk import risk_of
 from tests.nearly import assert_nearly
 
 CIFAR = Phase(3.0, 4096 / 50000, 875)
@@ -296,3 +298,14 @@ def test_curve_agrees_with_the_bound() -> None:
 def test_curve_refuses_negative_steps() -> None:
     with pytest.raises(ValueError, match="steps=-1"):
         EpsilonCurve([], 2.0, 0.1, 1e-5).at(-1)
+
+
+@pytest.mark.parametrize("law", ["poisson", "allocation"])
+@pytest.mark.parametrize("sigma", [0.5, 0.25, 0.2, 0.1, 0.05, 0.01])
+def test_hardly_any_noise_is_answered_without_overflow(sigma: float, law: Law) -> None:
+    """ε in the hundreds is where e^ε and squares of likelihood ratios end; a warning of NumPy's is an error here."""
+    phases = [Phase(sigma, 0.1, 100, law)]
+    risk = risk_of(phases)
+    assert 20.0 < epsilon_bound(phases, 1e-5).epsilon < math.inf
+    assert 0.5 < risk.advantage <= 1.0
+    assert all(0.0 <= rate <= 1.0 for rate in risk.tpr_at_fpr.values())
