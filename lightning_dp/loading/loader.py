@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -243,7 +243,7 @@ class PoissonLoader:
     @property
     def _readable(self) -> Any:
         """The indices of the examples that this rank can read."""
-        indices = self.dataset.here if isinstance(self.dataset, HeldRecords) else range(self._draws.dataset_size)
+        indices = self.dataset.here if isinstance(self.dataset, HeldRecords) else range(len(cast(Sized, self.dataset)))
         return [index for index in indices if index not in self._unread] if self._unread else indices
 
     def state_dict(self) -> dict[str, Any]:

@@ -54,14 +54,16 @@ def test_secure_noise_on_sums_over_users() -> None:
 
 
 def test_a_bound_on_draws_counts_users() -> None:
-    """Twelve users have 24 examples: a bound of 13 cuts no draw, and one of 12 of them would be paid for by no δ."""
+    """Twelve users have 24 examples: a bound of 13 cuts no draw and costs nothing, one of 10 does."""
     bounded, private = fit(batch_size=9, noise_multiplier=1.0, seed=0, max_batch_size=13)
-    free, _ = fit(batch_size=9, noise_multiplier=1.0, seed=0)
+    free, free_private = fit(batch_size=9, noise_multiplier=1.0, seed=0)
     assert private.plan.max_batch_size == 13
     assert private.plan.dataset_size == USERS
     assert_nearly(bounded, free, rtol=1e-5, atol=1e-6)  # float32, in another order of sums at most
-    with pytest.raises(ValueError, match=r"max_batch_size=10 with an expected batch size of 9: expected at least 13\."):
-        fit(batch_size=9, noise_multiplier=1.0, max_batch_size=10)
+    _, cut = fit(batch_size=9, noise_multiplier=1.0, max_batch_size=10)
+    spent = [one.statement().epsilon for one in (free_private, private, cut)]
+    assert spent[0] == pytest.approx(spent[1], rel=1e-9)
+    assert spent[1] < spent[2] < float("inf")
 
 
 @pytest.mark.parametrize("engine", ["ghost", "vmap"])
