@@ -207,4 +207,4 @@ def counted(units: Units | None, examples: int, dataset_size: int) -> int:
         >>> counted(None, 12, 10), counted(Units.of([0, 0, 1, 2], most=8), 4, 2)
         (10, 3)
     """
-    return min(examples, dataset_size) if units is None else int(units.starts[min(len(units), dataset_size)])
+    return min(examples, dataset_size if units is None else int(units.starts[min(len(units), dataset_size)]))
