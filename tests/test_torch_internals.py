@@ -44,6 +44,7 @@ WHERE: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "_enable_grad": (SumMetric, "a metric in the loss has a graph"),
     "_filter_kwargs": (SumMetric, "a collection's arguments go to the metrics that take them"),
+    "_foreach_add_": (lambda: torch, "sums of all parameters are added to at once"),
     "_forward_cache": (SumMetric, "a metric's twin starts without a result"),
     "_forward_hooks": (nn.Module, "hooks of FSDP2 are found"),
     "_forward_pre_hooks": (nn.Module, "hooks of FSDP2 are found"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +39,12 @@ class TradeOff:
     epsilons: npt.NDArray[np.float64]
     deltas: npt.NDArray[np.float64]
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def lines(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Slopes and heights at 0 of the lines whose highest is the curve."""
         grow, shrink = np.exp(self.epsilons), np.exp(-self.epsilons)
-        object.__setattr__(self, "_slopes", np.concatenate([shrink, grow]))
-        object.__setattr__(self, "_offsets", np.concatenate([-shrink * self.deltas, 1.0 - self.deltas - grow]))
+        heights = np.concatenate([-shrink * self.deltas, 1.0 - self.deltas - grow])
+        return np.concatenate([shrink, grow]), heights
 
     def least(self, probability: float) -> float:
         """The least probability under one dataset of an event that has ``probability`` under a neighbour; convex.
@@ -50,9 +53,8 @@ class TradeOff:
             >>> round(TradeOff.of(1.0, 0.0).least(0.5), 4)  # e⁻¹ / 2
             0.1839
         """
-        slopes: npt.NDArray[np.float64] = self._slopes  # type: ignore[attr-defined]  # made of the two fields
-        offsets: npt.NDArray[np.float64] = self._offsets  # type: ignore[attr-defined]
-        return max(0.0, float(np.max(slopes * probability + offsets)))
+        slopes, heights = self.lines
+        return max(0.0, float(np.max(slopes * probability + heights)))
 
     @classmethod
     def of(cls, epsilon: float, delta: float) -> TradeOff:

@@ -25,7 +25,7 @@ from tests.audit.test_bound import FALSE_ALARM, randomised_response
 def by_linear_program(canaries: int, guesses: int, correct: int, curve: TradeOff) -> float:
     """The largest P[at least ``correct``] over all laws of the number of right guesses that the curve allows."""
     number = np.arange(guesses + 1)
-    slopes, offsets = curve._slopes, curve._offsets  # type: ignore[attr-defined]
+    slopes, offsets = curve.lines
     rows, limits = [], []
     for at in range(1, correct + 1):
         right = np.where(number >= at, number, 0) / canaries

@@ -49,7 +49,7 @@ def test_all_accountants_side_by_side(capsys: pytest.CaptureFixture[str]) -> Non
     assert found["epsilon_prv"] == pytest.approx(found["epsilon_pld_high"], rel=1e-3)
     assert_nearly(found["epsilon_prv"], found["epsilon"])
     lines = said(capsys, *words).splitlines()
-    assert [line.split(",")[0].strip() for line in lines[1:6]] == ["PRV", "PRV", "RDP", "PLD", "PLD"]
+    assert [line.split(",")[0].strip() for line in lines[1:6]] == ["PRV", "prv-accountant", "RDP", "PLD", "PLD"]
     assert lines[-1].startswith("Whoever sees everything released and already suspects one example")
     assert found["risk"]["mu"] == risk_of([Phase(3.0, 0.08192, 875)]).mu
 
