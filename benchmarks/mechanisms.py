@@ -108,6 +108,8 @@ METHODS = {
     "SlaClip": Method(sgd, None, {"clipping": "slaclip"}, scale=1 / 16),
     "automatic clipping": Method(sgd, None, {"clipping": "automatic"}),
     "banded noise": Method(sgd, None, {"noise": "banded", "sampling": "cyclic_poisson"}),
+    "lambda noise": Method(sgd, None, {"noise": "lambda", "sampling": "balls_in_bins"}),
+    "BISR noise": Method(sgd, None, {"noise": "bisr", "sampling": "balls_in_bins"}),
     "random allocation": Method(sgd, None, {"sampling": "random_allocation"}),
     "balls in bins": Method(sgd, None, {"sampling": "balls_in_bins"}),
     "4 views": Method(sgd, None, callbacks=lambda: [views()], images=True),

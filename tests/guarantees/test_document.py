@@ -23,7 +23,7 @@ def test_the_code_of_each_step_exists(name: str) -> None:
 
 
 def test_every_step_of_the_mechanism_is_in_the_table() -> None:
-    assert len(NAMED) == 17
+    assert len(NAMED) == 18
 
 
 def test_the_tests_that_hold_isolation_exist() -> None:

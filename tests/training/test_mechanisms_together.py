@@ -24,7 +24,11 @@ COMBINATIONS = [dict(zip(ARGUMENTS, values, strict=True)) for values in itertool
 def goes_together(asked: dict[str, Any]) -> bool:
     """What docs/mechanisms.md says."""
     correlated = asked["noise"] != "independent"
-    if correlated != (asked["sampling"] == "cyclic_poisson"):
+    if (
+        asked["sampling"] not in ("cyclic_poisson", "balls_in_bins")
+        if correlated
+        else asked["sampling"] == "cyclic_poisson"
+    ):
         return False
     return not (correlated and (asked["clipping"] in ("quantile", "slaclip") or asked["gradient_filter"]))
 
