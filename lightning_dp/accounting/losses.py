@@ -219,7 +219,7 @@ def decayed(x: FloatArray, rate: float) -> FloatArray:
         [3.0, 4.0, 4.0]
     """
     y = np.empty_like(x)
-    block = max(1, min(len(x), int(_LARGEST_EXPONENT / rate) if rate > 0.0 else len(x)))
+    block = max(1, int(min(len(x), _LARGEST_EXPONENT / rate)) if rate > 0.0 else len(x))
     carried = 0.0
     for end in range(len(x), 0, -block):
         start = max(0, end - block)

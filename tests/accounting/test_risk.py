@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
@@ -162,6 +162,7 @@ def test_the_statement_says_it_in_one_sentence_and_in_json() -> None:
     assert Statement.of(ledger, randomness="secret", risk=False).in_words == ""
 
 
+@example([1.0], 2.3e-308)
 @given(st.lists(st.floats(1e-30, 1.0), min_size=1, max_size=20), st.floats(0.0, 20.0))
 def test_sums_that_decay(numbers: list[float], rate: float) -> None:
     found, expected = decayed(np.array(numbers), rate), 0.0
