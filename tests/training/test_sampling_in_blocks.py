@@ -68,7 +68,7 @@ def fitted(dp: DifferentialPrivacy, *callbacks: L.Callback, steps: int = 8, size
 )
 def test_every_example_is_in_exactly_one_step_of_a_block(sampling: str, secure: bool) -> None:
     if secure:
-        pytest.importorskip("cryptography")
+        pytest.importorskip("cryptography", reason="secure=True draws from its cipher")
     dp, members = private(sampling, secure=secure, engine="loop" if secure else "vmap"), Members()
     fitted(dp, members, steps=12)
     blocks = [members.steps[start : start + 4] for start in (0, 4, 8)]
@@ -89,7 +89,7 @@ def test_every_example_is_in_exactly_one_step_of_a_block(sampling: str, secure: 
 @pytest.mark.parametrize("secure", [False, True])
 def test_every_example_is_in_exactly_as_many_steps_of_a_block_as_asked(secure: bool) -> None:
     if secure:
-        pytest.importorskip("cryptography")
+        pytest.importorskip("cryptography", reason="secure=True draws from its cipher")
     dp, members = private("random_allocation", participations=3, secure=secure, engine="loop"), Members()
     fitted(dp, members, steps=24)
     for block in (members.steps[:12], members.steps[12:]):
@@ -117,7 +117,7 @@ def test_every_set_of_steps_is_as_likely() -> None:
         stream = Keystream(number.to_bytes(32, "big"))
         return lambda steps: exact_allocation(stream, 3000, steps)
 
-    pytest.importorskip("cryptography")
+    pytest.importorskip("cryptography", reason="secure=True draws from its cipher")
     for make in (fast, exact):
         places = np.concatenate([distinct_steps(make(n), 5, 3) for n in range(4)])
         sets = Counter(tuple(sorted(row)) for row in places.tolist())
@@ -162,7 +162,7 @@ def test_words_that_would_favour_some_steps_are_drawn_again() -> None:
         def words(self, count: int) -> Any:
             return np.full(count, 2**64 - 1, dtype=np.uint64)
 
-    pytest.importorskip("cryptography")
+    pytest.importorskip("cryptography", reason="secure=True draws from its cipher")
     assert exact_allocation(Top(bytes(32)), 4, 4).tolist() == [3, 3, 3, 3]  # 2⁶⁴ is a multiple of 4: all words are fair
     assert len(set(exact_allocation(Top(bytes(32)), 400, 5).tolist())) == 5
 
