@@ -335,6 +335,7 @@ def test_what_is_said_of_it() -> None:
         ({"noise_bands": 0}, "noise_bands=0: expected at least 1"),
         ({"noise_momentum": 1.0}, r"noise_momentum=1.0: expected a number in \[0, 1\)"),
         ({"sampling": "shuffled"}, "sampling='shuffled': expected one of 'poisson'"),
+        ({"sampling": "b_min_sep"}, "No bound of b-min-sep sampling holds in both directions"),
     ],
 )
 def test_what_is_not_proved_is_refused(options: dict[str, Any], problem: str) -> None:
