@@ -276,9 +276,15 @@ class Ledger:
             self._stretch,
         )  # plain numbers; curves are computed again
 
-    def state_dict(self) -> dict[str, Any]:
-        """What has been spent and under which public numbers, as plain numbers, lists and strings."""
-        return {"version": STATE_VERSION, "phases": [entry.numbers for entry in self._entries()]}
+    def state_dict(self, steps: int | None = None) -> dict[str, Any]:
+        """What has been spent and under which public numbers, as plain numbers, lists and strings.
+
+        Args:
+            steps: as if so many were taken in all, at least those past. Default: those taken so far.
+        """
+        charged = self._charged if steps is None else max(0, steps - self._past_steps)
+        entries = merge_entries([*self._past, replace(self._current(), steps=charged)])
+        return {"version": STATE_VERSION, "phases": [entry.numbers for entry in entries]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace what this ledger has counted by ``state``, and continue under this ledger's plan.

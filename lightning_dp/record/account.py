@@ -12,6 +12,7 @@ from lightning_dp.mechanism.state import NOTHING
 from lightning_dp.record.checkpoint import Spent, of_a_copy
 from lightning_dp.record.journal import Journal
 from lightning_dp.record.lineage import Lineage
+from lightning_dp.record.provenance import run_facts
 from lightning_dp.record.report import Report
 from lightning_dp.record.spawned import ToParent, forget, from_child, in_a_child, register
 from lightning_dp.record.witness import Witness
@@ -127,6 +128,7 @@ class Account:
         report.open(trainer)
         if trainer.is_global_zero:
             self._journal = Journal(report.folder, ledger.numbers, self.lineage, facts)
+        report.run = run_facts(trainer, ledger, self._journal)
         now = self.now()
         if in_a_child(trainer) and trainer.local_rank == 0 and now is not None:
             self._to_parent = ToParent(self._address, report, now, self._journal)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -21,8 +20,9 @@ from lightning_dp.mechanism import secure
 from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseKind
 from lightning_dp.record.journal import Journal
 from lightning_dp.record.loggers import tell_plan, tell_statement
+from lightning_dp.record.provenance import numbers_of_run
 from lightning_dp.record.run_folder import RunFolder, journal_folder
-from lightning_dp.record.run_record import RunRecord
+from lightning_dp.record.run_record import RunRecord, text_of
 
 SIMULATION = "SIMULATION at 1/{} of batch and noise, NOT PRIVATE as the run it stands for. Spent here"
 CAVEATS_OF_NOISE: dict[NoiseKind, tuple[str, ...]] = {
@@ -41,6 +41,10 @@ class Report:
         ledger: where the spent steps are counted.
         randomness: ``"secret"`` or ``"reproducible"``.
         notes: caveats of this run, beside those of every run.
+
+    Attributes:
+        folder: where the journal of the run is kept, once :meth:`open` has found it; ``None`` to keep none.
+        run: which run it is, as of :func:`~lightning_dp.record.provenance.run_facts`.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Report:
         self.notes = notes
         self.randomness: Literal["secret", "reproducible"] = randomness
         self.folder: Path | None = None
+        self.run: dict[str, Any] | None = None
         self._records: list[RunRecord] = []
         self._every, self._allowed, self._told, self._waited = 1, 0, 0, 0.0
         self._over = True
@@ -128,7 +133,7 @@ class Report:
         self._allowed = steps
         for record in self._records:
             try:
-                record.write(self.upper_bound().to_dict(), "running", fits)
+                record.write(self._content(self.upper_bound()), "running", fits)
             except OSError as error:
                 record.withdraw(error)
                 rank_zero_info(
@@ -230,13 +235,13 @@ class Report:
         self._over, statement = True, self.statement()
         for record in self._records:
             try:
-                record.write(statement.to_dict(), state, _fits(journal))
+                record.write(self._content(statement), state, _fits(journal))
             except OSError as error:  # the training is done, and what it spent has to be known
                 rank_zero_only(warn_user)(
                     f"{record.place} cannot be written ({error}): expected a folder with room. Make room, and save "
                     f"this in its place:\n{statement.to_json()}"
                 )
-        tell_statement(trainer, statement, state, json.dumps({**statement.to_dict(), "state": state}, indent=2) + "\n")
+        tell_statement(trainer, statement, state, text_of(self._content(statement), state, _fits(journal)))
 
     def write_for_child(self, trainer: pl.Trainer, fits: Mapping[str, int]) -> None:
         """Bring the record of a fit up to date that ran in processes of its own, and did not end well there.
@@ -252,8 +257,12 @@ class Report:
         self._records = [record for record in self._records if record.is_there(fits)]
         for record in self._records:
             with suppress(OSError):
-                record.write(self.statement().to_dict(), "interrupted", fits)
+                record.write(self._content(self.statement()), "interrupted", fits)
         self._over = True
+
+    def _content(self, statement: Statement) -> dict[str, Any]:
+        """The statement, with all that it follows from and whose it is."""
+        return {**statement.to_dict(), "run": self.run, **numbers_of_run(self.ledger, statement.steps)}
 
     def _foreseen(self) -> str:
         plan = self.ledger.plan

@@ -23,6 +23,12 @@ def name_of(number: int) -> str:
     return FILE_NAME if number == 1 else f"privacy-{number}.json"
 
 
+def text_of(statement: Mapping[str, Any], state: str, fits: Mapping[str, int]) -> str:
+    """What stands in the file; arguments are as of :meth:`RunRecord.write`."""
+    content = {**statement, "state": state, "fits": dict(fits)}
+    return json.dumps(content, allow_nan=False, ensure_ascii=False, indent=2) + "\n"
+
+
 def records_in(folder: Path) -> list[Path]:
     """The records of all runs in a folder, the first one's first."""
     later = [
@@ -57,15 +63,14 @@ class RunRecord:
         """Write the file.
 
         Args:
-            statement: ready for strict JSON.
+            statement: with all that goes with it, ready for strict JSON.
             state: ``"running"``, ``"interrupted"`` or ``"ended"``.
             fits: name of each fit that led here, as in ``privacy.journal`` → how many of its steps the statement counts.
 
         Raises:
             OSError: it cannot be written; what was there is as it was.
         """
-        content = {**statement, "state": state, "fits": dict(fits)}
-        text = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=2) + "\n"
+        text = text_of(statement, state, fits)
         for number in count(self._number):
             if self._put(name_of(number), text, fits):
                 break

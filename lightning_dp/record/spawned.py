@@ -80,6 +80,7 @@ class ToParent:
             "fit": None if journal is None else journal.name,
             "randomness": report.randomness,
             "notes": report.notes,
+            "run": report.run,
         }
         self._address, self._counts, self._spent = address, (0, spent.unused_samples), spent
         self._descriptor: int | None = None
@@ -186,7 +187,9 @@ def from_child(address: str, known: bytes) -> News | None:
     if lineage is not None and facts["fit"] is not None:
         lineage = replace(lineage, counted={**lineage.counted, facts["fit"]: steps})
     spent = Spent(ledger.state_dict(), lineage, before.world_size, unused, carried=before.carried)
-    return News(raw, Report(ledger, facts["randomness"], tuple(facts["notes"])), spent)
+    report = Report(ledger, facts["randomness"], tuple(facts["notes"]))
+    report.run = facts["run"]
+    return News(raw, report, spent)
 
 
 def _header(steps: int, unused: int) -> str:

@@ -96,6 +96,10 @@ def test_the_record_holds_plan_history_and_statement_and_no_secret(
         return keys[-1]
 
     monkeypatch.setattr(RandomKey, "reveal", remember)
+    trainer(DifferentialPrivacy(epsilon=2.0, delta=1e-3), max_steps=1, default_root_dir=tmp_path).fit(
+        regressor(), loader()
+    )
+    earlier = (tmp_path / "privacy.json").read_bytes()
     logger = WandbLogger(project="private", offline=True, save_dir=tmp_path)
     private = DifferentialPrivacy(epsilon=2.0, delta=1e-3)
     trainer(private, logger=logger, max_steps=6, log_every_n_steps=2).fit(regressor(), loader())
@@ -116,6 +120,9 @@ def test_the_record_holds_plan_history_and_statement_and_no_secret(
     assert record["summary"]["privacy"]["epsilon"] == private.statement().epsilon
     assert record["summary"]["privacy"]["state"] == "ended"
     assert record["artifacts"] == [f"privacy-{logger.experiment.id}"]
+    assert (tmp_path / "privacy.json").read_bytes() == earlier
+    written = (tmp_path / "privacy-2.json").read_bytes()
+    assert written in [file.read_bytes() for file in (tmp_path / "staged").rglob("*") if file.is_file()]
     assert keys
     for key in keys:
         assert key not in record["bytes"]
