@@ -248,3 +248,20 @@ def merge_phases(phases: Iterable[Phase]) -> tuple[Phase, ...]:
 def same_mechanism(a: Phase, b: Phase) -> bool:
     """Whether one round of ``a`` and one of ``b`` have the same privacy loss (equal σ, q and law)."""
     return replace(a, steps=0) == replace(b, steps=0)
+
+
+def with_noise(phases: Sequence[Phase], factor: float) -> list[Phase]:
+    """The same rounds with noise ``factor`` times as large.
+
+    Example:
+        >>> with_noise([Phase(2.0, 0.1, 5)], 1.5)[0].noise_multiplier
+        3.0
+    """
+    return [
+        replace(
+            phase,
+            noise_multiplier=phase.noise_multiplier * factor,
+            seldom=phase.seldom and phase.seldom._replace(noise_multiplier=phase.seldom.noise_multiplier * factor),
+        )
+        for phase in phases
+    ]

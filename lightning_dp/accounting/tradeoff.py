@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.special import log_ndtr, ndtr, ndtri
@@ -54,10 +55,49 @@ class Curve:
         more = (1.0 + np.exp(self.epsilon)) * total_variation
         return Curve(self.epsilon, np.minimum(self.removed + more, 1.0), np.minimum(self.added + more, 1.0))
 
+    @classmethod
+    def of(cls, epsilon: float, delta: float) -> Curve:
+        """What (ε, δ) alone says."""
+        return cls(np.array([epsilon]), np.array([delta]), np.array([delta]))
+
+    @classmethod
+    def gaussian(cls, mu: float, points: int = _POINTS) -> Curve:
+        """Of N(0, 1) against N(μ, 1), for μ > 0, rounded up by a part in 1e9.
+
+        Source: Balle and Wang 2018, Theorem 8.
+
+        Example:
+            >>> round(Curve.gaussian(1.0).least(float(ndtr(0.5))), 3)  # Φ(0.5 - 1)
+            0.309
+        """
+        epsilon = np.linspace(0.0, min(_LARGEST, mu**2 / 2.0 + 8.0 * mu), points)
+        log_power = log_ndtr(mu / 2.0 - epsilon / mu)
+        ratio = np.minimum(epsilon + log_ndtr(-mu / 2.0 - epsilon / mu) - log_power, 0.0)
+        delta = np.exp(log_power) * -np.expm1(ratio) * _UP
+        return cls(epsilon, delta, delta)
+
     @property
     def delta(self) -> FloatArray:
         """The larger of both directions."""
         return np.maximum(self.removed, self.added)
+
+    @cached_property
+    def lines(self) -> tuple[FloatArray, FloatArray]:
+        """Slopes and heights at 0 of the lines whose highest is :meth:`least`."""
+        grow, shrink = np.exp(self.epsilon), np.exp(-self.epsilon)
+        return np.concatenate([shrink, grow]), np.concatenate([-shrink * self.delta, 1.0 - self.delta - grow])
+
+    def least(self, probability: float) -> float:
+        """The least probability of an event that has ``probability`` under a neighbour, in either direction; convex.
+
+        It is 1 − TPR(1 − ``probability``) of the larger δ, without an array for each α: audits ask a thousand times.
+
+        Example:
+            >>> round(Curve.of(1.0, 0.0).least(0.5), 4)  # e⁻¹ / 2
+            0.1839
+        """
+        slopes, heights = self.lines
+        return max(0.0, float(np.max(slopes * probability + heights)))
 
     def epsilon_at(self, delta: float) -> float:
         """An ε that has this δ; ``inf`` if none is known."""
@@ -150,33 +190,34 @@ def _lowest(slope: FloatArray, height: FloatArray) -> tuple[FloatArray, FloatArr
 
 
 def curve_of(phases: Sequence[Phase]) -> Curve:
-    """The curve of all ``phases`` composed.
+    """The curve of all ``phases`` composed: :func:`composed`, or, where no grid holds the losses, what is known of it.
+
+    That is ε at many δ, by :func:`lightning_dp.accounting.epsilon.epsilon_bound`, whatever it uses.
+    """
+    try:
+        return composed(phases)
+    except PrvFailureError:
+        return _by_points([phase for phase in phases if phase.steps])
+
+
+def composed(phases: Sequence[Phase], points: int = _POINTS, smallest: float = 1e-13) -> Curve:
+    """The curve of all ``phases`` composed, at so many ε.
 
     | phases | from |
     |---|---|
     | none | δ = 0 |
     | one without noise | δ = 1 |
     | q = 1 throughout | the Gaussian mechanism, in closed form |
-    | otherwise | privacy losses on a grid |
-    | what no grid holds | ε at many δ, by :func:`lightning_dp.accounting.epsilon.epsilon_bound`, whatever it uses |
+    | otherwise | privacy losses on a grid, to where δ is ``smallest`` |
 
-    Source: Balle and Wang 2018, Theorem 8, for the Gaussian mechanism.
+    Raises:
+        PrvFailureError: no grid holds the losses.
     """
     taken = tuple(phase for phase in phases if phase.steps)
     if not taken or any(phase.noise_multiplier == 0 for phase in taken):
-        delta = np.full(1, 1.0 if taken else 0.0)
-        return Curve(np.zeros(1), delta, delta)
+        return Curve.of(0.0, 1.0 if taken else 0.0)
     mu = gaussian_mu(taken)
-    if mu is not None:
-        epsilon = np.linspace(0.0, min(_LARGEST, mu**2 / 2.0 + 8.0 * mu), _POINTS)
-        log_power = log_ndtr(mu / 2.0 - epsilon / mu)
-        ratio = np.minimum(epsilon + log_ndtr(-mu / 2.0 - epsilon / mu) - log_power, 0.0)
-        delta = np.exp(log_power) * -np.expm1(ratio) * _UP
-        return Curve(epsilon, delta, delta)
-    try:
-        return Curve(*pld_curve(taken, _POINTS))
-    except PrvFailureError:
-        return _by_points(taken)
+    return Curve(*pld_curve(taken, points, smallest)) if mu is None else Curve.gaussian(mu, points)
 
 
 def gaussian_mu(phases: Sequence[Phase]) -> float | None:

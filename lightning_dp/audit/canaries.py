@@ -121,7 +121,7 @@ def let_in(module: pl.LightningModule, gradient: int, rows: int | None = 1) -> N
     It gets one parameter with a coordinate for each gradient-space canary. A canary's loss is :data:`OVERSHOOT` times
     its own coordinate, so its gradient points along that coordinate alone and is clipped to norm C; an example's loss is
     the module's own, and its gradient is zero there. No optimizer holds the parameter, so it never moves; under manual
-    optimization a private one has to (:func:`put_under`), and moving it changes no gradient.
+    optimization the private ones have to (:func:`put_under`), and moving it changes no gradient.
 
     Args:
         module: to be changed.
@@ -135,9 +135,10 @@ def let_in(module: pl.LightningModule, gradient: int, rows: int | None = 1) -> N
 
 
 def put_under(optimizers: Sequence[torch.optim.Optimizer], module: pl.LightningModule, public: Sequence[int]) -> None:
-    """Let the first private optimizer hold the canaries' coordinates: manual optimization finds gradients for what is held."""
-    place = next(place for place in range(len(optimizers)) if place not in public)
-    optimizers[place].param_groups[0]["params"].append(coordinates(module))
+    """Let every private optimizer hold the canaries' coordinates: manual optimization finds gradients for what is held."""
+    for place, optimizer in enumerate(optimizers):
+        if place not in public:
+            optimizer.param_groups[0]["params"].append(coordinates(module))
 
 
 def coordinates(module: pl.LightningModule) -> nn.Parameter:

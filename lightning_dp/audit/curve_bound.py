@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from lightning_dp.accounting.tradeoff import Curve
 from lightning_dp.audit.bound import check_counts
-from lightning_dp.audit.trade_off import TradeOff
 
 
-def curve_p_value(canaries: int, guesses: int, correct: int, curve: TradeOff) -> float:
+def curve_p_value(canaries: int, guesses: int, correct: int, curve: Curve) -> float:
     """How likely a mechanism with this trade-off curve lets anybody guess so well: an upper bound on P[at least ``correct``].
 
     Each of m canaries was put into the training set by a fair coin of its own, one training run was made, and membership
@@ -34,7 +34,7 @@ def curve_p_value(canaries: int, guesses: int, correct: int, curve: TradeOff) ->
         ValueError: not 0 ≤ correct ≤ guesses ≤ canaries.
 
     Example:
-        >>> fair = TradeOff.of(0.0, 0.0)  # right or wrong by a coin, whatever the canaries do together
+        >>> fair = Curve.of(0.0, 0.0)  # right or wrong by a coin, whatever the canaries do together
         >>> curve_p_value(100, 100, 99, fair) < 1e-9, curve_p_value(100, 100, 50, fair) > 0.5
         (True, True)
 
@@ -56,11 +56,11 @@ def curve_p_value(canaries: int, guesses: int, correct: int, curve: TradeOff) ->
     return math.exp(high)
 
 
-def refutes(level: float, canaries: int, guesses: int, correct: int, curve: TradeOff) -> bool:
+def refutes(level: float, canaries: int, guesses: int, correct: int, curve: Curve) -> bool:
     """Whether so many right guesses are less likely than ``level`` under the curve: a valid test of that level.
 
     Example:
-        >>> refutes(0.05, 1000, 100, 90, TradeOff.of(1.0, 1e-6))
+        >>> refutes(0.05, 1000, 100, 90, Curve.of(1.0, 1e-6))
         True
     """
     check_counts(canaries, guesses, correct)

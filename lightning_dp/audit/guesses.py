@@ -9,9 +9,13 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
+from scipy.special import log_ndtr, ndtr
 
+from lightning_dp.accounting.tradeoff import Curve
 from lightning_dp.audit.curve_bound import refutes
-from lightning_dp.audit.trade_off import TradeOff, gaussian_shift
+
+_POINTS = 400
+"""Of a Gaussian's curve, which only decides how many guesses are made."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,18 @@ def _refuted_shift(canaries: int, guesses: int, correct: int, level: float, most
     low, high = 0.0, most
     while high - low > 1e-2 * most:
         middle = (low + high) / 2.0
-        if refutes(level, canaries, guesses, correct, TradeOff.gaussian(middle)):
+        if refutes(level, canaries, guesses, correct, Curve.gaussian(middle, _POINTS)):
             low = middle
         else:
             high = middle
     return low
+
+
+def gaussian_shift(epsilon: float, delta: float) -> float:
+    """μ of the Gaussian mechanism with that (ε, δ) (Balle and Wang 2018, Theorem 8)."""
+
+    def excess(mu: float) -> float:
+        lost = math.exp(min(epsilon + float(log_ndtr(-epsilon / mu - mu / 2)), 700.0))
+        return float(ndtr(-epsilon / mu + mu / 2)) - lost - delta
+
+    return float(brentq(excess, 1e-4, 2.0 * math.sqrt(2.0 * epsilon) + epsilon + 10.0))

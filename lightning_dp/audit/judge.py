@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from lightning_dp.accounting.epsilon import epsilon_bound
 from lightning_dp.accounting.ledger import Ledger
-from lightning_dp.accounting.phase import Phase
+from lightning_dp.accounting.phase import Phase, with_noise
 from lightning_dp.accounting.prv import PrvFailureError
+from lightning_dp.accounting.tradeoff import Curve, composed
 from lightning_dp.audit.bound import epsilon_lower_bound
 from lightning_dp.audit.canaries import Canaries
 from lightning_dp.audit.curve_bound import refutes
@@ -22,11 +23,13 @@ from lightning_dp.audit.guesses import Guesses, guess, planned_guesses
 from lightning_dp.audit.observer import Observer
 from lightning_dp.audit.plan_law import crossing, noise_factor
 from lightning_dp.audit.result import CONSISTENT, VIOLATED, AuditResult, Bound
-from lightning_dp.audit.trade_off import TradeOff, with_noise
 from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
 
 NOT_THE_PLAN = 1e-6
 """Guesses less likely than this under the plan are taken for a violation of it."""
+_POINTS = 400
+"""Of a claim's curve. Between them it is bounded by straight lines, which only makes a claim weaker."""
+_LEAST_NOISE = 0.2
 
 
 def judged(observer: Observer, canaries: Canaries, private: DifferentialPrivacy, confidence: float) -> AuditResult:
@@ -92,10 +95,18 @@ class _Claim:
         """ε of the plan with ``factor`` times its noise, as its accountant counts."""
         return epsilon_bound(with_noise(self.phases, factor), self.delta).epsilon
 
-    def curve_with(self, factor: float) -> TradeOff:
-        """The whole claim, with ``factor`` times the noise."""
-        slack = self.ledger.slack(self.ledger.steps)
-        return TradeOff.of_phases(with_noise(self.phases, factor), self.delta, slack.total_variation)
+    def curve_with(self, factor: float) -> Curve:
+        """The whole claim, with ``factor`` times the noise, to a thousandth of its δ.
+
+        Raises:
+            PrvFailureError: no grid holds the losses, σ below 0.2, or an accountant that simulates.
+        """
+        phases, slack = with_noise(self.phases, factor), self.ledger.slack(self.ledger.steps)
+        if any(phase.law == "bins" for phase in phases):
+            raise PrvFailureError("its accountant simulates, and has no curve")
+        if min(phase.noise_multiplier for phase in phases) < _LEAST_NOISE:
+            raise PrvFailureError(f"noise below {_LEAST_NOISE} says next to nothing, and a grid cannot hold it")
+        return composed(phases, _POINTS, min(self.delta, 1e-6) / 1e3).but_for(slack.total_variation)
 
 
 @dataclass(frozen=True)
@@ -112,9 +123,7 @@ def _epsilon_delta(attacks: Sequence[Guesses], delta: float, each: float) -> Bou
 
     def by_curve(found: Guesses, least: float) -> float:
         return _largest(
-            lambda epsilon: refutes(
-                1.0 - each, found.canaries, found.guesses, found.correct, TradeOff.of(epsilon, delta)
-            ),
+            lambda epsilon: refutes(1.0 - each, found.canaries, found.guesses, found.correct, Curve.of(epsilon, delta)),
             least,
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -41,6 +43,7 @@ class Observer(pl.Callback):
         self.signal: Scores = np.zeros(0)
         self.black_box: Scores = np.zeros(0)
         self._rows: list[Scores] = []
+        self._releases: list[tuple[Scores, Mechanism]] = []
         self._mechanism: Mechanism | None = None
 
     @override
@@ -63,7 +66,16 @@ class Observer(pl.Callback):
         mechanism, gradient = self._private.released, coordinates(pl_module).grad
         assert mechanism is not None
         assert gradient is not None
-        released, self._mechanism = gradient.detach().flatten().double().cpu().numpy(), mechanism
+        self._releases.append((gradient.detach().flatten().double().cpu().numpy(), mechanism))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if not self._releases:
+            return
+        released, self._mechanism = mean_of(self._releases)
+        self._releases, mechanism = [], self._mechanism
         if mechanism.noise_std == 0:
             self.white_box += log_likelihood_ratio(released, mechanism)
             return
@@ -101,6 +113,17 @@ class Observer(pl.Callback):
         for child, training in zip(module.modules(), modes, strict=True):
             child.training = training
         return np.asarray(losses, dtype=np.float64)
+
+
+def mean_of(releases: Sequence[tuple[Scores, Mechanism]]) -> tuple[Scores, Mechanism]:
+    """What the releases of one sample say together of a canary that is in each of them, and the noise on it.
+
+    The m private optimizers of a step release one sample with noise of σ√m each. A canary's gradient is C in every one, so that
+    the mean of those k that were made says all that they do, with noise of σ√m/√k: that of the plan, if none is left out.
+    """
+    mechanism = releases[-1][1]
+    noise = mechanism.noise.noise_multiplier / math.sqrt(len(releases))
+    return np.mean([released for released, _ in releases], axis=0), mechanism.but(noise_multiplier=noise)
 
 
 def _holds(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> bool:

@@ -57,7 +57,7 @@ def audit(
     the number of steps, are those of the user's data; the canaries that are in are drawn with the same q. Gradient-space
     canaries are attacked by someone who sees every released gradient (white box), input-space ones (one example's input
     with another's target) by someone who sees the model at the end (black box). Where users are protected, a canary is a
-    user with examples of its own. Under manual optimization canaries are in the first private optimizer's releases.
+    user with examples of its own. Under manual optimization canaries are in the releases of every private optimizer.
 
     Args:
         trainer: with a :class:`~lightning_dp.DifferentialPrivacy` callback, on one device.

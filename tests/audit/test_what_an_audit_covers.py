@@ -13,22 +13,28 @@ from scipy import stats
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.audit import AuditResult, audit
 from lightning_dp.audit.canaries import Canaries, WithCanaries
+from lightning_dp.audit.observer import mean_of
+from lightning_dp.step.sample_release import of_part
 from tests.conftest import Regressor, loader, regression_data, regressor, sample_of, trainer
 from tests.guarantees import mutations
+from tests.mechanism.laws import plan
 from tests.ranks.ranks import Shift
 from tests.training.manual_modules import Gan, ManualRegressor
 
 
-def audited(module: L.LightningModule, *callbacks: Any, inputs: int = 0, seed: int = 0, **options: Any) -> AuditResult:
+def audited(
+    module: L.LightningModule, *callbacks: Any, inputs: int = 0, seed: int = 0, steps: int = 4, **options: Any
+) -> AuditResult:
     private = DifferentialPrivacy(**{"epsilon": 4.0, "delta": 1e-5, "seed": seed, "engine": "vmap", **options})
     return audit(
-        trainer(private, *callbacks, max_steps=4), module, loader(batch_size=32),
+        trainer(private, *callbacks, max_steps=steps), module, loader(batch_size=32),
         gradient_canaries=1500, input_canaries=inputs, seed=seed,
     )  # fmt: skip
 
 
 KINDS: dict[str, Callable[[], AuditResult]] = {
     "manual optimization": lambda: audited(ManualRegressor(lr=0.1)),
+    "two private optimizers": lambda: audited(Gan(lr=0.1), steps=8, seed=1),
     "average of the weights": lambda: audited(regressor(lr=0.1), ExponentialMovingAverage(decay=0.9), inputs=20),
     "views": lambda: audited(regressor(lr=0.1), AugmentationMultiplicity(k=2, transform=Shift(), images=0), inputs=20),
     "users": lambda: audited(
@@ -51,8 +57,19 @@ def test_right_code_stays_below_its_claim_and_half_the_noise_is_found(kind: str)
         assert KINDS[kind]().verdict == "violated"
 
 
-def test_of_several_optimizers_the_first_private_ones_releases_are_seen() -> None:
-    """Each of m releases has σ√m, so the first one alone tells less than all of them: no bound comes near to the claim."""
+def test_of_several_releases_of_a_sample_their_mean_counts_with_the_noise_that_it_has() -> None:
+    """Each of m releases has σ√m; what one of them says, or all, is what Gaussians with that noise say."""
+    one = plan(noise_multiplier=1.5).mechanism
+    part, released = of_part(one, 2), np.array([0.3, -0.1])
+    both, noise = mean_of([(released, part), (3 * released, part)])
+    assert both == pytest.approx(2 * released)
+    assert noise.noise.noise_multiplier == pytest.approx(1.5)
+    alone, noise = mean_of([(released, part)])
+    assert alone == pytest.approx(released)
+    assert noise.noise.noise_multiplier == pytest.approx(1.5 * np.sqrt(2))
+
+
+def test_a_public_optimizer_shows_nothing() -> None:
     result = audited(Gan(lr=0.1), public_optimizers=[0])
     assert result.verdict == "consistent", result
     assert result.epsilon_lower > 0.2 * result.epsilon_claimed
