@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities import cloud_io, distributed
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.overrides import distributed as overrides
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, launchers
 from torch import nn
@@ -55,6 +56,7 @@ WHERE: dict[str, Callable[[], Any]] = {
     "_on_before_batch_transfer": pl.LightningModule,
     "_param_requires_grad_state": pl.LightningModule,
     "_progress_bar_metrics": connector,
+    "_results": trainer,
     "_root_device": SingleDeviceStrategy,
     "_sampler": lambda: distributed._DatasetSamplerWrapper(SequentialSampler(range(3))),
     "_seen_batches_per_dataloader": lambda: trainer().fit_loop.epoch_loop.val_loop,
@@ -132,6 +134,48 @@ def test_self_optimizers_are_the_wrapped_ones() -> None:
     made.fit(fitted, loader())
     assert all(isinstance(one, LightningOptimizer) for one in lightning_internals.wrapped_optimizers(made.strategy))
     assert lightning_internals.wrapped_optimizers(made.strategy)[0] is fitted.optimizers()
+
+
+class Counts(Regressor):
+    """Logs the step's number after each step, by ``self.log`` or in the shorter way."""
+
+    def __init__(self, shorter: bool) -> None:
+        super().__init__()
+        self.shorter, self.seen, self.again = shorter, [], 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        step = float(self.trainer.global_step)
+        if self.shorter and lightning_internals.logged_again(self, "count", step):
+            self.again += 1
+        else:
+            self.log("count", step, prog_bar=True, batch_size=1)
+        metrics = self.trainer.callback_metrics, self.trainer.progress_bar_metrics
+        self.seen.append([float(found["count"]) for found in metrics])
+
+    def on_train_epoch_end(self) -> None:
+        self.seen.append(sorted(self.trainer.callback_metrics))
+
+
+class ByItself(Counts):
+    """With a ``log`` of its own, which has to be called."""
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        super().log(name, value + 100.0, *args, **options)
+
+
+def test_a_number_that_is_logged_again_is_found_wherever_the_first_one_was(tmp_path: Path) -> None:
+    found = []
+    for shorter in (False, True):
+        torch.manual_seed(0)
+        fitted, logger = Counts(shorter), CSVLogger(tmp_path / str(shorter))
+        trainer(max_steps=-1, max_epochs=2, log_every_n_steps=2, logger=logger).fit(fitted, loader())
+        found.append((fitted.seen, (Path(logger.log_dir) / "metrics.csv").read_text()))
+    assert found[0] == found[1]
+    assert fitted.again == len(loader()) * 2 - 2, "once an epoch the whole way"
+    fitted = ByItself(shorter=True)
+    trainer(max_steps=3).fit(fitted, loader())
+    assert fitted.seen[:3] == [[101.0, 101.0], [102.0, 102.0], [103.0, 103.0]]
+    assert not fitted.again
 
 
 PACKAGE = Path(lightning_dp.__file__).parent

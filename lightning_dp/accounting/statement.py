@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lightning_dp.accounting.epsilon import EpsilonBound
 from lightning_dp.accounting.ledger import Ledger
 from lightning_dp.accounting.phase import Phase, phase_of
 from lightning_dp.accounting.risk import Risk, finite, risk_of, round_up
@@ -127,6 +128,7 @@ class Statement:
         randomness: Literal["secret", "reproducible"],
         caveats: Sequence[str] = (),
         risk: bool = True,
+        bound: EpsilonBound | None = None,
     ) -> Statement:
         """The statement for what ``ledger`` has counted so far.
 
@@ -135,13 +137,14 @@ class Statement:
             randomness: where noise and sampling came from; ``"reproducible"`` adds a caveat.
             caveats: further sentences, put first.
             risk: whether to work out the risk, which takes some time.
+            bound: on ε, of at least as many steps; that of the steps taken if ``None``.
 
         Raises:
             ValueError: ``randomness`` is neither of the two.
         """
         if randomness not in ("secret", "reproducible"):
             raise ValueError(f"randomness={randomness!r}: expected 'secret' or 'reproducible'.")
-        plan, bound, phases = ledger.plan, ledger.epsilon(), ledger.phases
+        plan, bound, phases = ledger.plan, ledger.epsilon() if bound is None else bound, ledger.phases
         simulation = None if plan.simulation == 1 else _simulation(ledger)
         found = [*caveats] if simulation is None else [simulation, *caveats]
         if randomness == "reproducible":

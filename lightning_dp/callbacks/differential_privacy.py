@@ -14,7 +14,7 @@ from lightning_dp.batches.axis import Axis
 from lightning_dp.callbacks.augmentation import views_of
 from lightning_dp.engines.select import EngineName
 from lightning_dp.errors import PreflightError
-from lightning_dp.lightning_internals import Callback
+from lightning_dp.lightning_internals import Callback, logged_again
 from lightning_dp.loading.privacy_unit import unit_from
 from lightning_dp.loading.row_wise import check_row_wise
 from lightning_dp.look.advice import advise_optimizers, check_decisions
@@ -284,7 +284,8 @@ class DifferentialPrivacy(Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         for name, value in self._under_way.end_step().items():
-            pl_module.log(name, value, prog_bar=name == "dp/epsilon", batch_size=1)
+            if not logged_again(pl_module, name, value):
+                pl_module.log(name, value, prog_bar=name == "dp/epsilon", batch_size=1)
         self._under_way.stop_if_spent()
 
     @override

@@ -18,6 +18,7 @@ from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
 from lightning_dp.engines.select import EngineError, Selection
 from lightning_dp.engines.shared_writes import refusing_writes, tells_of_a_write
+from lightning_dp.mechanism.seeded_globals import has_cuda
 from lightning_dp.plan.clipping import Clipping
 
 PATIENCE = 3
@@ -135,7 +136,7 @@ def _raise_if_its_own(
 def _draws() -> Callable[[], None]:
     """What puts the global random generators back to where they are now."""
     state = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    cuda = torch.cuda.get_rng_state() if has_cuda() else None
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002 (the generator that old code draws from)
 
     def put_back() -> None:

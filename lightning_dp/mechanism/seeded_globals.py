@@ -5,11 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
 
 _LOW = 0xFFFFFFFF
+
+
+@cache
+def has_cuda() -> bool:
+    """Whether torch can use CUDA. It asks the driver every time, for a fifth of a millisecond; the answer stays the same."""
+    return torch.cuda.is_available()
 
 
 def seed_torch(seed: int) -> None:
@@ -21,7 +28,7 @@ def seed_torch(seed: int) -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
         for generator in torch.cuda.default_generators:
             generator.manual_seed(seed)
-    elif torch.accelerator.is_available() and not torch.cuda.is_available():
+    elif torch.accelerator.is_available() and not has_cuda():
         torch.manual_seed(seed)
 
 

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
-from lightning_dp.accounting import Ledger, Statement
+from lightning_dp.accounting import EpsilonBound, Ledger, Statement
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.lightning_internals import either
 from lightning_dp.mechanism import secure
@@ -148,22 +148,15 @@ class Report:
 
     def upper_bound(self) -> Statement:
         """The statement if all steps were taken that the record allows."""
-        taken, statement = self.ledger.steps, self.statement(risk=False)
+        taken = self.ledger.steps
         if self._allowed <= taken:
-            return statement
-        bound = self.ledger.epsilon(self._allowed)
-        notes = [
+            return self.statement(risk=False)
+        statement = self.statement(risk=False, bound=self.ledger.epsilon(self._allowed))
+        note = (
             f"training had not ended when this was written: it counts {self._allowed} steps, an upper bound, of which "
-            f"{taken} were taken then; privacy.journal has the exact count",
-            *([] if bound.note is None else [bound.note]),
-        ]
-        return dataclasses.replace(
-            statement,
-            epsilon=bound.epsilon,
-            accountant=bound.accountant,
-            steps=self._allowed,
-            caveats=list(dict.fromkeys([*statement.caveats, *notes])),
+            f"{taken} were taken then; privacy.journal has the exact count"
         )
+        return dataclasses.replace(statement, steps=self._allowed, caveats=[*statement.caveats, note])
 
     def _ahead(self, step: int) -> int:
         """How many steps the record is to count when the ``step``-th is about to be taken."""
@@ -203,16 +196,15 @@ class Report:
             found["dp/clip_norm"] = released.clipping.clip_norm
         return found if plan.simulation == 1 else {**found, "dp/simulation": float(plan.simulation)}
 
-    def statement(self, risk: bool = True) -> Statement:
+    def statement(self, risk: bool = True, bound: EpsilonBound | None = None) -> Statement:
         """What has been spent so far.
 
         Args:
             risk: whether to work out what it means for one person, which is left for the end of a fit.
+            bound: on ε, in the place of that of the steps taken; each takes the accountant some time.
         """
-        of_noise = CAVEATS_OF_NOISE[self.ledger.plan.mechanism.noise.kind]
-        return Statement.of(
-            self.ledger, randomness=self.randomness, caveats=(*of_noise, *CAVEATS, *self.notes), risk=risk
-        )
+        caveats = (*CAVEATS_OF_NOISE[self.ledger.plan.mechanism.noise.kind], *CAVEATS, *self.notes)
+        return Statement.of(self.ledger, randomness=self.randomness, caveats=caveats, risk=risk, bound=bound)
 
     def write(self, trainer: pl.Trainer, journal: Journal | None, state: str, broken: int = 0) -> None:
         """Write the record of a fit that is over, once, and give it to the loggers.
