@@ -20,6 +20,7 @@ from lightning_dp.loading.loader import LogicalBatch, PoissonLoader
 from lightning_dp.loading.repeated_reads import check_reads
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through
 from lightning_dp.look.agreed import Agreed, agree, check_still_agreed
+from lightning_dp.look.batch_size.memory import measures_by_default
 from lightning_dp.look.batch_size.physical import default_physical_batch_size, settle_physical_batch_size
 from lightning_dp.look.choose_engine import engine_for, loss_of_training_step, manual_objective
 from lightning_dp.look.dry_run import early_dry_run, late_dry_run
@@ -272,7 +273,10 @@ class Fit:
         check_same_parameters_on_every_rank(world, module)
         make_loss = partial(loss_of_training_step, planned)
         selection = select_in_shards(planned, speed.engine, make_loss)
-        most = CHECKED_EXAMPLES if speed.physical_batch_size == "auto" else planned.loader.physical_batch_size
+        settled = speed.physical_batch_size is None and not measures_by_default(world)
+        most = CHECKED_EXAMPLES  # where more may be found to fit
+        if settled or isinstance(speed.physical_batch_size, int):
+            most = planned.loader.physical_batch_size
         with full_parameters(module, world):
             objective, selection, loss_function = self._chosen(planned, most, selection)
             rank_zero_info(selection.describe())

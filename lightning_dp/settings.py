@@ -23,7 +23,7 @@ from lightning_dp.plan.simulation import check_simulation
 from lightning_dp.validate import shown, truth, whole
 
 PhysicalBatchSize = int | Literal["auto"] | None
-"""As the user gives it: a number, ``"auto"`` to have it found by measuring, ``None`` for a size by rule of thumb."""
+"""As the user gives it: a number, ``"auto"`` to have one measured, ``None`` for what fits (CUDA) or a rule of thumb."""
 
 
 def check_physical_batch_size(size: object) -> None:

@@ -69,8 +69,9 @@ class DifferentialPrivacy(Callback):
         slack_bins: K of ``"slaclip"``; ``None`` for 10.
         expected_batch_size: B over all ranks; ``None`` for the loader's ``batch_size`` × number of ranks.
         dataset_size: N, a public number of examples; ``None`` for ``len(dataset)``.
-        physical_batch_size: the most examples that are worked on at once; ``None`` chooses by rule of thumb, ``"auto"``
-            measures before training what fits and is fast. Changes memory and speed, never the result.
+        physical_batch_size: the most examples that are worked on at once; ``None`` fills the memory
+            on CUDA, as measured before training, and goes by rule of thumb elsewhere; ``"auto"`` measures what fits and is
+            fast. Changes memory and speed, never the result.
         max_batch_size: M, the most examples in a step over all ranks: a larger draw is cut to a random part of that size,
             and a part of δ pays for it (see :mod:`lightning_dp.accounting.slack`). ``None`` never cuts.
         engine: ``"auto"``, ``"ghost"``, ``"vmap"`` or ``"loop"``: how per-example gradients are computed.

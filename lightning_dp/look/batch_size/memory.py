@@ -20,6 +20,15 @@ UNKNOWN = 2**30
 """What is taken to be free where the system does not say."""
 
 
+HELD_LATER = 5
+"""Tensors as large as the gradient that come once steps are taken: sums, noise, and two of the optimizer's state."""
+
+
+def measures_by_default(world: World) -> bool:
+    """Whether ``physical_batch_size=None`` is measured here: on CUDA, where memory is large and gaps between kernels cost."""
+    return world.device.type == "cuda" and world.gather == "step"
+
+
 def room_for_micro_batches(world: World) -> int:
     """Bytes that one rank's micro-batch may take on its device, beside what is held already."""
     device = world.device

@@ -1,7 +1,7 @@
-"""``physical_batch_size="auto"``: the micro-batch size that fits and is fast, found on random data before training.
+"""The micro-batch size that fits, or that fits and is fast, found on copies of the first examples before training.
 
-Nothing here touches privacy. Only shapes, types and ranges of the first examples are used; no step is taken, nothing is
-charged, drawn or released; a size that does not fit is found out before the first step and never during one.
+Nothing here touches privacy. No step is taken, nothing is charged, drawn or released; a size that does not fit is found out
+before the first step and never during one.
 """
 
 from __future__ import annotations
@@ -13,14 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from lightning_dp.batches.microbatch import is_list_of_values
+from lightning_dp.batches.microbatch import take
 from lightning_dp.look.batch_size.memory import peak_bytes
 
 LONG_ENOUGH = 5.0
 """Seconds: where one micro-batch takes as long, a larger one saves nothing worth having."""
+
+PATIENCE = 3.0
+"""Seconds that looking for what fits may take."""
+
+SATURATED = 1.0
+"""Seconds: a micro-batch that takes as long leaves an accelerator hardly a gap to fill, so no larger one is looked for."""
+
+LEAP = 16
+"""How many times as large the next size may be: what one takes that leaves gaps says little about one that leaves none."""
 
 NO_FASTER = 0.05
 """Sizes whose time per example differs by at most this part count as equally fast; the smaller one is taken."""
@@ -49,13 +56,14 @@ class Found:
     because: str
     tried: tuple[Measured, ...]
 
-    def describe(self, room: int) -> str:
-        """One line for people."""
+    def describe(self, room: int, given: str | None = "auto") -> str:
+        """One line for people, who gave ``physical_batch_size=given``."""
         chosen = next(one for one in self.tried if one.examples == self.examples)
+        each = 1e3 * chosen.seconds / chosen.examples
         return (
-            f"lightning_dp: physical_batch_size='auto' is {self.examples}: {chosen.seconds / chosen.examples * 1e3:.3g} ms an "
-            f"example and {chosen.bytes / 2**20:.3g} MiB of the {room / 2**20:.4g} MiB that may be used, on random data; "
-            f"{self.because}."
+            f"lightning_dp: physical_batch_size={given!r} is {self.examples}: {each:.3g} ms an "
+            f"example and {chosen.bytes / 2**20:.3g} MiB of the {room / 2**20:.4g} MiB that may be used, on copies of the "
+            f"first examples; {self.because}."
         )
 
 
@@ -107,6 +115,75 @@ def search_size(measure: Callable[[int], Measured | None], room: int, most: int)
     return Found(min(one.examples for one in fast), because, tuple(tried))
 
 
+def fill_memory(
+    measure: Callable[[int], Measured | None], room: int, most: int, clock: Callable[[], float] = time.perf_counter
+) -> Found | None:
+    """Measure small micro-batches, and then the one that by these would fill the memory.
+
+    Each size is at most :data:`LEAP` times the one before, and what the line through the last two allows: of memory, and of
+    :data:`SATURATED` seconds for a micro-batch. Where one does not fit after all, less is tried. It ends after about
+    :data:`PATIENCE` seconds, or where a tenth more is not to be had.
+
+    Args:
+        measure: tries a number of examples; ``None`` if memory ran out.
+        room: bytes that a micro-batch may take.
+        most: the largest size of any use, at least 1.
+        clock: seconds.
+
+    Returns:
+        The largest size that was tried and fits; a multiple of 8 if it is above 16 and below ``most``. ``None`` if one
+        example alone runs out of memory.
+
+    Example:
+        >>> fill_memory(lambda n: Measured(n, bytes=1000 * n, seconds=0.001 * n), room=70_500, most=512).examples
+        64
+    """
+    start, tried = clock(), dict[int, Measured]()
+    size, ceiling = min(2, most), most
+    while True:
+        one = measure(size)
+        if one is not None:
+            tried[size] = one
+        if one is None or one.bytes > room:
+            ceiling = size - 1 if one is not None else size // 2
+        fitting = [tried[n] for n in sorted(tried) if tried[n].bytes <= room]
+        if not fitting and size > 1:
+            size = max(1, size // 2)
+            continue
+        left = PATIENCE - (clock() - start)
+        if not fitting:
+            because = "a single example takes more"
+            break
+        if left <= 0:
+            because = f"looking took {PATIENCE - left:.1f} s, and may take {PATIENCE:g}"
+            break
+        size, because = _following(fitting, room, ceiling, most, left)
+        if size <= 1.1 * fitting[-1].examples:
+            break
+    found = fitting or list(tried.values())[-1:]
+    return Found(found[-1].examples, because, tuple(tried.values())) if found else None
+
+
+def _following(fitting: list[Measured], room: int, ceiling: int, most: int, left: float) -> tuple[int, str]:
+    """The size to try next, and what says that it is not larger."""
+    last, share = fitting[-1], fitting[-1].bytes / fitting[-1].examples
+    by_bytes, by_seconds = share, last.seconds / last.examples
+    if len(fitting) > 1:
+        before, more = fitting[-2], last.examples - fitting[-2].examples
+        by_bytes = max((last.bytes - before.bytes) / more, share / 2)
+        by_seconds = max((last.seconds - before.seconds) / more, 0.0)
+    slow = min(SATURATED, left / 2) - last.seconds  # a size is run twice
+    limits = [
+        (float(most), "more than a step draws would be of no use"),
+        (float(ceiling), "more did not fit"),
+        (last.examples + (room - last.bytes) / by_bytes if by_bytes else math.inf, "more would not fit"),
+        (last.examples + slow / by_seconds if by_seconds else math.inf, "a larger one would hardly be faster"),
+    ]
+    size, because = min(limits, key=lambda limit: limit[0])
+    size = min(int(size), (4 if len(fitting) == 1 else LEAP) * last.examples)
+    return size - size % 8 if 16 < size < most else size, because
+
+
 def _predicted(tried: list[Measured], size: int) -> float:
     """Peak memory of ``size`` examples: on the line through the last two sizes (through zero, if there is one).
 
@@ -119,6 +196,31 @@ def _predicted(tried: list[Measured], size: int) -> float:
     if len(tried) > 1:
         slope = max((last.bytes - tried[-2].bytes) / (last.examples - tried[-2].examples), share / 2)
     return last.bytes + slope * (size - last.examples)
+
+
+def measured_once(work: Callable[[], Callable[[], object]], examples: int, device: torch.device) -> Measured | None:
+    """Memory of two passes over ``examples`` examples and the time of the second; see :func:`measured`."""
+    seconds = 0.0
+
+    def passes() -> None:
+        nonlocal seconds
+        one = work()
+        one()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        one()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+
+    try:
+        return Measured(examples, peak_bytes(passes, device), seconds)
+    except (torch.OutOfMemoryError, MemoryError):
+        return None
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def measured(work: Callable[[], Callable[[], object]], examples: int, device: torch.device) -> Measured | None:
@@ -151,34 +253,14 @@ def measured(work: Callable[[], Callable[[], object]], examples: int, device: to
     return Measured(examples, size, seconds)
 
 
-def random_rows(batch: Any, rows: int) -> Any:
-    """A batch of ``rows`` random examples with the shapes, types and ranges of the examples in ``batch``.
+def copies(batch: Any, examples: int, rows: int) -> Any:
+    """A batch of ``rows`` examples that are those of ``batch``, again and again.
 
-    Numbers are uniform between the least and the greatest of their tensor, so that class indices, words and
-    probabilities stay what they are. Everything is drawn from a generator of its own.
+    Whole examples, so that each is one that training_step can take: labels stay labels, and masks go with what they mask.
 
     Args:
-        batch: any nest of tensors with one row per example, see
-            :func:`lightning_dp.batches.microbatch.check_batch_axis`.
-        rows: how many.
+        batch: see :func:`lightning_dp.batches.microbatch.check_batch_axis`.
+        examples: in it.
+        rows: how many are wanted.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def leaf_of(leaf: Any) -> Any:
-        if is_list_of_values(leaf):
-            return type(leaf)(leaf[0] for _ in range(rows))
-        if not isinstance(leaf, Tensor):
-            return leaf
-        shape = (rows, *leaf.shape[1:])
-        if leaf.is_complex() or leaf.numel() == 0:
-            return leaf[:1].expand(shape).clone()
-        values = leaf.detach().cpu()
-        if leaf.is_floating_point():
-            values = values.double().nan_to_num(0.0, 1.0, -1.0)
-            low, high = float(values.min()), float(values.max())
-            drawn = low + (high - low) * torch.rand(shape, generator=generator)
-        else:
-            drawn = torch.randint(int(values.min()), int(values.max()) + 1, shape, generator=generator)
-        return drawn.to(leaf)
-
-    return pytree.tree_map(leaf_of, batch, is_leaf=is_list_of_values)
+    return take(batch, [row % examples for row in range(rows)])
