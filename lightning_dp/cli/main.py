@@ -17,7 +17,8 @@ Differentially private training with PyTorch Lightning.
             calibrate                      the noise multiplier that an ε needs
             search                         the ε of choosing settings by several runs
   pictures  report                         finished runs: accuracy against ε, budget, validation
-  evidence  verify                         a recipe replayed without one example: the check before a real run
+  evidence  statement                      whether what a run says it has spent follows from what it charged
+            verify                         a recipe replayed without one example: the check before a real run
             audit                          a lower bound on ε, from training a recipe once with canaries
 
 lightning-dp COMMAND --help says more. --version prints the version.
@@ -52,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_dp.cli.report import run as run_report
 
         run_report(words[1:])
+    elif command == "statement":
+        from lightning_dp.cli.statement import run as run_statement
+
+        run_statement(words[1:])
     elif command == "verify":
         from lightning_dp.cli.verify import run as run_verify
 

@@ -13,7 +13,7 @@ from lightning_dp.accounting import EpsilonBound, Phase, epsilon_bound, search_e
 from lightning_dp.accounting.risk import round_up
 from lightning_dp.accounting.search import RandomNumber
 from lightning_dp.plan.privacy_plan import check_delta
-from lightning_dp.record.run_record import records_in
+from lightning_dp.record.written import records_in
 
 _ONE_RUN = ("noise_multiplier", "sampling_probability", "steps", "runs")
 

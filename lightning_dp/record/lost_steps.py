@@ -11,9 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_dp.record.course import CAVEAT
-from lightning_dp.record.journal_line import FILE_NAME, FitLine, JournalError, Lines, read_lines
+from lightning_dp.record.journal_line import FILE_NAME, JournalError, Lines, read_lines
 from lightning_dp.record.lineage import Lineage
 from lightning_dp.record.run_folder import journal_folder
+from lightning_dp.record.written import furthest
 
 _MOST_RUNS = 1000
 
@@ -90,7 +91,7 @@ def count_lost(lineage: Lineage, where: Places, *, resumed: bool = True) -> tupl
     """
     journals = list(where.journals())
     mine = [journal for journal in journals if any(line.training == lineage.training for line in journal.lines)]
-    fits = _furthest(line for journal in mine for line in journal.lines if line.training == lineage.training)
+    fits = furthest(line for journal in mine for line in journal.lines if line.training == lineage.training)
     counted, phases, heads, beside = dict(lineage.counted), [], dict(lineage.heads), dict(lineage.beside)
     for line in fits.values():
         missing = line.steps - counted.get(line.fit, 0)
@@ -152,7 +153,7 @@ def uncounted_strangers(lineage: Lineage | None, phase: dict[str, Any], where: P
         gone_on = {str(line.origin.get("fit")) for line in lines if line.origin is not None}
         mine = None if lineage is None else lineage.training
         others = (line for line in lines if line.training != mine and line.fit not in gone_on)
-        killed = _furthest(line for line in others if line.steps and not line.closed)
+        killed = furthest(line for line in others if line.steps and not line.closed)
         steps = [
             line.steps for line in killed.values() if all(line.phase.get(name) == phase.get(name) for name in alike)
         ]
@@ -163,16 +164,6 @@ def uncounted_strangers(lineage: Lineage | None, phase: dict[str, Any], where: P
                 "here. If that was on the same data and anything of it was seen, add what it has spent",
             )
     return ()
-
-
-def _furthest(lines: Iterable[FitLine]) -> dict[str, FitLine]:
-    """Each fit once: of copies of its line the one that went furthest."""
-    found: dict[str, FitLine] = {}
-    for line in lines:
-        other = found.get(line.fit)
-        if other is None or (line.steps, line.closed) > (other.steps, other.closed):
-            found[line.fit] = line
-    return found
 
 
 def _fits(number: int) -> str:

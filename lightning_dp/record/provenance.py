@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightning_dp.accounting import Ledger
 from lightning_dp.accounting.risk import finite
 from lightning_dp.record.journal import Journal
+from lightning_dp.record.written import digest_of
 
 FORMAT = 1
 """Of what a record holds beside the statement; records of earlier versions have nothing."""
@@ -46,7 +45,7 @@ def run_facts(trainer: pl.Trainer, ledger: Ledger, journal: Journal | None) -> d
         "fit": None if journal is None else journal.name,
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions()},
-        "plan": plan_digest(ledger.plan.numbers),
+        "plan": digest_of(ledger.plan.numbers),
         "module": module_facts(trainer.lightning_module),
     }
 
@@ -64,16 +63,6 @@ def numbers_of_run(ledger: Ledger, steps: int) -> dict[str, Any]:
     }
 
 
-def plan_digest(numbers: Mapping[str, Any]) -> str:
-    """Of a plan's numbers, with ∞ as such or as in JSON; the same in every process.
-
-    Example:
-        >>> plan_digest({"steps": 3, "clip_norm": float("inf")}) == plan_digest({"clip_norm": "inf", "steps": 3})
-        True
-    """
-    return _digest(finite(dict(numbers)))
-
-
 def module_facts(module: pl.LightningModule) -> dict[str, str]:
     """The class of a module, and a digest of what its parameters are, whatever their values, on any number of ranks."""
     kind = next(one for one in type(module).__mro__ if not issubclass(one, FSDPModule))
@@ -81,11 +70,7 @@ def module_facts(module: pl.LightningModule) -> dict[str, str]:
         (name, None if is_lazy(one) else list(one.shape), str(one.dtype), one.requires_grad)
         for name, one in module.named_parameters()
     ]
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "digest": _digest(sorted(parameters))}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "digest": digest_of(sorted(parameters))}
 
 
 def _versions() -> dict[str, str]:

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_dp.record.journal import JournalError
 from lightning_dp.record.run_folder import RunFolder
-
-FILE_NAME = "privacy.json"
-_NUMBERED = re.compile(r"privacy-([2-9]|[1-9][0-9]+)\.json")
-
-
-def name_of(number: int) -> str:
-    """``privacy.json`` for the first run of a folder, ``privacy-2.json`` for the second, and so on."""
-    return FILE_NAME if number == 1 else f"privacy-{number}.json"
+from lightning_dp.record.written import name_of
 
 
 def text_of(statement: Mapping[str, Any], state: str, fits: Mapping[str, int]) -> str:
     """What stands in the file; arguments are as of :meth:`RunRecord.write`."""
     content = {**statement, "state": state, "fits": dict(fits)}
     return json.dumps(content, allow_nan=False, ensure_ascii=False, indent=2) + "\n"
-
-
-def records_in(folder: Path) -> list[Path]:
-    """The records of all runs in a folder, the first one's first."""
-    later = [
-        (int(found[1]), path) for path in folder.glob("privacy-*.json") if (found := _NUMBERED.fullmatch(path.name))
-    ]
-    first = folder / FILE_NAME
-    return [*([first] if first.exists() else []), *(path for _, path in sorted(later))]
 
 
 class RunRecord:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dp.record.journal import FILE_NAME as JOURNAL
-from lightning_dp.record.run_record import records_in
+from lightning_dp.record.written import records_in
 
 METRICS, SETTINGS, CONFIG = "metrics.csv", "hparams.yaml", "config.yaml"
 _OF_OTHER_LOGGERS = ("*.wandb", "events.out.tfevents.*")

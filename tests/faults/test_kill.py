@@ -21,7 +21,7 @@ from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
 from lightning_dp.record.checkpoint import Spent
 from lightning_dp.record.journal import FILE_NAME, Journal
-from lightning_dp.record.run_record import records_in
+from lightning_dp.record.written import records_in
 from tests.faults.lives import (
     RELEASES,
     StopAt,

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.accounting import Ledger
 from lightning_dp.plan.privacy_plan import PrivacyPlan
-from lightning_dp.record.provenance import FORMAT, module_facts, plan_digest
-from lightning_dp.record.run_record import records_in
+from lightning_dp.record.provenance import FORMAT, module_facts
+from lightning_dp.record.written import digest_of, records_in
 from tests.conftest import loader, regression_data, regressor, trainer
 from tests.tracking.test_loggers import Client, Strict, WithoutServer
 
@@ -50,7 +50,7 @@ def test_a_record_says_whose_it_is_and_all_that_its_numbers_follow_from(tmp_path
     assert run["versions"]["lightning"] == version("lightning")
     assert {run["fit"]} == record["fits"].keys()
     assert run["module"] == module_facts(module)
-    assert run["plan"] == plan_digest(record["plan"])
+    assert run["plan"] == digest_of(record["plan"])
     assert first.ledger is not None
     assert record["ledger"] == json.loads(json.dumps(first.ledger.state_dict()))
     again = Ledger.resume(PrivacyPlan(**record["plan"]), record["ledger"])

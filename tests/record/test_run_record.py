@@ -16,7 +16,8 @@ import lightning_dp.record.whole_file as whole_file_module
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.record.journal import JournalError
 from lightning_dp.record.run_folder import LONGEST, RunFolder
-from lightning_dp.record.run_record import RunRecord, name_of, records_in
+from lightning_dp.record.run_record import RunRecord
+from lightning_dp.record.written import name_of, records_in
 from tests.conftest import loader, regressor, trainer
 from tests.guarantees.mutations import patched
 
