@@ -90,7 +90,7 @@ def plain(model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
 def ours(name: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
     """One of this package's engines."""
     engine = make_engine(name, model)
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def loss_function(given: Any, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
         return loss_of(lambda x: functional_call(model, dict(given), (x,)), *batch), []
@@ -107,10 +107,11 @@ def opacus(mode: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step
         raise NotImplementedError("several views of an example")
     model = copy.deepcopy(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
 
     def finish(gradient: Callable[[Any], Tensor]) -> Gradient:
-        found = {names[id(p)]: gradient(p) for p in model.parameters()}
-        for p in model.parameters():
+        found = {names[id(p)]: gradient(p) for p in trained}
+        for p in trained:
             p.grad = p.grad_sample = None
             p._norm_sample = None
         return found
@@ -122,7 +123,7 @@ def opacus(mode: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step
             losses = loss_of(wrapped, inputs, targets, reduction="none")
             losses.mean().backward(retain_graph=True)
             factors = wrapped.get_clipping_coef()
-            for p in model.parameters():
+            for p in trained:
                 p.grad = None
             wrapped.disable_hooks()
             (factors * losses).sum().backward()
@@ -134,7 +135,7 @@ def opacus(mode: str, model: nn.Module, inputs: Tensor, targets: Tensor) -> Step
 
     def step() -> Gradient:
         loss_of(sampled, inputs, targets).backward()
-        norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in model.parameters()]).norm(dim=0)
+        norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in trained]).norm(dim=0)
         factors = (CLIP_NORM / (norms + 1e-6)).clamp(max=1.0)
         return finish(lambda p: torch.einsum("i,i...", factors, p.grad_sample))
 
