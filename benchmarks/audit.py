@@ -1,7 +1,8 @@
-"""How tight the audit is, and how often a right run is called wrong.
+"""How tight the audit is, how often a right run is called wrong, and how many canaries find a bug.
 
 uv run python benchmarks/audit.py --epsilons 1 4 8 --canaries 40000        # the digits recipe with canaries, a run for each ε
 uv run python benchmarks/audit.py --honest 200 --out honest.jsonl          # right runs of a small model; goes on where it was
+uv run python benchmarks/audit.py --planted --out planted.jsonl            # the planted bugs of tests/audit; likewise
 
 What is no option of this script overrides the recipe, as in --model.width=4.
 """
@@ -14,6 +15,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +105,37 @@ def honest(runs: int, out: Path, canaries: int = 600, steps: int = 24) -> None:
         print(f"{name}: above the claim in {above} of {len(given)}; p = {likely:.2g} if the share is at most 5 %")
 
 
+def planted(epsilons: Sequence[float], out: Path) -> None:
+    """For each planted bug the fewest canaries, of five numbers, with which three of three audits call it violated."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.audit.test_audit import FOUND, audited
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    done = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    for bug, epsilon in [(bug, epsilon) for bug in FOUND for epsilon in epsilons]:
+        if any((row["bug"], row["epsilon"]) == (bug, epsilon) for row in done):
+            continue
+        row = {"bug": bug, "epsilon": epsilon, "canaries": None}
+        for canaries in (250, 1000, 3000, 10_000, 30_000):
+            found = []
+            for seed in range(3):
+                began = time.process_time()
+                with FOUND[bug]():
+                    one = audited(epsilon, steps=4, gradient=canaries, inputs=0, seed=seed, clip_norm=4.0)
+                found.append((one, time.process_time() - began))
+                if one.verdict != "violated":
+                    break
+            if all(one.verdict == "violated" for one, _ in found):
+                by_bound = all(one.epsilon_lower > one.epsilon_claimed for one, _ in found)
+                p = max(1.0 if one.plan_p_value is None else one.plan_p_value for one, _ in found)
+                row |= {"canaries": canaries, "seconds": min(s for _, s in found), "by_bound": by_bound, "p": p}
+                break
+        done.append(row)
+        out.write_text("".join(json.dumps(row) + "\n" for row in done), encoding="utf-8")
+        print(json.dumps(row), flush=True)
+
+
 def main() -> None:
     """Do what was asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,9 +143,12 @@ def main() -> None:
     parser.add_argument("--canaries", type=int, default=40_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--honest", type=int, metavar="RUNS", help="how many right runs of a small model to audit")
-    parser.add_argument("--out", type=Path, default=Path("honest.jsonl"))
+    parser.add_argument("--planted", action="store_true", help="how many canaries each planted bug takes")
+    parser.add_argument("--out", type=Path, default=Path("audits.jsonl"), help="what is kept of --honest and --planted")
     args, rest = parser.parse_known_args()
-    if args.honest is None:
+    if args.planted:
+        planted(args.epsilons, args.out)
+    elif args.honest is None:
         tightness(args.epsilons, args.canaries, args.seeds, rest)
     else:
         honest(args.honest, args.out)

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from scipy.special import log_ndtr, ndtr, ndtri
 
-from lightning_dp.accounting.epsilon import epsilon_bound
+from lightning_dp.accounting.epsilon import epsilon_bound, few, pool
 from lightning_dp.accounting.phase import Phase
 from lightning_dp.accounting.pld import pld_curve
 from lightning_dp.accounting.prv import PrvFailureError
@@ -208,16 +208,16 @@ def composed(phases: Sequence[Phase], points: int = _POINTS, smallest: float = 1
     | none | δ = 0 |
     | one without noise | δ = 1 |
     | q = 1 throughout | the Gaussian mechanism, in closed form |
-    | otherwise | privacy losses on a grid, to where δ is ``smallest`` |
+    | otherwise | privacy losses on a grid, to where δ is ``smallest``; of many phases, neighbours are put together |
 
     Raises:
         PrvFailureError: no grid holds the losses.
     """
-    taken = tuple(phase for phase in phases if phase.steps)
+    taken = pool(phases)
     if not taken or any(phase.noise_multiplier == 0 for phase in taken):
         return Curve.of(0.0, 1.0 if taken else 0.0)
     mu = gaussian_mu(taken)
-    return Curve(*pld_curve(taken, points, smallest)) if mu is None else Curve.gaussian(mu, points)
+    return Curve(*pld_curve(few(taken), points, smallest)) if mu is None else Curve.gaussian(mu, points)
 
 
 def gaussian_mu(phases: Sequence[Phase]) -> float | None:

@@ -24,8 +24,12 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 _LEAVES = (str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray, np.generic, types.ModuleType)
 _TABLES = frozenset(nn.Module().__dict__)
 _HOOKS = tuple(sorted(name for name in _TABLES if name.endswith("_hooks")))
-_CLOSED = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "lightning_dp"})
-"""Packages whose own objects, such as a Trainer, hold nothing that user code draws from."""
+_CLOSED = frozenset({
+    "lightning", "pytorch_lightning", "lightning_fabric", "lightning_dp", "pytest", "_pytest", "pluggy", "hypothesis",
+    "wandb", "mlflow",
+})  # fmt: skip
+"""Packages whose own objects, such as a Trainer or a run that is logged, hold nothing that user code draws from. There are
+thousands of these, and each micro-batch would be looked for in all of them."""
 _LIBRARIES = _CLOSED | sys.stdlib_module_names | {
     "torch", "torchvision", "torchmetrics", "numpy", "transformers", "scipy", "pandas", "datasets", "pyarrow", "PIL",
 }  # fmt: skip

@@ -266,8 +266,10 @@ def test_thousands_of_forged_phases_are_bounded_from_above_in_time() -> None:
     assert least < bound.epsilon < most
     assert bound.note is not None
     assert "3000 phases of other numbers were put together" in bound.note
-    caveats = Statement.of(ledger, randomness="secret").caveats
-    assert any("and 2968 more" in caveat for caveat in caveats)
+    statement = Statement.of(ledger, randomness="secret")
+    assert any("and 2968 more" in caveat for caveat in statement.caveats)
+    assert statement.risk is not None
+    assert least < statement.risk.epsilon_at_delta["1e-05"] < most
 
 
 def test_more_stretches_than_any_training_has_are_refused() -> None:
