@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from lightning_dp.version import __version__
 
@@ -12,7 +13,8 @@ usage: lightning-dp COMMAND [options]
 
 Differentially private training with PyTorch Lightning.
 
-  recipes   fit, validate, test, predict   lightning-dp fit --config recipes/digits/cnn_eps8.yaml
+  recipes   fit, validate, test, predict   lightning-dp fit --recipe digits/cnn_eps8
+            recipes                        which there are; show one, or copy one to change it
   numbers   epsilon                        the ε that a noise multiplier gives
             calibrate                      the noise multiplier that an ε needs
             search                         the ε of choosing settings by several runs
@@ -23,6 +25,18 @@ Differentially private training with PyTorch Lightning.
 
 lightning-dp COMMAND --help says more. --version prints the version.
 """
+
+_COMMANDS = {
+    "audit": "audit:run",
+    "calibrate": "numbers:calibrate",
+    "epsilon": "numbers:epsilon",
+    "recipes": "recipe_list:run",
+    "report": "report:run",
+    "search": "search:run",
+    "statement": "statement:run",
+    "verify": "verify:run",
+}
+_LIGHTNINGS = ("fit", "validate", "test", "predict")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,35 +51,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(OVERVIEW, end="")
     elif command == "--version":
         print(f"lightning-dp {__version__}")
-    elif command == "epsilon":
-        from lightning_dp.cli.numbers import epsilon
-
-        epsilon(words[1:])
-    elif command == "calibrate":
-        from lightning_dp.cli.numbers import calibrate
-
-        calibrate(words[1:])
-    elif command == "search":
-        from lightning_dp.cli.search import run as run_search
-
-        run_search(words[1:])
-    elif command == "report":
-        from lightning_dp.cli.report import run as run_report
-
-        run_report(words[1:])
-    elif command == "statement":
-        from lightning_dp.cli.statement import run as run_statement
-
-        run_statement(words[1:])
-    elif command == "verify":
-        from lightning_dp.cli.verify import run as run_verify
-
-        run_verify(words[1:])
-    elif command == "audit":
-        from lightning_dp.cli.audit import run as run_audit
-
-        run_audit(words[1:])
+    elif command in _COMMANDS:
+        module, name = _COMMANDS[command].split(":")
+        getattr(import_module(f"lightning_dp.cli.{module}"), name)(words[1:])
     else:
-        from lightning_dp.cli.recipes import run
+        _lightning(words)
 
-        run(words)
+
+def _lightning(words: list[str]) -> None:
+    """One of LightningCLI's commands, or a word that is none."""
+    from lightning_dp.cli.recipe_files import alike, expanded, fail
+
+    if words[0] not in _LIGHTNINGS and not words[0].startswith("-"):
+        known = sorted((*_COMMANDS, *_LIGHTNINGS))
+        fail(f"command {words[0]!r}: expected one of {', '.join(known)}.{alike(words[0], known)}")
+    if {"-h", "--help"} & set(words[1:]):
+        from lightning_dp.cli.fit_help import text
+
+        print(text(words[0]), end="")
+        return
+    words = ["--help" if word == "--help.all" else word for word in words]
+    expanded(words)  # a missing file is said before PyTorch is imported
+
+    from lightning_dp.cli.recipes import run
+
+    run(words)

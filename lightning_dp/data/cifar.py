@@ -8,10 +8,10 @@ from urllib.error import URLError
 
 import numpy as np
 from torch.utils.data import Dataset
-from torchvision import datasets
 from typing_extensions import override
 
 from lightning_dp.data.images import DataError, ImageArray, ImageDataModule, Triple
+from lightning_dp.models.extra import import_extra
 
 Name = Literal["cifar10", "cifar100"]
 CIFAR_MEAN: Triple = (0.49139968, 0.48215841, 0.44653091)
@@ -83,6 +83,7 @@ class CIFARDataModule(ImageDataModule):
         return ImageArray(images[:kept], labels[:kept]), val_set, test_set
 
     def _open(self, *, train: bool, download: bool) -> Any:
+        datasets = import_extra("torchvision.datasets", "vision", f"{self.name} is read by torchvision")
         kind = datasets.CIFAR10 if self.name == "cifar10" else datasets.CIFAR100
         try:
             return kind(str(self.root), train=train, download=download)

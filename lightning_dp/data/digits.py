@@ -7,9 +7,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
+
+from lightning_dp.models.extra import import_extra
 
 VALIDATION_STRIDE = 5
 """Every fifth digit, counted in the order (class, position in the data set), is a validation digit."""
@@ -60,7 +61,7 @@ class DigitsDataModule(L.LightningDataModule):
     @override
     def setup(self, stage: str | None = None) -> None:
         """Load both sets; ``stage`` makes no difference."""
-        digits = load_digits()
+        digits = import_extra("sklearn.datasets", "vision", "The digits come with scikit-learn").load_digits()
         images = torch.from_numpy(digits.images / (PIXEL_MAXIMUM / 2) - 1).to(torch.float32).unsqueeze(1)
         labels = torch.from_numpy(digits.target).to(torch.int64)
         train, val = split_indices(digits.target)

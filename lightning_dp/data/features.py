@@ -10,9 +10,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_dp.data.images import DataError, ImageArray, ImageDataModule, normalise
@@ -171,7 +171,7 @@ class FixedFeatures(L.LightningDataModule):
         try:
             file = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
             name = type(self.features).__name__
-            for start in track(range(0, len(images), CHUNK), f"{name} of {len(images)} images", transient=True):
+            for start in tqdm(range(0, len(images), CHUNK), f"{name} of {len(images)} images", leave=False):
                 file[start : start + CHUNK] = self._checked(images, start, CHUNK).numpy()
             file.flush()
             unfinished.replace(cached)

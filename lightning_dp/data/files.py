@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_dp.data.images import DataError, Images
+from lightning_dp.models.extra import import_extra
 
 VARIABLE = "LIGHTNING_DP_DATA"
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Files that count as images."""
+
 BESIDE = "../shared/data"
 
 
@@ -70,7 +72,7 @@ class ImageFiles:
         names = sorted(
             name
             for name in self._all()
-            if name.startswith(f"{split}/") and name.count("/") > 1 and name.lower().endswith(IMG_EXTENSIONS)
+            if name.startswith(f"{split}/") and name.count("/") > 1 and name.lower().endswith(SUFFIXES)
         )
         if not names:
             there = sorted({name.split("/")[0] for name in self._all()})
@@ -138,10 +140,11 @@ def decode(name: str, content: bytes, size: int, *, resize: bool, convert: bool)
         CorruptImageError: the file is broken or no image.
         ImageError: it is not of the size or mode asked for.
     """
+    Image = import_extra("PIL.Image", "vision", "Images are decoded by Pillow")  # noqa: N806 - its own name
     try:
         with Image.open(io.BytesIO(content)) as file:
             file.load()
-            image: Image.Image = file.copy()
+            image = file.copy()
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise CorruptImageError(
             f"{name} cannot be decoded ({type(error).__name__}): expected an image. Replace or remove it, or set "

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_dp.data.files import CorruptImageError, ImageFiles, Listing, decode
@@ -224,7 +224,7 @@ class ImageFolderDataModule(ImageDataModule):
         """Decode a split's images, one by one, and return the names of those that are broken and may be skipped."""
         place = {name: i for i, name in enumerate(listing.names)}
         left_out = []
-        for name, content in track(files.read(listing.names), f"Decoding {split}", total=len(place), transient=True):
+        for name, content in tqdm(files.read(listing.names), f"Decoding {split}", total=len(place), leave=False):
             try:
                 image = decode(name, content, self.sizes[split], resize=self.resize, convert=self.convert)
             except CorruptImageError:

@@ -1,4 +1,4 @@
-"""timm is optional: asked for when a recipe names one of its models, and never before."""
+"""Packages that are not needed by everybody: imported when asked for, or said how to install."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from types import ModuleType
 
 
 class MissingExtraError(ImportError):
-    """A package that only some recipes need is not installed."""
+    """A package that is needed for what was asked is not installed."""
 
 
-def import_timm(because: str) -> ModuleType:
-    """Import timm, or say how to install it.
+def import_extra(name: str, extra: str, because: str) -> ModuleType:
+    """Import a package, or say how to install it.
 
     Args:
+        name: of the module to import, such as ``"torchvision.datasets"``.
+        extra: of this package, that brings it.
         because: what needs it, the beginning of the error's message.
 
     Raises:
-        MissingExtraError: timm is not installed.
+        MissingExtraError: it is not installed.
     """
+    package = name.split(".")[0]
     try:
-        return import_module("timm")
+        return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != "timm":
+        if error.name != package:
             raise
         raise MissingExtraError(
-            f"{because}, and timm is not installed: expected the extra 'timm'. Run pip install 'lightning-dp[timm]'."
+            f"{because}, and {package} is not installed: expected the extra {extra!r}. "
+            f"Run pip install 'lightning-dp[{extra}]'."
         ) from error

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_dp.models.extra import import_timm
+from lightning_dp.models.extra import import_extra
 
 PREFIXES = ("nf_resnet", "nf_seresnet", "nf_ecaresnet", "nf_regnet", "nfnet", "eca_nfnet", "dm_nfnet", "test_nfnet")
 
@@ -60,7 +60,7 @@ class NormFreeNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        timm = import_timm(f"NormFreeNet(name={name!r}) comes from timm")
+        timm = import_extra("timm", "timm", f"NormFreeNet(name={name!r}) comes from timm")
         if not (name.startswith(PREFIXES) and timm.is_model(name)):
             raise ValueError(
                 f"name={name!r}: expected a norm-free model of timm, such as nf_resnet50 or dm_nfnet_f3. "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.models.extra import import_timm
+from lightning_dp.models.extra import import_extra
 
 FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 PREFIXES = ("network.", "module.", "model.", "net.")
@@ -114,7 +114,11 @@ def _read(source: str | Path) -> Mapping[str, Tensor]:
 
 
 def _from_timm(name: str) -> Mapping[str, Tensor]:
-    timm = import_timm(f"init_from={name!r} is not a file name ({', '.join(FILES)}), so it is taken as a model of timm")
+    timm = import_extra(
+        "timm",
+        "timm",
+        f"init_from={name!r} is not a file name ({', '.join(FILES)}), so it is taken as a model of timm",
+    )
     if not timm.is_model_pretrained(name):
         raise WeightsError(
             f"init_from={name!r}: expected a file ending in {', '.join(FILES)}, or a model that timm has weights for. "

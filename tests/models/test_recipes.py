@@ -17,6 +17,7 @@ import yaml
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
+from lightning_dp.cli.recipe_files import layers
 from lightning_dp.cli.recipes import RecipeCLI
 from lightning_dp.models import ImageClassifier, NormFreeNet, WideResNet
 from lightning_dp.optim import DPAdamW, DPMicroAdam, DPMuon
@@ -54,19 +55,19 @@ def header(name: str) -> dict[str, str]:
 
 
 def configs(name: str) -> list[str]:
-    words = shlex.split(header(name)["command"].replace("\\", " "))
-    assert words[:4] == ["uv", "run", "lightning-dp", "fit"]
-    assert words[4::2] == ["--config"] * (len(words) // 2 - 2)
-    return words[5::2]
+    """The files that the header's command is made of, the recipe last."""
+    words = shlex.split(header(name)["command"])
+    assert words[:5] == ["uv", "run", "lightning-dp", "fit", "--config"]
+    (path,) = words[5:]
+    return [layer.relative_to(ROOT).as_posix() for layer in layers(ROOT / path)]
 
 
 def build(name: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> RecipeCLI:
     """What ``lightning-dp`` makes of the header's command, up to and without ``fit``."""
-    paths = [word for config in configs(name) for word in ("--config", str(ROOT / config))]
     if "mix_public" in name:  # a pool as its header asks for
         Path("data").mkdir(exist_ok=True)
         np.save("data/public_pool.npy", np.random.default_rng(0).standard_normal((4, 3, 32, 32), dtype=np.float32))
-    monkeypatch.setattr(sys, "argv", ["lightning-dp", *paths, *more])
+    monkeypatch.setattr(sys, "argv", ["lightning-dp", "--config", str(FOLDER / name), *more])
     return RecipeCLI(run=False, save_config_callback=None)
 
 
@@ -293,7 +294,7 @@ def test_a_key_that_does_not_exist_is_an_error(
 
 
 def test_cifar_as_jpeg_takes_the_place_of_cifar(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [f"shared/{part}.yaml" for part in ("cifar10_jpeg", "wrn_16_4")] + ["cifar10/wrn_16_4_eps1.yaml"]
+    paths = ["cifar10/wrn_16_4_eps1.yaml", "shared/cifar10_jpeg.yaml"]
     words = [word for path in paths for word in ("--config", str(FOLDER / path))]
     monkeypatch.setattr(sys, "argv", ["lightning-dp", *words])
     cli = RecipeCLI(run=False, save_config_callback=None)
