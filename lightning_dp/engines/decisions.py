@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.draws import can_be_drawn_into, drawn_for_all, empty_for_all
 from lightning_dp.engines.late import Late, at_hand
-from lightning_dp.engines.recurrent import can_be_unrolled, unrolled
+from lightning_dp.engines.recurrent import CELLS, can_be_unrolled, unrolled
 from lightning_dp.engines.swaps import SWAPS
 from lightning_dp.engines.user_code import Line, line_of_the_caller
 
@@ -57,6 +57,8 @@ class _Answering(TorchFunctionMode):
         self.parting: PartingError | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _LOOKED_AT and Late not in types and not (kwargs and "generator" in kwargs):
+            return func(*args, **kwargs) if kwargs else func(*args)  # nearly always
         kwargs = kwargs or {}
         if Late in types:
             args, kwargs = at_hand((args, kwargs))
@@ -240,3 +242,8 @@ _SHAPES: dict[Any, Callable[..., tuple[Any, Any]]] = {
     Tensor.__getitem__: _index,
 }
 """What gives tensors whose shape depends on values: the tensor that decides is settled first."""
+
+_LOOKED_AT = frozenset(
+    (*_WITH_GENERATOR, *_VALUES, *CELLS, *_ASSIGNMENTS, *_WITH_SPARSE_GRADIENTS, torch.empty, *_SHAPES)
+)
+"""Whatever is not passed on as it is, beside calls with a late tensor or a generator."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.batches.microbatch import BatchAxisError
+from lightning_dp.batches.seeded import Seeded
 from lightning_dp.engines.explain import ALONE, OUT_OF_MEMORY, explain
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import ClippedSum, Engine, LossFunction
@@ -70,7 +71,8 @@ class FallBack(Engine):
             SharedWriteError: an engine has met a write into a tensor that was there before training_step.
             Exception: what the training step itself raises for a batch of one, and want of memory, which is no engine's limit.
         """
-        selection, put_back, given = self._selection, _draws(), loss_function
+        selection, given = self._selection, loss_function
+        put_back = _nothing if isinstance(batch, Seeded) else _draws()  # each engine seeds for each example anew
         engines = [selection.engine, *selection.slower]
         if selection.engine.keeper is not None:
             del engines[1:]  # the others need all parameters, and the ranks go layer by layer together
@@ -131,6 +133,10 @@ def _raise_if_its_own(
     except Exception as error:
         error.add_note(ALONE)
         raise
+
+
+def _nothing() -> None:
+    """What examples draw does not come from the generators as they are."""
 
 
 def _draws() -> Callable[[], None]:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dp.engines.ghost.below import below_vmap, examples_first
 from lightning_dp.engines.ghost.call import Pass
+from lightning_dp.engines.ghost.losses import FOLDED
 
 
 class _Attention(torch.autograd.Function):
@@ -56,10 +57,15 @@ class _Folding(TorchFunctionMode):
         self._pass = of
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._attention(func, *args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attention(func, *args, **(kwargs or {}))
+        folded = FOLDED.get(func)
+        if folded is not None:
+            assert self._pass.witness is not None
+            found = folded(self._pass.witness, *args, **(kwargs or {}))
+            if found is not None:
+                return found
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     def _attention(
         self,
