@@ -22,7 +22,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 PURPOSES = {
@@ -289,7 +289,7 @@ def average_of(callback: WeightAveraging) -> AveragedModel:
 # ---- the numbers of a step
 
 
-def logged_again(module: pl.LightningModule, name: str, value: float) -> bool:
+def logged_again(module: pl.LightningModule, name: str, value: float | Tensor, batch_size: int = 1) -> bool:
     """Give Lightning the next value of a number that the hook under way has logged in this epoch, in the same way.
 
     ``self.log`` goes through everything that Lightning keeps of the number, and compares how it was logged before; this takes
@@ -298,7 +298,8 @@ def logged_again(module: pl.LightningModule, name: str, value: float) -> bool:
     Args:
         module: in a hook.
         name: of the number.
-        value: of it.
+        value: of it. A tensor has one element.
+        batch_size: its weight in a mean over the epoch.
 
     Returns:
         Whether that could be done. If not, nothing is changed: it is the first value of an epoch, ``self.log`` is the
@@ -309,9 +310,16 @@ def logged_again(module: pl.LightningModule, name: str, value: float) -> bool:
         return False
     key = f"{current_hook(module)}.{name}"
     known = results.get(key)
-    if known is None or known.has_reset:
+    if known is None or known.has_reset or not known.is_tensor:
         return False
-    results.update_metrics(key, torch.tensor(value, device=known.value.device, dtype=torch.get_default_dtype()), 1)
+    device = known.value.device
+    if isinstance(value, Tensor):
+        if value.device != device or value.numel() != 1:
+            return False
+        given = value.detach().clone().squeeze()
+    else:
+        given = torch.tensor(value, device=device, dtype=torch.get_default_dtype())
+    results.update_metrics(key, given, batch_size)
     return True
 
 

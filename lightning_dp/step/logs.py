@@ -30,6 +30,7 @@ from lightning_dp.step.attributes import (
     values_of_one,
 )
 from lightning_dp.step.kept_state import KeptState
+from lightning_dp.step.log_calls import LogCall, LogCalls, MetricByPath, OfMetric
 from lightning_dp.step.metrics import (
     METHODS,
     AnyMetric,
@@ -42,29 +43,6 @@ from lightning_dp.step.metrics import (
     value_apart,
 )
 from lightning_dp.step.withheld import withheld
-
-
-@dataclass(frozen=True)
-class _OfMetric:
-    """A tensor of a metric's result: the place of the call among the pass's, and of the tensor in the result."""
-
-    call: int
-    leaf: int
-
-
-@dataclass
-class LogCall:
-    """A ``self.log`` inside training_step.
-
-    ``source`` is the place of what is logged in a metric's result, if it is one; ``number`` says that a Python number was.
-    """
-
-    path: str
-    name: str
-    value: Any
-    options: dict[str, Any]
-    source: _OfMetric | None = None
-    number: bool = False
 
 
 @dataclass
@@ -89,12 +67,12 @@ class Recording:
         self._leaves = [self.by_place(leaf) for leaf in self._leaves]
         return [leaf.detach() for leaf in self._leaves if isinstance(leaf, Tensor)]
 
-    def place_of(self, value: Any) -> _OfMetric | None:
+    def place_of(self, value: Any) -> OfMetric | None:
         """Where ``value`` is in the result of a metric's call, if it is the very tensor."""
         if type(value) is not Late:
             return None
         places = ((call, leaf) for call, made in enumerate(self.metric_calls) for leaf in enumerate(made.leaves()))
-        return next((_OfMetric(call, place) for call, (place, leaf) in places if leaf is value), None)
+        return next((OfMetric(call, place) for call, (place, leaf) in places if leaf is value), None)
 
     def by_place(self, leaf: Any) -> Any:
         """``leaf``, or its place if it is a tensor of a metric's result: the replay has it for the whole step."""
@@ -134,6 +112,7 @@ class StepCapture:
         self._metrics: list[AnyMetric] | None = None
         self._public: set[Place] | None = None
         self._told = False
+        self._given = LogCalls(module)
 
     def run(self, call: Callable[[], Any]) -> tuple[Tensor, list[Tensor]]:
         """Call ``training_step`` and split what it did into the loss and the tensors it logged, counted or returned."""
@@ -279,10 +258,10 @@ class StepCapture:
                     object.__setattr__(owner, name, original)
 
     def _replay_metrics(
-        self, recording: Recording, arguments: list[Any], wanted: set[_OfMetric], log: bool
-    ) -> dict[_OfMetric, Tensor]:
+        self, recording: Recording, arguments: list[Any], wanted: set[OfMetric], log: bool
+    ) -> dict[OfMetric, Tensor]:
         """Call the metrics for the whole step, if ``log``, or nothing but twins of them; the results that are wanted."""
-        results: dict[_OfMetric, Tensor] = {}
+        results: dict[OfMetric, Tensor] = {}
         calls, called = recording.metric_calls, {source.call for source in wanted}
         with noting_what_they_see([call.metric for call in calls if log]):
             for place, call in enumerate(calls):
@@ -293,10 +272,10 @@ class StepCapture:
                     value = value_apart(calls[: place + 1], arguments)
                 else:
                     continue
-                results.update((_OfMetric(place, leaf), each) for leaf, each in enumerate(pytree.tree_leaves(value)))
+                results.update((OfMetric(place, leaf), each) for leaf, each in enumerate(pytree.tree_leaves(value)))
         return results
 
-    def _logged_value(self, call: LogCall, value: Any, results: Mapping[_OfMetric, Tensor]) -> Any:
+    def _logged_value(self, call: LogCall, value: Any, results: Mapping[OfMetric, Tensor]) -> Any:
         if call.source is not None:
             return results[call.source]
         if not isinstance(value, Tensor):
@@ -305,16 +284,7 @@ class StepCapture:
 
     def log(self, call: LogCall, examples: int) -> None:
         """Make one ``self.log`` for a whole step of ``examples`` examples."""
-        owner = self.module.get_submodule(call.path)
-        value = self.module.get_submodule(call.value.path) if isinstance(call.value, _MetricByPath) else call.value
-        owner.log(call.name, value, **{**call.options, "batch_size": examples})  # type: ignore[operator]  # a LightningModule by its path
-
-
-@dataclass
-class _MetricByPath:
-    """A metric object that was logged, by its place in the module (so that ranks can share the call)."""
-
-    path: str
+        self._given.give(call, examples)
 
 
 def split_output(output: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -345,7 +315,7 @@ def _record_log(recording: Recording, path: str, module: pl.LightningModule) -> 
             value = torch.tensor(float(value))
         elif isinstance(value, Metric):
             place = next((place for place, child in module.named_modules() if child is value), None)
-            value = value if place is None else _MetricByPath(place)  # Lightning refuses a stranger, and says why
+            value = value if place is None else MetricByPath(place)  # Lightning refuses a stranger, and says why
         recording.log_calls.append(LogCall(path, name, value, {**positional, **options}, source, number))
 
     return log
@@ -363,12 +333,12 @@ def _as_tensor(argument: Any) -> Any:
     return torch.tensor(argument) if number else argument
 
 
-def _places(nest: Any) -> set[_OfMetric]:
-    return {leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, _OfMetric)}
+def _places(nest: Any) -> set[OfMetric]:
+    return {leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, OfMetric)}
 
 
-def _with_results(nest: Any, results: Mapping[_OfMetric, Tensor]) -> Any:
-    return pytree.tree_map(lambda leaf: results[leaf] if isinstance(leaf, _OfMetric) else leaf, nest)
+def _with_results(nest: Any, results: Mapping[OfMetric, Tensor]) -> Any:
+    return pytree.tree_map(lambda leaf: results[leaf] if isinstance(leaf, OfMetric) else leaf, nest)
 
 
 def _rows(nest: Any) -> Any:

@@ -51,7 +51,7 @@ _VALUES = (int, float, complex, str, bytes, range, slice, np.generic, torch.dtyp
 
 def under(value: Any) -> Any:
     """What would stand in an object's ``__dict__`` without this package."""
-    while isinstance(value, Instead):
+    while type(value) is Instead:
         value = value.before
     return value
 
@@ -83,12 +83,16 @@ class DictPlace(Place):
     @override
     def differs(self) -> bool:
         live = self._live
-        if (
-            len(live) == len(self._keys)
-            and all(map(is_, live, self._keys))
-            and all(map(is_, live.values(), self._values))
-        ):
-            return False
+        if len(live) == len(self._keys) and all(map(is_, live, self._keys)):
+            if all(map(is_, live.values(), self._values)):
+                return False
+            pairs = zip(self._keys, live.values(), self._values, strict=True)
+            moved = [
+                key
+                for key, now, before in pairs
+                if now is not before and not _one(now, before) and under(now) is not under(before)
+            ]
+            return bool(moved) and not set(self._ignored()).issuperset(moved)
         ignored = self._beside()
         kept = {key: value for key, value in zip(self._keys, self._values, strict=True) if key not in ignored}
         now = {key: value for key, value in live.items() if key not in ignored}
@@ -97,7 +101,7 @@ class DictPlace(Place):
     def _beside(self) -> set[Any]:
         """Names that do not count, and those under which only something of this package's own has come or gone."""
         before, live = dict(zip(self._keys, self._values, strict=True)), self._live
-        ours = [key for table in (before, live) for key, value in table.items() if isinstance(value, Instead)]
+        ours = [key for table in (before, live) for key, value in table.items() if type(value) is Instead]
         return {*self._ignored(), *(key for key in ours if under(before.get(key)) is under(live.get(key)))}
 
     @override
@@ -106,8 +110,9 @@ class DictPlace(Place):
 
     def changed(self) -> list[Any]:
         """What it held and no longer does, and what it holds since."""
-        before, live, ignored = dict(zip(self._keys, self._values, strict=True)), self._live, self._ignored()
+        before, live = dict(zip(self._keys, self._values, strict=True)), self._live
         names = [key for key in {**before, **live} if live.get(key, _ABSENT) is not before.get(key, _ABSENT)]
+        ignored = self._ignored()
         names = [key for key in names if key not in ignored]
         return [table[key] for key in names for table in (before, live) if key in table]
 

@@ -169,9 +169,13 @@ class Reach:
         for name in _TORCH_TABLES - {"_parameters", "_buffers", "_modules"}:
             if isinstance(kept.get(name), dict) and kept[name]:
                 yield f"{prefix}{name}", kept[name]
-        self.places.append(
-            DictPlace(where or "self", kept, lambda: {*lightnings, *_TORCH_TABLES, *self._hidden(module)}, named=prefix)
-        )
+        always = lightnings | _TORCH_TABLES
+
+        def beside() -> Collection[str]:
+            hidden = self._hidden(module)
+            return always | set(hidden) if hidden else always
+
+        self.places.append(DictPlace(where or "self", kept, beside, named=prefix))
         yield from ((f"{prefix}{key}", value) for key, value in kept.items() if key not in ignored)
         yield f"{type(module).__name__}", type(module)
 

@@ -32,8 +32,9 @@ CALLS: dict[str, Any] = {
     "sum": lambda x, y: F.cross_entropy(x, y, reduction="sum"),
     "none": lambda x, y: F.cross_entropy(x, y, reduction="none").square().sum(),
     "smooth": lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1),
-    "some ignored": lambda x, y: F.cross_entropy(x, torch.where(x.argmax(1) == 0, IGNORED, y), ignore_index=IGNORED)
-    .nan_to_num(),
+    "some ignored": lambda x, y: F.cross_entropy(
+        x, torch.where(x.argmax(1) == 0, IGNORED, y), ignore_index=IGNORED
+    ).nan_to_num(),
     "by place": lambda x, y: F.cross_entropy(x, y, None, None, 0).nan_to_num(),
     "smooth and ignored": lambda x, y: F.cross_entropy(x, y, ignore_index=0, label_smoothing=0.2).nan_to_num(),
     "log of softmax": lambda x, y: F.nll_loss(x.log_softmax(1), y),

@@ -1,24 +1,34 @@
 from __future__ import annotations
 
 import copy
+import csv
+import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
+from lightning_dp import DifferentialPrivacy
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.protocol import Engine
 from lightning_dp.engines.vmap import VmapEngine
+from lightning_dp.lightning_internals import logged_again
+from lightning_dp.step import log_calls
 from lightning_dp.step.logs import StepCapture, split_output
+from tests.conftest import Regressor, loader, trainer
 from tests.nearly import assert_nearly
 
 Logged = list[tuple[str, Any, dict[str, Any]]]
@@ -385,3 +395,47 @@ def test_a_metric_that_the_module_does_not_own_reaches_lightning_which_explains(
     module = recorder(step)
     privately(engine, module, data(2))
     assert module.logged[0][1] is stranger
+
+
+class LogsInEveryWay(Regressor):
+    """Logs by step, by epoch and in other ways, some of which change from one epoch to the next."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("by_step", loss * 2)
+        self.log("both", loss * 3, on_step=True, on_epoch=True, prog_bar=True)
+        self.log("most", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("number", 4.0, on_epoch=True)
+        if self.current_epoch:
+            self.log("late", loss)
+        return loss
+
+
+def test_what_is_logged_again_in_the_same_way_is_logged_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, again = [], Mock(wraps=logged_again)
+    for name, shorter in (("whole", Mock(return_value=False)), ("shorter", again)):
+        monkeypatch.setattr(log_calls, "logged_again", shorter)
+        torch.manual_seed(0)
+        logger = CSVLogger(tmp_path / name)
+        dp = DifferentialPrivacy(noise_multiplier=1.0, clip_norm=1.0, seed=0)
+        fitting = trainer(dp, max_steps=-1, max_epochs=2, log_every_n_steps=3, logger=logger)
+        fitting.fit(LogsInEveryWay(), loader())
+        rows = (Path(logger.log_dir) / "metrics.csv").read_text()
+        waits = {"dp/data_wait"}
+        kept = {name: float(value) for name, value in fitting.callback_metrics.items() if name not in waits}
+        table = [{k: v for k, v in row.items() if k not in waits} for row in csv.DictReader(io.StringIO(rows))]
+        found.append((kept, table))
+    assert found[0] == found[1]
+    assert again.call_count > 20
+
+
+def test_a_log_with_other_options_is_refused_as_lightning_does() -> None:
+    class Changes(Regressor):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, prog_bar=self.global_step > 1)
+            return loss
+
+    dp = DifferentialPrivacy(noise_multiplier=1.0, clip_norm=1.0, seed=0)
+    with pytest.raises(MisconfigurationException, match="twice in `training_step` with different arguments"):
+        trainer(dp, max_steps=4).fit(Changes(), loader())

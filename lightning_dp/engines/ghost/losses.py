@@ -1,4 +1,4 @@
-"""Cross-entropy of all examples at once by torch's own kernels; under vmap it is made of some ten calls, and its way back too."""
+"""Cross-entropy of all examples at once by torch's own kernels; under vmap it takes ten calls, and its way back too."""
 
 from __future__ import annotations
 
@@ -109,4 +109,5 @@ def _of_all(kernel: Callable[..., Tensor], reduction: str, options: _Options, in
     if reduction == "sum":
         return total
     counted = (target != options["ignore_index"]).view(shape)
-    return total / (counted.flatten(1).sum(1) if counted.ndim > 1 else counted)
+    mean: Tensor = total / (counted.flatten(1).sum(1) if counted.ndim > 1 else counted)
+    return mean

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.late import Late
-from lightning_dp.step.logs import LogCall, StepCapture
+from lightning_dp.step.log_calls import LogCall
+from lightning_dp.step.logs import StepCapture
 
 _warnings = WarningCache()
 
