@@ -16,7 +16,7 @@ from lightning_dp.plan.adaptation import NAMES, adaptation_of
 from lightning_dp.plan.clipping import Clipping, ClippingStyle, check_clip_norm, check_clipping
 from lightning_dp.plan.correlation import INDEPENDENT, NoiseStyle, check_bands, check_momentum, check_noise
 from lightning_dp.plan.filtering import FilterStyle, GradientFilter, filter_of
-from lightning_dp.plan.mechanism import check_noise_multiplier
+from lightning_dp.plan.mechanism import Adjacency, check_adjacency, check_noise_multiplier
 from lightning_dp.plan.privacy_plan import check_delta, check_epsilon
 from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_participations, check_sampling
 from lightning_dp.plan.simulation import check_simulation
@@ -127,6 +127,7 @@ class PrivacySettings:
     filter_lookahead: float
     public_optimizers: tuple[int, ...]
     privacy_unit: PrivacyUnit | None
+    adjacency: Adjacency
     row_wise: tuple[str, ...]
     public_state: tuple[str, ...]
 
@@ -163,6 +164,7 @@ class PrivacySettings:
                 "simulation, with less of the batch, belongs to no block of the run that it stands for."
             )
         truth(secure=self.secure)
+        check_adjacency(self.adjacency, self.max_batch_size, self.clipping, self.clipping_rule.adaptation is not None)
         check_correlated(self)
         if self.filter is not None and self.noise != INDEPENDENT:
             raise ValueError(

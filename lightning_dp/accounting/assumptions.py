@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_dp.validate import shown
 
-NAMES = ("row_wise", "public_state")
+NAMES = ("row_wise", "public_state", "sizes")
 """Under which it is written."""
 MOST, LONGEST = 1000, 1000
+SIZE_GIVEN, SIZE_READ = "dataset_size as given", "dataset_size of the data"
+STEPS_READ = "steps of the data"
+"""How N and T came about: what is of the data follows from how many examples there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +23,16 @@ class Assumptions:
     Args:
         row_wise: code that is taken to treat each example by itself.
         public_state: attributes of the module that hooks may change by what they learn in private.
+        sizes: how N and T came about, :data:`SIZE_GIVEN` and the like; empty where nobody knows. Nothing is computed from it.
 
     Example:
         >>> Assumptions(row_wise=("collate_fn",)).numbers
-        {'row_wise': ['collate_fn'], 'public_state': []}
+        {'row_wise': ['collate_fn'], 'public_state': [], 'sizes': []}
     """
 
     row_wise: tuple[str, ...] = ()
     public_state: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = field(default=(), repr=False)  # so that the key of a known seed is as it was
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Assumptions:

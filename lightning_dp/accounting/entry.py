@@ -17,7 +17,7 @@ from lightning_dp.plan.clipping import DEFAULT_GAMMA
 from lightning_dp.plan.correlation import INDEPENDENT
 from lightning_dp.plan.filtering import NAMES as FILTERED
 from lightning_dp.plan.filtering import filter_numbers
-from lightning_dp.plan.mechanism import EXAMPLE, Mechanism
+from lightning_dp.plan.mechanism import ADD_REMOVE, EXAMPLE, Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan, check_delta
 from lightning_dp.validate import number, shown
 
@@ -25,16 +25,19 @@ REMEDY = "Resume from a checkpoint written by this version, whole and unedited; 
 FIELDS = (
     "steps", "noise_multiplier", "sampling_probability", "clip_norm", "expected_batch_size", "dataset_size", "delta",
     "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", *ADAPTED, "unit", "row_wise", "public_state",
-    "sampling", "stretch", "noise", *FILTERED, "participations",
+    "sampling", "stretch", "noise", *FILTERED, "participations", "adjacency", "sizes",
 )  # fmt: skip
 """What is written of an entry."""
 
 _NULLABLE = ("max_batch_size", "resolution", "coordinates", "automatic_gamma", *ADAPTED, *FILTERED)
 _BESIDE = ("automatic_gamma", "stretch", *NAMES)
-_SINCE = {"sampling": "poisson", "participations": 1, "noise": INDEPENDENT, **dict.fromkeys((*ADAPTED, *FILTERED))}
+_SINCE = {
+    "sampling": "poisson", "participations": 1, "noise": INDEPENDENT, "adjacency": ADD_REMOVE,
+    **dict.fromkeys((*ADAPTED, *FILTERED)),
+}  # fmt: skip
 """What a mechanism has since later versions, as it was before. In :meth:`Entry.text` only where it is another."""
 _COUNTS = ("steps", "dataset_size", "max_batch_size", "resolution", "coordinates", "slack_bins", "participations")
-_TEXTS = ("clipping", "unit", "sampling", "stretch", "noise", "gradient_filter")
+_TEXTS = ("clipping", "unit", "sampling", "stretch", "noise", "gradient_filter", "adjacency")
 _AT_FIRST = {
     "clipping": "flat", "unit": EXAMPLE, "automatic_gamma": None, "stretch": "", **_SINCE, **NOTHING_ASSUMED.numbers,
 }  # fmt: skip
@@ -153,6 +156,7 @@ class Entry:
             "stretch": self.stretch,
             "noise": str(step.noise.correlation or INDEPENDENT),
             **filter_numbers(step.filter),
+            "adjacency": step.adjacency,
             **self.assumed.numbers,
         }
 
@@ -198,13 +202,20 @@ def fresh_stretch() -> str:
     return token_hex(8)
 
 
-def check_one_unit(entries: Iterable[Entry], unit: str) -> None:
-    """Refuse to go on with another privacy unit than that of the steps before.
+def check_one_relation(entries: Iterable[Entry], unit: str, adjacency: str) -> None:
+    """Refuse to go on with another privacy unit, or between other data sets, than in the steps before.
 
     Raises:
         ValueError: see the message.
     """
-    other = next((entry.mechanism.unit for entry in entries if entry.mechanism.unit != unit), None)
+    steps = [entry.mechanism for entry in entries]
+    before = next((step.adjacency for step in steps if step.adjacency != adjacency), None)
+    if before is not None:
+        raise ValueError(
+            f"adjacency={adjacency!r} after steps with {before!r}: expected the same throughout, since the statement names one "
+            "relation for all steps. Go on with that, or start anew."
+        )
+    other = next((step.unit for step in steps if step.unit != unit), None)
     if other is not None:
         raise ValueError(
             f"privacy_unit={unit!r} after steps with {shown(other)}: expected the same throughout. The steps before protect "

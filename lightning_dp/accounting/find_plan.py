@@ -19,7 +19,7 @@ from lightning_dp.errors import PreflightError
 from lightning_dp.plan.clipping import Clipping
 from lightning_dp.plan.correlation import DEFAULT_BANDS, INDEPENDENT, Correlation, NoiseStyle
 from lightning_dp.plan.filtering import GradientFilter
-from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseScale
+from lightning_dp.plan.mechanism import ADD_REMOVE, EXAMPLE, Adjacency, Mechanism, NoiseScale
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.plan.sampling import IN_BLOCKS, Sampling, SamplingScheme
 
@@ -47,6 +47,7 @@ class Wanted:
         risk: what may be risked, in place of ``epsilon``. The plan's target is then the ε, at ``delta``, of as many of the
             planned steps as keep it.
         filter: what is between release and optimizer, or ``None``.
+        adjacency: between which data sets the guarantee is to hold.
     """
 
     delta: float
@@ -65,6 +66,7 @@ class Wanted:
     noise_momentum: float = 0.0
     risk: RiskTarget | None = None
     filter: GradientFilter | None = None
+    adjacency: Adjacency = ADD_REMOVE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,7 @@ def before_noise(wanted: Wanted, known: Known, spent: Mapping[str, Any] | None) 
         NoiseScale(sigma, wanted.resolution, wanted.coordinates),
         known.unit,
         wanted.filter,
+        wanted.adjacency,
     )
     plan = PrivacyPlan(mechanism, delta=wanted.delta, target_epsilon=wanted.epsilon)
     before = ledger_of(plan, spent)

@@ -8,9 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_dp.accounting.assumptions import NOTHING_ASSUMED, Assumptions, caveats
-from lightning_dp.accounting.entry import REMEDY, Entry, check_one_unit, fresh_stretch, merge_entries, phases_composed
+from lightning_dp.accounting.entry import (
+    REMEDY,
+    Entry,
+    check_one_relation,
+    fresh_stretch,
+    merge_entries,
+    phases_composed,
+)
 from lightning_dp.accounting.epsilon import EpsilonBound
-from lightning_dp.accounting.notes import notes_on
+from lightning_dp.accounting.notes import notes_on, notes_on_sizes
 from lightning_dp.accounting.phase import Phase, merge_phases, phase_of
 from lightning_dp.accounting.reserve import ReservedCurve
 from lightning_dp.accounting.slack import Slack
@@ -48,6 +55,7 @@ class Ledger:
     | clipping style changed on resume | noted; ε does not depend on it, because C bounds every style's sensitivity |
     | γ of automatic clipping changed on resume | noted, for the same reason |
     | privacy unit changed on resume | refused: the steps before protect another |
+    | adjacency changed on resume | refused: a statement names one |
     | what the user vouches for changed on resume | what was vouched for stays in the notes; ε does not depend on it |
     | dataset size changed on resume | composed, which bounds ε for every example in all phases, and noted |
 
@@ -189,7 +197,8 @@ class Ledger:
     def notes(self) -> tuple[str, ...]:
         """What changed between phases and a reader of the guarantee should know."""
         past = [(entry.assumed, entry.steps) for entry in self._past]
-        return (*notes_on(self._entries()), *caveats(self._assumed, past))
+        every = [*self._past, self._current()]
+        return (*notes_on_sizes(every), *notes_on(self._entries()), *caveats(self._assumed, past))
 
     @property
     def affordable_steps(self) -> int | None:
@@ -301,7 +310,7 @@ class Ledger:
         if len(phases) > MOST_ENTRIES:
             raise ValueError(f"{len(phases)} phases in the ledger's state: expected at most {MOST_ENTRIES}. {REMEDY}")
         past = merge_entries(map(Entry.read, phases))
-        check_one_unit(past, self._plan.unit)
+        check_one_relation(past, self._plan.unit, self._plan.mechanism.adjacency)
         self._past = past
         self._charged = 0
         self._start()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from lightning_dp.accounting.assumptions import SIZE_GIVEN, SIZE_READ, STEPS_READ
 from lightning_dp.accounting.entry import Entry
 from lightning_dp.accounting.phase import phase_of, same_mechanism
+from lightning_dp.plan.mechanism import ADD_REMOVE
+from lightning_dp.plan.sampling import IN_BLOCKS
 
 
 def notes_on(entries: Sequence[Entry]) -> tuple[str, ...]:
@@ -56,6 +59,37 @@ def notes_on(entries: Sequence[Entry]) -> tuple[str, ...]:
             f"time{'s' if begun > 2 else ''}, since a secret key is never saved: what was under way then counts as whole"
         )
     return (*notes, *_gamma_notes(entries), *_adaptation_notes(entries), *_filter_notes(entries))
+
+
+def notes_on_sizes(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """Whether N and T follow from the data, of all entries of a ledger, the current one last.
+
+    Under add/remove N is held at one number for both of two neighbours. Where it is read from the data the neighbour would in
+    truth be trained with another q, so that the guarantee leaves open how many examples there are.
+    """
+    notes = [note for entry in entries for note in _notes_on_size(entry)]
+    return tuple(dict.fromkeys(notes))
+
+
+def _notes_on_size(entry: Entry) -> Iterator[str]:
+    step, sizes = entry.mechanism, entry.assumed.sizes
+    size, held = f"N = {step.sampling.dataset_size}", step.adjacency == ADD_REMOVE
+    if SIZE_GIVEN in sizes:
+        yield f"{size} was given, and is taken to follow from nobody's data"
+    elif SIZE_READ in sizes and held:
+        also = "q" if step.sampling.scheme not in IN_BLOCKS else "q and the divisor"
+        yield (
+            f"{size} was read from the training data and counts as public, and so does {also}, which follows from it: how many "
+            f"there are is not protected. Give dataset_size= for an N that does not follow from the data, or "
+            "adjacency='zero_out', under which all neighbours have it"
+        )
+    elif SIZE_READ in sizes:
+        yield f"{size} was read from the training data, and all neighbours have it: how many there are is not protected"
+    if STEPS_READ in sizes and held:
+        yield (
+            "the number of steps follows from the length of the training loader, and so from how many examples there are, "
+            "which counts as public. Give Trainer(max_steps=...) for one that does not"
+        )
 
 
 def _gamma_notes(entries: Sequence[Entry]) -> list[str]:

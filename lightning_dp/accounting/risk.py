@@ -99,8 +99,13 @@ def _risk_of(phases: tuple[Phase, ...], total_variation: float) -> Risk:
     )
 
 
-def in_lines(risk: Risk) -> str:
-    """All of it but the curve, for people, one bound on a line."""
+def in_lines(risk: Risk, unit: str = "example") -> str:
+    """All of it but the curve, for people, one bound on a line.
+
+    Args:
+        risk: what is shown.
+        unit: who is protected.
+    """
     tests = ", ".join(f"{percent(tpr)} (wrong {percent(float(fpr))})" for fpr, tpr in risk.tpr_at_fpr.items())
     records = ", ".join(f"{percent(p)} (prior {percent(float(k))})" for k, p in risk.reconstruction_at_prior.items())
     return (
@@ -108,7 +113,7 @@ def in_lines(risk: Risk) -> str:
         f"  membership, right       ≤ {tests}\n"
         f"  membership, advantage   ≤ {percent(risk.advantage)}\n"
         f"  reconstruction          ≤ {records}\n"
-        f"{risk.sentence()}."
+        f"{risk.sentence(unit)}."
     )
 
 

@@ -63,7 +63,7 @@ class Statement:
         delta: δ.
         target_epsilon: the ε that training was not to exceed, or ``None``.
         accountant: ``"PRV"``, ``"PLD"``, ``"MC"``, ``"RDP"`` or ``"exact"``.
-        neighbouring_relation: who is protected.
+        neighbouring_relation: who is protected, and between which data sets.
         sampling: how examples are drawn.
         sampling_probability: q.
         dataset_size: N, of examples or of whatever unit ``neighbouring_relation`` names, like B.
@@ -92,7 +92,7 @@ class Statement:
         >>> ledger = Ledger(plan)
         >>> ledger.charge()
         >>> print(Statement.of(ledger, randomness="secret"))  # doctest: +ELLIPSIS
-        (ε = ..., δ = 1e-05)-DP, add/remove one example, Poisson sampling with q = 0.1, σ = 2.0, ...
+        (ε = ..., δ = 1e-05)-DP, add/remove one example with N public, Poisson sampling with q = 0.1, σ = 2.0, ...
     """
 
     epsilon: float

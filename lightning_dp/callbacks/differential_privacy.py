@@ -26,7 +26,7 @@ from lightning_dp.mechanism.filtering import KEY
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, ClippingStyle
 from lightning_dp.plan.correlation import DEFAULT_BANDS, NoiseStyle
 from lightning_dp.plan.filtering import DEFAULT_GAIN, DEFAULT_LOOKAHEAD, FilterStyle
-from lightning_dp.plan.mechanism import Mechanism
+from lightning_dp.plan.mechanism import ADD_REMOVE, Adjacency, Mechanism
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.plan.sampling import SamplingScheme
 from lightning_dp.ranks.agreement import check_same_on_every_rank, facts
@@ -96,6 +96,8 @@ class DifferentialPrivacy(Callback):
             alone, whatever it makes: slow, and always right.
         privacy_unit: who is protected, if one person has several examples: the field with the user (``"user_id"``), a file,
             or the users themselves. Users are then drawn, and counted in ``expected_batch_size`` and ``dataset_size``.
+        adjacency: between which data sets the guarantee holds, N being the same number for both: ``"add_remove"``, one has one
+            example (user) more; ``"zero_out"``, in one of them an example is replaced by one that adds nothing. ε is the same.
         max_examples_per_unit: the most examples of a user in a step, chosen at random; ``None`` for 32.
         row_wise: what you vouch for: ``"collate_fn"``, ``"__getitem__"``, ``"__getitems__"``, ``"on_before_batch_transfer"``,
             ``"transfer_batch_to_device"`` or ``"on_after_batch_transfer"`` makes each row of its own example alone. It is then
@@ -178,6 +180,7 @@ class DifferentialPrivacy(Callback):
         advantage: float | None = None,
         tpr_at_fpr: list[float] | None = None,
         mu: float | None = None,
+        adjacency: Adjacency = ADD_REMOVE,
     ) -> None:
         self.epsilon = epsilon
         self.noise_multiplier = noise_multiplier
@@ -211,6 +214,7 @@ class DifferentialPrivacy(Callback):
         self.advantage = advantage
         self.tpr_at_fpr = tuple(tpr_at_fpr) if isinstance(tpr_at_fpr, list) else tpr_at_fpr
         self.mu = mu
+        self.adjacency: Adjacency = adjacency
         register_strategies()  # of a root of Lightning that was imported after this package
         self.public_optimizers = check_places(public_optimizers)
         self.row_wise = check_row_wise(row_wise)

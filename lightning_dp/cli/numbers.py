@@ -6,14 +6,14 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from lightning_dp.accounting import Phase, epsilon_bound, phases_of, side_by_side
 from lightning_dp.accounting.calibrate import noise_for, noise_for_risk
 from lightning_dp.accounting.phase import phase_of_numbers
 from lightning_dp.accounting.risk import in_lines, risk_of
 from lightning_dp.accounting.target import RiskTarget
-from lightning_dp.plan.mechanism import check_noise_multiplier
+from lightning_dp.plan.mechanism import Adjacency, check_noise_multiplier
 from lightning_dp.plan.privacy_plan import SAMPLING, check_delta, check_epsilon
 from lightning_dp.plan.sampling import IN_BLOCKS, SamplingScheme, check_sampling_probability
 
@@ -27,9 +27,14 @@ _NAMES = {
 }
 
 
+_ADJACENCY = list(get_args(Adjacency))
+_RELATIONS = "  protected               one example: added or removed with N public, or zeroed out with N constant"
+"""For plain draws and a fixed clip norm, which are all that the calculator knows, both relations have the same ε."""
+
+
 def epsilon(words: Sequence[str]) -> None:
     """``lightning-dp epsilon``, of these arguments."""
-    parser = _parser("epsilon", "Print an upper bound on ε of DP-SGD (add/remove one example).")
+    parser = _parser("epsilon", "Print an upper bound on ε of DP-SGD.")
     parser.add_argument(
         "--noise-multiplier", type=float, nargs="+", required=True, metavar="S", help="σ, noise over clip norm"
     )
@@ -48,7 +53,7 @@ def epsilon(words: Sequence[str]) -> None:
         parser.error(str(error))
     if args.json:
         also: dict[str, Any] = {f"epsilon_{name}": value for name, value in others.items()}
-        also |= {"accountant": bound.accountant, "note": bound.note, "risk": risk.to_dict()}
+        also |= {"accountant": bound.accountant, "note": bound.note, "adjacency": _ADJACENCY, "risk": risk.to_dict()}
         _print_json(epsilon=bound.epsilon, delta=args.delta, **also)
         return
     count, numbers = len(phases), [args.noise_multiplier, args.sampling_probability, args.steps]
@@ -64,6 +69,7 @@ def epsilon(words: Sequence[str]) -> None:
         missing = missing if args.sampling == "poisson" else "only for Poisson sampling"
         label = _NAMES["pld" if name == "prv" and bound.accountant == "PLD" else name]
         print(f"  {label}  {missing if value is None else _up(value)}")
+    print(_RELATIONS)
     print(in_lines(risk))
 
 
@@ -107,6 +113,7 @@ def calibrate(words: Sequence[str]) -> None:
             delta=args.delta,
             accountant=bound.accountant,
             note=bound.note,
+            adjacency=_ADJACENCY,
             risk=found.to_dict(),
         )
         return
@@ -115,6 +122,7 @@ def calibrate(words: Sequence[str]) -> None:
         f"σ = {sigma:.6g} keeps ε ≤ {_up(bound.epsilon)} (target {asked}) at δ = {args.delta:g}: "
         f"q = {args.sampling_probability:g}, {args.steps} steps{_drawn(args.sampling)} ({bound.accountant} accountant)"
     )
+    print(_RELATIONS)
     print(in_lines(found))
 
 

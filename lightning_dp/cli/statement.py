@@ -88,7 +88,7 @@ def _in_words(found: Recomputed) -> str:
         f"  prv-accountant  {theirs}",
     ]
     if again.risk is not None:
-        lines.append(in_lines(again.risk))
+        lines.append(in_lines(again.risk, again.unit))
     lines += [f"  note: {note}" for note in found.notes]
     lines += [f"  wrong: {one}" for one in found.wrong]
     return "\n".join([*lines, "The statement holds." if found.holds else "The statement does not hold."])

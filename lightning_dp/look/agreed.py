@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from lightning_dp.accounting import Assumptions, Ledger
+from lightning_dp.accounting.assumptions import SIZE_GIVEN, SIZE_READ, STEPS_READ
 from lightning_dp.accounting.find_plan import Wanted
 from lightning_dp.batches.units import Units
 from lightning_dp.errors import PreflightError
 from lightning_dp.look.correlated_noise import check_goes_with_correlated_noise, momentum_of
-from lightning_dp.look.epochs import check_draws_in_an_epoch, check_end_was_given
+from lightning_dp.look.epochs import check_draws_in_an_epoch, check_end_was_given, ends_by_epochs
 from lightning_dp.look.planning import (
     agreed_plan,
     check_batch_after_resume,
@@ -80,9 +81,10 @@ def agree(
         JournalError: a journal was edited or damaged.
     """
     privacy, where = settings.privacy, places(trainer, trainer.ckpt_path)
-    assumed = Assumptions(privacy.row_wise, privacy.public_state)
+    sizes = sizes_of(privacy.dataset_size, trainer, remaining_steps)
+    assumed = Assumptions(privacy.row_wise, privacy.public_state, sizes)
     vouched, filtered = (
-        [] if assumed == Assumptions() else [assumed],
+        [] if replace(assumed, sizes=()) == Assumptions() else [assumed],
         [] if privacy.filter is None else [privacy.filter],
     )
     more = (privacy.automatic_gamma, settings.data.batch_axis, *vouched, *filtered)
@@ -108,6 +110,12 @@ def agree(
     if privacy.risk is not None:
         notes = (f"the noise was found for {privacy.risk}; target_epsilon is the ε of that at this δ", *notes)
     return Agreed(ledger, Report(ledger, privacy.randomness, notes), real.noise_multiplier, ledger.steps, facts)
+
+
+def sizes_of(dataset_size: int | None, trainer: pl.Trainer, remaining_steps: int | None) -> tuple[str, ...]:
+    """How N and T came about, for the statement."""
+    size = SIZE_READ if dataset_size is None else SIZE_GIVEN
+    return (size, STEPS_READ) if ends_by_epochs(trainer, remaining_steps) else (size,)
 
 
 def check_still_agreed(
@@ -155,4 +163,5 @@ def _wanted(privacy: PrivacySettings, noise_multiplier: float | None, trainer: p
         risk=privacy.risk,
         noise_momentum=momentum_of(trainer) if privacy.noise_momentum is None else privacy.noise_momentum,
         filter=privacy.filter,
+        adjacency=privacy.adjacency,
     )

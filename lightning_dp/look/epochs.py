@@ -75,6 +75,18 @@ def planned_steps(
     return max(0, min(bounds)) if bounds else None
 
 
+def ends_by_epochs(trainer: pl.Trainer, remaining_steps: int | None) -> bool:
+    """Whether how many steps are taken follows from how many batches an epoch has, as far as can be told; if in doubt, yes.
+
+    Args:
+        trainer: whose bounds these are.
+        remaining_steps: of :func:`planned_steps`.
+    """
+    if remaining_steps is None or trainer.max_epochs in (None, -1):
+        return False
+    return trainer.max_steps == -1 or remaining_steps < trainer.max_steps - trainer.global_step
+
+
 def limited(batches: int, limit: int | float) -> int:
     """How many of ``batches`` are left by ``limit_train_batches``: a number of them, or a part.
 

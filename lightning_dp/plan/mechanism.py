@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from lightning_dp.plan.adaptation import adaptation_of, numbers_of
 from lightning_dp.plan.clipping import DEFAULT_GAMMA, Clipping, ClippingStyle
 from lightning_dp.plan.correlation import INDEPENDENT, Correlation, check_goes_with_noise
 from lightning_dp.plan.filtering import FilterStyle, GradientFilter, filter_numbers, read_filter
 from lightning_dp.plan.sampling import MOST_EXAMPLES, Sampling, SamplingScheme
-from lightning_dp.validate import number, whole
+from lightning_dp.validate import number, shown, whole
 
 SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 1e-9, 1e9
 
 EXAMPLE = "example"
 """The privacy unit unless another is named."""
+
+Adjacency = Literal["add_remove", "zero_out"]
+"""Between which data sets the guarantee holds, N being the same number for both."""
+ADD_REMOVE: Adjacency = "add_remove"
 
 
 NoiseKind = Literal["floating", "discrete"]
@@ -103,14 +107,19 @@ class Mechanism:
         clipping: C, the style, and γ.
         noise: σ, and the grid of discrete noise.
         unit: who is protected, ``"example"`` or the name of a user's field; N, B and M count these.
+        adjacency: ``"add_remove"``: one data set has one unit more than the other, and N is held at a public number.
+            ``"zero_out"``: in one of them a unit is replaced by one that adds nothing to any sum, and N is that of both.
         filter: what is between release and optimizer, ``None`` for nothing; no number of privacy depends on it.
 
     Raises:
         ValueError: the numbers do not go together.
 
     Guarantee:
-        The Poisson-subsampled Gaussian mechanism of :meth:`event` under add/remove one unit, but for what cut draws and
-        discrete noise take from δ (:func:`lightning_dp.accounting.slack.slack_of`).
+        The Poisson-subsampled Gaussian mechanism of :meth:`event` under :attr:`adjacency`, but for what cut draws and
+        discrete noise take from δ (:func:`lightning_dp.accounting.slack.slack_of`). With N held, both relations have one pair
+        of laws: whether others are drawn does not depend on a unit, so one that adds nothing is as one that is not there.
+        Where draws are cut it would take another's place, and where C is adapted it would say something of its norm: there
+        ``"zero_out"`` is refused.
 
     Example:
         >>> step = Mechanism(Sampling(1000, 100), Clipping(0.5), NoiseScale(3.0))
@@ -125,8 +134,12 @@ class Mechanism:
     noise: NoiseScale
     unit: str = EXAMPLE
     filter: GradientFilter | None = None
+    adjacency: Adjacency = ADD_REMOVE
 
     def __post_init__(self) -> None:
+        check_adjacency(
+            self.adjacency, self.sampling.max_batch_size, self.clipping.style, self.clipping.adaptation is not None
+        )
         sigma, units = self.noise.noise_multiplier, self.noise.resolution
         if math.isinf(self.clipping.clip_norm) and sigma > 0:
             raise ValueError(
@@ -174,6 +187,7 @@ class Mechanism:
         filter_gain: float | None = None,
         filter_lookahead: float | None = None,
         participations: int = 1,
+        adjacency: Adjacency = ADD_REMOVE,
     ) -> Mechanism:
         """The mechanism of these numbers, as a user, a checkpoint or a logger writes them: one beside the other."""
         adaptation = adaptation_of(
@@ -189,6 +203,7 @@ class Mechanism:
             NoiseScale(noise_multiplier, resolution, coordinates, Correlation.read(noise)),
             unit,
             read_filter(gradient_filter, filter_gain, filter_lookahead),
+            adjacency,
         )
 
     @property
@@ -210,6 +225,7 @@ class Mechanism:
             "participations": self.sampling.participations,
             "noise": str(self.noise.correlation or INDEPENDENT),
             **filter_numbers(self.filter),
+            "adjacency": self.adjacency,
         }
 
     def but(self, **changes: Any) -> Mechanism:
@@ -238,7 +254,7 @@ class Mechanism:
     @property
     def neighbouring_relation(self) -> str:
         """Between which datasets the guarantee holds."""
-        return f"add/remove one {self.unit}"
+        return f"{_RELATIONS[self.adjacency]} one {self.unit} with N {_HELD[self.adjacency]}"
 
     @property
     def memoryless(self) -> bool:
@@ -266,6 +282,35 @@ class Mechanism:
     def event(self) -> Event:
         """What the accountant composes: σ and q."""
         return Event(self.noise.noise_multiplier, self.sampling.probability)
+
+
+_RELATIONS: dict[Adjacency, str] = {"add_remove": "add/remove", "zero_out": "zero out"}
+_HELD: dict[Adjacency, str] = {"add_remove": "public", "zero_out": "constant"}
+
+
+def check_adjacency(adjacency: object, max_batch_size: int | None, clipping: str, adapted: bool) -> None:
+    """Raise ``ValueError`` unless ``adjacency`` is a relation for which these draws and bounds are proved to protect.
+
+    Args:
+        adjacency: the relation.
+        max_batch_size: M.
+        clipping: the style.
+        adapted: whether C changes from step to step.
+    """
+    if not isinstance(adjacency, str) or adjacency not in get_args(Adjacency):
+        raise ValueError(f"adjacency={shown(adjacency)}: expected one of {', '.join(map(repr, get_args(Adjacency)))}.")
+    if adjacency == ADD_REMOVE:
+        return
+    if max_batch_size is not None:
+        raise ValueError(
+            f"adjacency={adjacency!r} with max_batch_size={max_batch_size}: expected draws of any size. An example that adds "
+            "nothing would still take another's place in a draw that is cut, which is not proved. Leave out one of the two."
+        )
+    if adapted:
+        raise ValueError(
+            f"adjacency={adjacency!r} with clipping={clipping!r}: expected a clip norm that stays. An example without a "
+            "gradient would still be counted in what C is adapted by, which is not proved. Leave out one of the two."
+        )
 
 
 def check_noise_multiplier(noise_multiplier: float) -> None:

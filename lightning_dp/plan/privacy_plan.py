@@ -10,7 +10,7 @@ from lightning_dp.plan.adaptation import NAMES
 from lightning_dp.plan.clipping import Clipping, ClippingStyle
 from lightning_dp.plan.filtering import NAMES as FILTERED
 from lightning_dp.plan.filtering import FilterStyle
-from lightning_dp.plan.mechanism import Mechanism
+from lightning_dp.plan.mechanism import Adjacency, Mechanism
 from lightning_dp.plan.sampling import SamplingScheme
 from lightning_dp.validate import number, whole
 
@@ -28,7 +28,7 @@ SAMPLING: dict[SamplingScheme, str] = {
 _NAMES = (
     "noise_multiplier", "clip_norm", "delta", "dataset_size", "expected_batch_size", "steps", "target_epsilon",
     "max_batch_size", "resolution", "coordinates", "clipping", "automatic_gamma", *NAMES, "simulation", "unit", "sampling",
-    "noise", *FILTERED, "participations",
+    "noise", *FILTERED, "participations", "adjacency",
 )  # fmt: skip
 """In the order in which they are shown."""
 
@@ -56,6 +56,7 @@ class Numbers(TypedDict, total=False):
     filter_gain: float | None
     filter_lookahead: float | None
     participations: int
+    adjacency: Adjacency
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -67,8 +68,8 @@ class PrivacyPlan:
     :attr:`noise_std` to every coordinate of the sum, and divides by ``expected_batch_size`` (Abadi et al. 2016,
     Algorithm 1, with Poisson sampling).
 
-    All numbers are public: none may be computed from the private records themselves. ``dataset_size`` is treated as
-    public, as usual under add/remove-one accounting.
+    All numbers are public: none may be computed from the private records themselves. ``dataset_size`` is held at one number
+    for both of two neighbouring data sets: q and, in blocks, the divisor follow from it.
 
     Args:
         mechanism: what one step is. Or its numbers one beside the other, as in the example:
@@ -88,6 +89,7 @@ class PrivacyPlan:
             - ``clip_quantile``, ``clip_learning_rate``, ``quantile_weight``, ``slack_bins``: how C is adapted, see
               :mod:`lightning_dp.plan.adaptation`.
             - ``unit``: who is protected, ``"example"`` or the name of a user's field.
+            - ``adjacency``: between which data sets, ``"add_remove"`` or ``"zero_out"``.
             - ``sampling``: how samples are drawn, see :class:`lightning_dp.plan.sampling.Sampling`.
             - ``participations``: t, in how many steps of a block an example is.
             - ``noise``: ``"independent"``, or the text of a :class:`lightning_dp.plan.correlation.Correlation`.

@@ -17,7 +17,7 @@ from lightning_dp.lightning_internals import either
 REVISABLE = (WandbLogger, CSVLogger, TensorBoardLogger)
 """Loggers that take another value for a hyperparameter that they have."""
 
-FIXED = ("delta", "clip_norm", "clipping", "target_epsilon", "unit")
+FIXED = ("delta", "clip_norm", "clipping", "target_epsilon", "unit", "adjacency")
 """Numbers of the plan that only the user changes; all others also follow from how far a training goes, on what."""
 
 

@@ -57,7 +57,8 @@ def test_no_number_of_the_mechanism_falls_off() -> None:
     plan = PrivacyPlan(**NUMBERS)
     adapted, slack = plan.but(clipping="quantile"), plan.but(clipping="slaclip")
     of_sampling = {"noise"}  # of which others do not go with these
-    assert {*OTHERS, *ADAPTED, *FILTERED, "slack_bins", "participations"} == set(plan.mechanism.numbers) - of_sampling
+    alone = {"slack_bins", "participations", "adjacency"}
+    assert {*OTHERS, *ADAPTED, *FILTERED, *alone} == set(plan.mechanism.numbers) - of_sampling
     for name, value in OTHERS.items():
         assert Entry.of(plan.but(**{name: value}), 1) != Entry.of(plan, 1), name
     for name, value in ADAPTED.items():
@@ -69,6 +70,9 @@ def test_no_number_of_the_mechanism_falls_off() -> None:
         other = filtered.but(**{name: value / 2}) if name != "gradient_filter" else plan
         assert Entry.of(other, 1) != Entry.of(filtered, 1), name
         assert Entry.of(other, 1).text() != Entry.of(filtered, 1).text(), name
+    uncut = plan.but(max_batch_size=None)
+    assert Entry.of(uncut.but(adjacency="zero_out"), 1) != Entry.of(uncut, 1)
+    assert "adjacency='zero_out'" in Entry.of(uncut.but(adjacency="zero_out"), 1).text()
     blocks = plan.but(sampling="random_allocation", participations=3)
     assert Entry.of(blocks.but(participations=1), 1) != Entry.of(blocks, 1)
     assert Entry.of(blocks.but(participations=1), 1).text() != Entry.of(blocks, 1).text()
@@ -82,7 +86,7 @@ def test_the_key_of_a_run_that_adapts_nothing_is_as_it_was() -> None:
     """The text enters the key of a run with a known seed."""
     assert not any(
         name in Entry.of(PrivacyPlan(**NUMBERS), 1).text()
-        for name in (*ADAPTED, *FILTERED, "slack_bins", "participations")
+        for name in (*ADAPTED, *FILTERED, "slack_bins", "participations", "adjacency", "sizes")
     )
 
 

@@ -190,6 +190,8 @@ def test_state_is_plain_numbers() -> None:
                 "unit": "example",
                 "sampling": "poisson",
                 "participations": 1,
+                "adjacency": "add_remove",
+                "sizes": [],
                 "stretch": "",
                 "noise": "independent",
                 "gradient_filter": None,

@@ -71,7 +71,7 @@ def strict(text: str) -> Any:
 def test_the_quotable_line() -> None:
     statement = Statement.of(make_ledger(875), randomness="secret")
     assert str(statement) == (
-        "(ε = 3.61, δ = 1e-05)-DP, add/remove one example, Poisson sampling with q = 0.08192, σ = 3.0, "
+        "(ε = 3.61, δ = 1e-05)-DP, add/remove one example with N public, Poisson sampling with q = 0.08192, σ = 3.0, "
         "C = 1.0, 875 steps, PRV accountant (upper bound)"
     )
     assert statement.caveats == []
@@ -86,7 +86,7 @@ def test_fields() -> None:
         "delta": 1e-5,
         "target_epsilon": 4.0,
         "accountant": "PRV",
-        "neighbouring_relation": "add/remove one example",
+        "neighbouring_relation": "add/remove one example with N public",
         "sampling": "Poisson",
         "sampling_probability": 4096 / 50000,
         "dataset_size": 50000,

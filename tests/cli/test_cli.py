@@ -210,7 +210,7 @@ def test_a_recipe_trains_and_ends_with_statement_and_metrics(ran: Any) -> None:
     """``python -m lightning_dp`` from an empty folder, as a new user would, with fewer steps."""
     code, stdout, stderr, folder = ran("trains")
     assert code == 0, stderr[-3000:]
-    assert ")-DP, add/remove one example, Poisson sampling" in stderr + stdout
+    assert ")-DP, add/remove one example with N public, Poisson sampling" in stderr + stdout
     assert "Last validation, after 4 steps: val/accuracy = " in stdout
     statement = json.loads(next(folder.rglob("privacy.json")).read_text())
     assert statement["epsilon"] <= 8.0

@@ -291,7 +291,9 @@ def test_the_end_is_announced_in_one_sentence(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO):
         run(DifferentialPrivacy(epsilon=2.0, delta=1e-3), max_steps=6)
     sentences = [
-        record.message for record in caplog.records if ")-DP, add/remove one example, Poisson" in record.message
+        record.message
+        for record in caplog.records
+        if ")-DP, add/remove one example with N public, Poisson" in record.message
     ]
     assert len(sentences) == 1
     assert sentences[0].startswith("(ε = 2.0")

@@ -306,7 +306,7 @@ def test_the_statement_the_file_and_the_ledger_name_the_unit(tmp_path: Path) -> 
     fit(dict_regressor(), private, default_root_dir=tmp_path)
     assert "add/remove one user_id" in str(private.statement())
     written = json.loads((tmp_path / "privacy.json").read_text())
-    assert written["neighbouring_relation"] == "add/remove one user_id"
+    assert written["neighbouring_relation"] == "add/remove one user_id with N public"
     assert (written["dataset_size"], written["expected_batch_size"]) == (USERS, 3)
     assert private.ledger is not None
     assert {phase["unit"] for phase in private.ledger.state_dict()["phases"]} == {"user_id"}
