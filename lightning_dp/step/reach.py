@@ -70,7 +70,7 @@ class Reach:
         self.tensors: dict[str, Tensor] = {}
         self.arrays: dict[str, np.ndarray[Any, Any]] = {}
         self.libraries: list[str] = []
-        self.in_shards = False
+        self.in_shards = self._has_metrics_of_parts = False
         self._hidden = hidden
         self._seen: dict[int, Any] = {}
         self._stops = _stops()
@@ -78,6 +78,11 @@ class Reach:
     def leave_out(self, things: Iterable[Any]) -> None:
         """Do not follow these."""
         self._seen.update({id(thing): thing for thing in things})
+
+    @property
+    def can_be_renewed(self) -> bool:
+        """Whether each thing that was reached hangs on a place. Parameters in shards come and go, and metrics are none."""
+        return not self.in_shards and not self._has_metrics_of_parts and len(self._seen) < MOST
 
     def renew(self) -> bool:
         """Hold all places to what they hold now, if nothing has come or gone that would be followed: numbers and texts.
@@ -117,6 +122,7 @@ class Reach:
             return
         if isinstance(thing, Metric):  # its states are hidden otherwise; what it trains is weights
             tables = [*thing._parameters.items(), *thing._modules.items()]
+            self._has_metrics_of_parts = self._has_metrics_of_parts or bool(tables)
             yield from ((f"{where}.{name}" if where else name, one) for name, one in tables)
         if isinstance(thing, (*self._stops, Instead)):
             return

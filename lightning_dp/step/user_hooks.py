@@ -23,7 +23,7 @@ from lightning_dp.mechanism.instead import Instead
 from lightning_dp.mechanism.same import same
 from lightning_dp.step.attributes import hide, left_hidden, left_on
 from lightning_dp.step.callback_state import CallbackState
-from lightning_dp.step.hook_state import HookState, attribute_of, names_read_by_steps, names_used
+from lightning_dp.step.hook_state import HookState, Reached, attribute_of, names_read_by_steps, names_used
 from lightning_dp.step.kept_state import name_of
 from lightning_dp.step.logs import StepCapture
 from lightning_dp.step.metrics import names_of_trained, outermost_metrics, states_hidden
@@ -96,6 +96,7 @@ class UserHooks:
         self._beside = CallbackState((), ())
         self._missed: dict[int, list[str]] = {}
         self._calls: dict[tuple[int, str], _Call] = {}
+        self._reached: Reached | None = None
 
     def watch(self) -> None:
         """Stand between Lightning and the hooks, from here on."""
@@ -150,7 +151,7 @@ class UserHooks:
         module = self._logs.module
         if self._logs.is_listening:  # done to an example, see lightning_dp.step.batch_hooks
             return hook(*args, **options)
-        before, own = HookState(module, self._public), self._own(owner)
+        before, own = self._before(), self._own(owner)
         try:
             with no_end_of_the_data(f"{type(owner).__name__}.{name}"), self._noting(_noted):
                 outcome = hook(*args, **options)
@@ -165,6 +166,7 @@ class UserHooks:
             return outcome
         if not (places or tensors or skips) and first:
             self._miss(owner, name, call)
+            self._reached = before.reached
             return outcome
         self._stateful.add((id(owner), name))
         real = {**before.now(places, tensors), **({_EPOCH: SKIP} if skips else {})}
@@ -197,6 +199,12 @@ class UserHooks:
                 hide(*one)
         after.put_back_all()
         return outcome
+
+    def _before(self) -> HookState:
+        """The state as it is now; what the last hook was compared by is used again, by one at a time, where it still holds."""
+        reached, self._reached = self._reached, None
+        module = self._logs.module
+        return HookState(module, self._public, reached if reached is not None and reached.renew() else None)
 
     def _on_stand_in(
         self, before: HookState, name: str, call: _Call, instead: Callable[[Any], Any], own: CallbackState | None

@@ -197,6 +197,25 @@ class _Rate(Regressor):
         self.trainer.optimizers[0].param_groups[0]["lr"] = float(outputs["loss"])
 
 
+class _FillsWhatCameLater(Regressor):
+    """A list that no hook has made, and that was not there when hooks were first looked at."""
+
+    kept: list[float] | None = None
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        if self.trainer.global_step == 2:
+            self.kept = []
+        super().optimizer_step(*args, **options)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (1 + sum(self.kept or []))
+
+    def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
+        if self.trainer.global_step > 4:
+            assert self.kept is not None
+            self.kept.append(float(outputs["loss"]))
+
+
 class _Pushes(L.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -214,6 +233,7 @@ class _Pushes(L.Callback):
         (_Center, [], "center"),
         (_Weighted, [], "weight"),
         (_Rate, [], "lr|param_groups"),
+        (_FillsWhatCameLater, [], "kept"),
         (_Weighted, [_Pushes], "weight"),
     ],
 )
