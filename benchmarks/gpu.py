@@ -28,7 +28,7 @@ from typing import Any
 import gpu_models  # noqa: F401  (adds to TASKS)
 import torch
 from gpu_pages import write_pages
-from gpu_slices import Found, Slice, correct, hush, micro_batch, profile, ratio, same_weights
+from gpu_slices import Found, Slice, compiled, correct, hush, micro_batch, profile, ratio, same_weights
 from gpu_training import train
 
 LONGEST = 9.5
@@ -43,11 +43,16 @@ def _ratio(case: str, minutes: float, how: str, *peers: str) -> Slice:
 
 
 SLICES = [
-    *(Slice(f"correct:{model}", 1, correct(model, 4)) for model in ("wrn", "wrn-ws", "vit", "lm", "toy-lora")),
+    *(
+        Slice(f"correct:{model}", 1, correct(model, 4))
+        for model in ("wrn", "wrn-ws", "wrn-ws-last", "vit", "lm", "toy-lora")
+    ),
     Slice("same weights:toy", 1, same_weights("toy", 4)),
     _ratio("wrn-ws:256", 1.5, "high", *PEERS),
     Slice("micro-batch:wrn40-ws", 1, micro_batch("wrn40-ws", 32, 16_384)),
     _ratio("wrn-ws:256", 1.5, "bf16", *PEERS),
+    _ratio("wrn-ws-last:256", 1.5, "high"),
+    _ratio("wrn-ws-last:256", 1.5, "bf16"),
     Slice("profile:wrn-ws:256", 1, profile("wrn-ws:256")),
     _ratio("vit-b:32", 1.5, "bf16", *PEERS),
     _ratio("gpt2:8", 1.5, "bf16", *PEERS),
@@ -58,11 +63,13 @@ SLICES = [
     _ratio("wrn-ws:16:16", 1.5, "high"),
     *(_ratio(case, 1.5, "high", *PEERS) for case in ("wrn:256", "vit-b:32", "gpt2:8", "gpt2-lora:8")),
     _ratio("wrn-ws:256", 1.5, "highest", *PEERS),
+    Slice("compiled:256", 3, compiled(256)),
     _ratio("wrn-ws:64", 2, "highest", *BESIDE_JAX),
     Slice("train:recipes/cifar10/wrn_16_4_eps1.yaml", LONGEST, train("recipes/cifar10/wrn_16_4_eps1.yaml")),
 ]
 TOYS = [
     Slice("correct:toy", 1, correct("toy", 2)),
+    Slice("correct:toy-last", 1, correct("toy-last", 2)),
     Slice("same weights:toy", 1, same_weights("toy", 2, styles=2)),
     Slice("ratio:toy:4:high", 1, ratio("toy:4", "high", PEERS[:1], rounds=1)),
     Slice("micro-batch:toy", 1, micro_batch("toy", 2, 32)),

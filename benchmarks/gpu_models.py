@@ -8,6 +8,8 @@ import torch
 from engine_models import TASKS, Task, _images, _Layer, _Pooled, _Positions, _sentences, _Transposed, language_model
 from torch import Tensor, nn
 
+from lightning_dp.models import WideResNet
+
 
 class _Lora(nn.Module):
     """A frozen linear layer and a trained product of rank r beside it (Hu et al. 2021)."""
@@ -66,7 +68,9 @@ TASKS |= {
     "vit-b": Task(vision_transformer_base, _large_images),
     "gpt2": Task(gpt2, _long_texts),
     "gpt2-lora": Task(lambda: with_lora(gpt2()), _long_texts),
+    "wrn-ws-last": Task(lambda: WideResNet(16, 4).to(memory_format=torch.channels_last), _images),
     "toy": Task(toy, _images),
+    "toy-last": Task(lambda: toy().to(memory_format=torch.channels_last), _images),
     "toy-lora": Task(lambda: with_lora(language_model(1, 16, 2)), _sentences),
 }
 

@@ -57,6 +57,13 @@ def tables(last: dict[str, Found], found: list[Found], where: str) -> str:
             f"`{about['case']}`, a micro-batch with `ghost`: {about['launches']} kernels, {about['waits']} waits of the host.",
             f"| kernel | calls | time |\n|---|--:|--:|{rows}",
         ]
+    for about in of("compiled"):
+        rows = "".join(f"\n| {row['pass']} | {row['ratio']:.2f} |" for row in about["rows"])
+        took = about["seconds to compile"]
+        parts += [
+            f"Three convolutions, {about['examples']} examples; compiling took {took:.0f} s.",
+            f"| pass | time ÷ no privacy |\n|---|--:|{rows}",
+        ]
     failed = {
         about["slice"]: about["error"] for about in found if about["where"] == where and about["state"] == "failed"
     }

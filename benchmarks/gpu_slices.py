@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import engines
 import lightning as L
 import torch
+from compiled import passes
 from engine_models import TASKS, loss_of
 from gpu_models import parameters_of
 from torch.utils.data import DataLoader, TensorDataset
@@ -229,6 +231,30 @@ def profile(case: str) -> Callable[[torch.device, float, Path], Found]:
             "waits": sum(one.count for one in events if "Synchronize" in one.key),
             "launches": sum(one.count for one in events if "LaunchKernel" in one.key),
             "rows": [{"name": one.key[:80], "calls": one.count, "part": getattr(one, on) / total} for one in most[:10]],
+        }
+
+    return work
+
+
+def compiled(examples: int, rounds: int = 7) -> Callable[[torch.device, float, Path], Found]:
+    """What ``torch.compile`` makes of the pass of ``vmap``, beside the engines (``compiled.py``)."""
+
+    def work(device: torch.device, seconds: float, folder: Path) -> Found:
+        steps, took = passes(examples, device)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(rounds + 1):
+            for name, step in steps.items():
+                times[name].append(engines.seconds(step, device))
+        return {
+            "examples": examples,
+            "seconds to compile": took,
+            "rows": [
+                {
+                    "pass": name,
+                    "ratio": statistics.median(a / b for a, b in zip(own[1:], times["plain"][1:], strict=True)),
+                }
+                for name, own in times.items()
+            ],
         }
 
     return work

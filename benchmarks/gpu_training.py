@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ def train(
     """A turn of a recipe: at most the seconds left less ``start`` for imports, data and looks, and then a checkpoint.
 
     Args:
-        recipe: a file of ``recipes/``. Its header's command says which others go before it.
+        recipe: a file of ``recipes/``.
         words: further options.
         start: seconds.
     """
@@ -34,8 +33,7 @@ def train(
         here = folder / Path(recipe).stem
         here.mkdir(parents=True, exist_ok=True)
         checkpoint = here / "turn.ckpt"
-        configs = [word for one in configs_of(recipe) for word in ("--config", str(ROOT / one))]
-        options = [*configs, "--trainer.enable_progress_bar", "false", "--trainer.accelerator", device.type]
+        options = ["--config", str(ROOT / recipe), "--trainer.enable_progress_bar", "false", "--trainer.accelerator", device.type]
         options += ["--trainer.enable_checkpointing", "false", "--trainer.logger.init_args.save_dir", str(here), *words]
         register_strategies()
         before = Path.cwd()
@@ -67,13 +65,6 @@ def train(
         return {**found, "accuracy": _last_accuracy(here), "epsilon": statement["epsilon"], "delta": statement["delta"]}
 
     return work
-
-
-def configs_of(recipe: str) -> list[str]:
-    """The files that the command in a recipe's header names, in order."""
-    head = (ROOT / recipe).read_text(encoding="utf-8").split("\n\n")[0]
-    words = [word.strip("\\") for word in head.replace("#", " ").split()]
-    return [after for word, after in pairwise(words) if word == "--config"]
 
 
 def _so_far(checkpoint: Path) -> tuple[int, float]:

@@ -8,7 +8,9 @@ import warnings
 from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
+import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -23,7 +25,7 @@ class RecipeCLI(LightningCLI):
     """LightningCLI that knows the private strategies and ends ``fit`` with the last validation metrics."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--simulate``, and the options that :meth:`parse_arguments` reads."""
+        """Add ``--simulate`` and ``--matmul_precision``, and the options that :meth:`parse_arguments` reads."""
         parser.add_argument(
             "--simulate",
             type=PositiveInt,
@@ -33,6 +35,12 @@ class RecipeCLI(LightningCLI):
         )
         parser.add_argument("--bases", type=list[str] | None, default=None, help=SUPPRESS)
         parser.add_argument("--recipe", metavar="NAME", help="a recipe by name; `lightning-dp recipes` lists them")
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"] | None,
+            default=None,
+            help="set_float32_matmul_precision on a GPU: with 'high' the network may use TF32; norms, sums, noise never do",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the command line with recipes found by name, and files laid on their bases."""
@@ -43,9 +51,11 @@ class RecipeCLI(LightningCLI):
             super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
-        """Hand ``--simulate`` to the recipe's DifferentialPrivacy, and say it in the names of the logs."""
+        """Hand ``--simulate`` to the recipe's DifferentialPrivacy, and say it in the names of the logs; set the precision."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         config.bases = None  # what is saved beside the logs is whole
+        if config.matmul_precision is not None and torch.cuda.is_available():
+            torch.set_float32_matmul_precision(config.matmul_precision)
         if config.simulate > 1:
             simulate_recipe(config, int(config.simulate))
 

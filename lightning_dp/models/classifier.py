@@ -41,6 +41,8 @@ class ImageClassifier(L.LightningModule):
             :func:`lightning_dp.models.public_weights.load_public_weights`. Read when the object is made, so for a
             finished run that is only evaluated give ``None``.
         reset_classifier: with ``init_from``, leave the last linear layer as it was initialised.
+        channels_last: keep kernels with channels as the innermost axis (``torch.channels_last``), as tensor cores want them.
+            Changes speed and memory, never the result beyond rounding.
 
     Raises:
         ValueError: a pattern matches no parameter, or ``train="last_layer"`` although there is no linear layer.
@@ -62,6 +64,7 @@ class ImageClassifier(L.LightningModule):
         train: str = "all",
         init_from: str | Path | None = None,
         reset_classifier: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -69,6 +72,8 @@ class ImageClassifier(L.LightningModule):
         if init_from is not None:
             load_public_weights(network, init_from, reset_classifier=reset_classifier)
         train_only(network, train)
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")

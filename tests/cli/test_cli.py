@@ -15,6 +15,7 @@ from lightning_dp.accounting import Phase, epsilon_bound
 from lightning_dp.accounting.phase import phase_of_numbers
 from lightning_dp.accounting.risk import risk_of
 from lightning_dp.cli.main import main
+from lightning_dp.cli.recipes import RecipeCLI, command_line
 from tests.conftest import PATIENCE
 from tests.nearly import assert_nearly
 
@@ -246,3 +247,20 @@ def test_an_audit_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
         main(["audit"])
     assert ended.value.code == 2
     assert "--config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_recipe_sets_the_precision_of_products_where_there_is_a_gpu(
+    there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr("torch.set_float32_matmul_precision", told.append)
+    words = ["--model", "tests.conftest.Regressor", "--trainer.accelerator", "cpu", "--seed_everything", "0"]
+    words += ["--trainer.logger", "false"]
+    with command_line([*words, "--matmul_precision", "high"]):
+        RecipeCLI(run=False, save_config_callback=None)
+    assert told == ["high"] * there
+    with command_line(words):
+        RecipeCLI(run=False, save_config_callback=None)
+    assert told == ["high"] * there

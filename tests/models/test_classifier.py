@@ -92,3 +92,15 @@ def test_the_scheduler_steps_once_for_each_update(private: bool) -> None:
 def test_any_network_will_do() -> None:
     module = ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), num_classes=4, train="last_layer")
     trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=2).fit(module, DataLoader(blobs(), batch_size=16))
+
+
+def test_channels_last_is_another_order_in_memory_and_the_same_training() -> None:
+    ends = []
+    for last in (False, True):
+        module = classifier(optimizer=lambda p: torch.optim.SGD(p, lr=0.5), channels_last=last)
+        fitter = trainer(DifferentialPrivacy(noise_multiplier=0.5, clip_norm=1.0, seed=3), max_steps=3)
+        fitter.fit(module, DataLoader(blobs(), batch_size=16))
+        kernel = next(p for p in module.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
+        assert kernel.is_contiguous(memory_format=torch.channels_last) == last
+        ends.append(torch.cat([p.detach().reshape(-1) for p in module.parameters()]))
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-4)
