@@ -33,7 +33,14 @@ def train(
         here = folder / Path(recipe).stem
         here.mkdir(parents=True, exist_ok=True)
         checkpoint = here / "turn.ckpt"
-        options = ["--config", str(ROOT / recipe), "--trainer.enable_progress_bar", "false", "--trainer.accelerator", device.type]
+        options = [
+            "--config",
+            str(ROOT / recipe),
+            "--trainer.enable_progress_bar",
+            "false",
+            "--trainer.accelerator",
+            device.type,
+        ]
         options += ["--trainer.enable_checkpointing", "false", "--trainer.logger.init_args.save_dir", str(here), *words]
         register_strategies()
         before = Path.cwd()

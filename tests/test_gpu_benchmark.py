@@ -118,12 +118,6 @@ def test_a_recipe_is_trained_in_turns(gpu: Any, tmp_path: Path, monkeypatch: pyt
 
 def test_the_run_of_the_paper_is_written_where_it_is_looked_up(gpu: Any, tmp_path: Path) -> None:
     recipe = "recipes/cifar10/wrn_16_4_eps1.yaml"
-    training = importlib.import_module("gpu_training")
-    assert [Path(one).name for one in training.configs_of(recipe)] == [
-        "cifar10.yaml",
-        "wrn_16_4.yaml",
-        "wrn_16_4_eps1.yaml",
-    ]
     (tmp_path / recipe).parent.mkdir(parents=True)
     shutil.copy(ROOT / recipe, tmp_path / recipe)
     (tmp_path / "docs").mkdir()

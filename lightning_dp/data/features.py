@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from lightning_dp.data.folder import FolderImages
 from lightning_dp.data.images import DataError, ImageArray, ImageDataModule, normalise
 
 CHUNK = 20
-"""Images that are transformed at once: few, so that what lies between stays in the processor's cache."""
+"""Images held in memory that a CPU transforms at once: few, so that what lies between stays in its cache."""
+
+KEPT_AS = {"float16": torch.float16, "float32": torch.float32}
 
 FORMAT = 1
 """Another number whenever what is kept in the cache changes."""
 
 
 class FeatureArray(Dataset[tuple[Tensor, int]]):
-    """Features in memory or in a mapped file; an item is a float16 tensor and a label.
+    """Features in memory or in a mapped file; an item is a tensor and a label.
 
     Args:
-        features: ``(n, ...)`` float16.
+        features: ``(n, ...)`` float16 or float32.
         labels: one for each.
     """
 
@@ -47,23 +52,30 @@ class FixedFeatures(L.LightningDataModule):
     """The images of another data module, seen through a network that is not trained.
 
     Each image is normalised by the other module's ``mean`` and ``std`` and put through ``features`` once, before
-    training. The results are kept as float16 in a file in ``cache_dir`` and read from there, so the second run starts at
+    training. The results are kept in a file in ``cache_dir``, which is mapped into memory, so the second run starts at
     once. On the device they become the module's type. There are no augmented views: the images are gone.
 
+    **The file holds private data.** Features say much about an image, and nothing protects them: keep ``cache_dir`` where the
+    images may be, and delete it with them.
+
     ``features`` must be public and work on each image alone (checked on four images), as
-    :class:`~lightning_dp.models.Scattering2d` does. Then the features of an example are part of that example, and
+    :class:`~lightning_dp.models.Scattering2d` does, and :class:`~lightning_dp.models.FrozenBody` of a network whose last
+    layer is trained. Then the features of an example are part of that example, and
     training on them is as private as training on the images.
 
     Args:
-        images: where the images come from; small ones, which are held in memory as uint8.
+        images: where the images come from. Those in memory are told from others by their contents, those in files by names,
+            sizes and times of change.
         features: maps float32 images ``(n, channels, height, width)`` to ``(n, ...)``. Used in eval mode.
         batch_size: see :class:`~lightning_dp.data.images.ImageDataModule`.
         val_batch_size: likewise.
         cache_dir: where the features are kept; ``None`` for ``~/.cache/lightning_dp``.
+        dtype: of what is kept: ``"float16"``, or ``"float32"`` for the very numbers that ``features`` gives.
+        device: where they are computed, such as ``"cuda"``; the CPU by default.
 
     Raises:
-        DataError: in ``prepare_data`` or ``setup``: the images are not in memory, ``features`` mixes images, has
-            parameters to train, or gives numbers that are not finite in float16.
+        DataError: in ``prepare_data`` or ``setup``: the images are neither in memory nor in files, ``features`` mixes images,
+            has parameters to train, or gives numbers that are not finite.
 
     Source: F. Tramèr and D. Boneh, *Differentially Private Learning Needs Better Features (or Much More Data)*, ICLR 2021
     (arXiv 2011.11660).
@@ -76,11 +88,16 @@ class FixedFeatures(L.LightningDataModule):
         batch_size: int = 4096,
         val_batch_size: int = 500,
         cache_dir: str | Path | None = None,
+        dtype: Literal["float16", "float32"] = "float16",
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")
+        if dtype not in KEPT_AS:
+            raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(map(repr, KEPT_AS))}.")
+        self.dtype, self.device = KEPT_AS[dtype], torch.device(device)
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_dp"
         self.images, self.features = images, features.eval()
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
@@ -107,15 +124,17 @@ class FixedFeatures(L.LightningDataModule):
                 "fixed network. Freeze it with requires_grad_(False) if it is public, or make it part of the model."
             )
         self.images.setup()
+        self.features.to(self.device)
         self.train_set, self.val_set = self._seen(self.images.train_set), self._seen(self.images.val_set)
         same = self.images.test_set is self.images.val_set
         self.test_set = self.val_set if same else self._seen(self.images.test_set)
+        self.features = nn.Identity()  # let go: no step has to look at it, and its memory is free
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Give the features the module's type."""
         features, *rest = batch
-        return features.to(self._dtype()) if features.dtype == torch.float16 else features, *rest
+        return features.to(self._dtype()), *rest
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -138,59 +157,94 @@ class FixedFeatures(L.LightningDataModule):
         return self.test_dataloader()
 
     def _seen(self, images: Dataset[Any]) -> FeatureArray:
-        if not isinstance(images, ImageArray):
+        if not isinstance(images, ImageArray | FolderImages):
             raise DataError(
-                f"images of type {type(images).__name__}: expected images held in memory, as of up to 64 pixels. Compute "
-                "features of larger images beforehand."
+                f"images of type {type(images).__name__}: expected images held in memory or in files, as ImageFolderDataModule "
+                "has them. Compute features of others beforehand."
             )
-        cached = self.cache_dir / f"features-{self._fingerprint(images.images)}.npy"
+        cached = self.cache_dir / f"features-{self._fingerprint(images)}.npy"
         if not cached.is_file():
-            self._compute(images.images, cached)
+            self._compute(images, cached)
         # copy-on-write: nothing ever writes, and torch wants memory that it could
-        return FeatureArray(torch.from_numpy(np.load(cached, mmap_mode="c")), images.labels)
+        return FeatureArray(torch.from_numpy(np.load(cached, mmap_mode="c")), list(images.labels))
 
-    def _fingerprint(self, images: Tensor) -> str:
-        """Names the images and what ``features`` makes of the first ones, whatever it is written like."""
-        few = self._checked(images, 0, 4)
-        alone = torch.cat([self._transform(image) for image in images[:4].unsqueeze(1)])
+    def _fingerprint(self, images: ImageArray | FolderImages) -> str:
+        """Names the images and what ``features`` makes of them, whatever it is written like."""
+        first = torch.stack([images[index][0] for index in range(min(4, len(images)))])
+        few = self._checked(first, 0)
+        alone = torch.cat([self._transform(image) for image in first.unsqueeze(1)])
         if not torch.allclose(few.float(), alone.float(), rtol=1e-2, atol=1e-2 * float(few.float().std()) + 1e-6):
             raise DataError(
                 f"features={type(self.features).__name__} gives an image other features when it is among others: expected "
                 "each image alone to decide, or clipping its gradient would not protect it. Do without batch statistics."
             )
-        rounded = (few.float() * 256).round().to(torch.int32)  # the last bits depend on the number of threads
-        said = hashlib.sha256(f"{FORMAT} {tuple(images.shape)} {self.images.mean} {self.images.std}".encode())
-        said.update(images.numpy().tobytes())
-        said.update(rounded.numpy().tobytes())
+        if isinstance(images, ImageArray):
+            said = hashlib.sha256(
+                f"{FORMAT} {tuple(images.images.shape)} {self.images.mean} {self.images.std}".encode()
+            )
+            said.update(images.images.numpy().tobytes())
+        else:
+            said = hashlib.sha256(f"{FORMAT} {self.images.mean} {self.images.std} {images.facts()}".encode())
+        if self.dtype == torch.float16:  # as in earlier versions
+            said.update((few.float() * 256).round().to(torch.int32).numpy().tobytes())  # last bits depend on threads
+        else:
+            said.update(f"{self.dtype} {self.features}".encode())
+            said.update((few * 256).round().to(torch.int32).numpy().tobytes())
+            for name, tensor in self.features.state_dict().items():
+                said.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return said.hexdigest()[:32]
 
-    def _compute(self, images: Tensor, cached: Path) -> None:
-        shape = (len(images), *self._transform(images[:1]).shape[1:])
+    def _compute(self, images: ImageArray | FolderImages, cached: Path) -> None:
+        first = self._transform(images[0][0].unsqueeze(0))
         cached.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cached.with_name(f"{cached.name}.{os.getpid()}.npy")
+        unfinished, name = cached.with_name(f"{cached.name}.{os.getpid()}.npy"), type(self.features).__name__
         try:
-            file = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float16, shape=shape)
-            name = type(self.features).__name__
-            for start in tqdm(range(0, len(images), CHUNK), f"{name} of {len(images)} images", leave=False):
-                file[start : start + CHUNK] = self._checked(images, start, CHUNK).numpy()
+            kept_as = np.float16 if self.dtype == torch.float16 else np.float32
+            file = np.lib.format.open_memmap(
+                unfinished, mode="w+", dtype=kept_as, shape=(len(images), *first.shape[1:])
+            )
+            pieces, start = self._pieces(images), 0
+            with_bar = tqdm(pieces, f"{name} of {len(images)} images", total=self._count(images), leave=False)
+            for piece in with_bar:
+                file[start : start + len(piece)] = self._checked(piece, start).numpy()
+                start += len(piece)
             file.flush()
             unfinished.replace(cached)
         finally:
             unfinished.unlink(missing_ok=True)
+        rank_zero_info(
+            f"lightning_dp: {name} of {len(images)} images is kept in {cached}. That is private data: nothing protects it."
+        )
 
-    def _checked(self, images: Tensor, start: int, count: int) -> Tensor:
-        part = self._transform(images[start : start + count])
+    def _at_once(self, images: ImageArray | FolderImages) -> int:
+        return CHUNK if isinstance(images, ImageArray) and self.device.type == "cpu" else self.val_batch_size
+
+    def _count(self, images: ImageArray | FolderImages) -> int:
+        return -(-len(images) // self._at_once(images))
+
+    def _pieces(self, images: ImageArray | FolderImages) -> Iterator[Tensor]:
+        at_once = self._at_once(images)
+        if isinstance(images, ImageArray):
+            yield from torch.split(images.images, at_once)
+        else:
+            loader = DataLoader(images, batch_size=at_once, num_workers=self.images.num_workers)
+            yield from (piece for piece, _ in loader)
+
+    def _checked(self, images: Tensor, start: int) -> Tensor:
+        part = self._transform(images)
         if not bool(part.isfinite().all()):
+            most = f"at most {torch.finfo(self.dtype).max:.5g}" if self.dtype == torch.float16 else "finite numbers"
             raise DataError(
-                f"features={type(self.features).__name__} gives numbers that are not finite in float16 for images {start} "
-                f"to {start + len(part) - 1}: expected at most 65504. Scale the features down."
+                f"features={type(self.features).__name__} gives numbers that are not finite in {str(self.dtype)[6:]} for "
+                f"images {start} to {start + len(part) - 1}: expected {most}. Scale the features down."
             )
         return part
 
     @torch.no_grad()
     def _transform(self, images: Tensor) -> Tensor:
-        features: Tensor = self.features(normalise(images, self.images.mean, self.images.std))
-        return features.to(torch.float16)
+        there = images.to(self.device)
+        features: Tensor = self.features(normalise(there, self.images.mean, self.images.std))
+        return features.to(self.dtype).cpu()
 
     def _dtype(self) -> torch.dtype:
         module = None if self.trainer is None else self.trainer.lightning_module

@@ -2,10 +2,20 @@
 
 from lightning_dp.models.classifier import ImageClassifier
 from lightning_dp.models.digits_cnn import DigitsCNN
+from lightning_dp.models.frozen_body import FrozenBody
 from lightning_dp.models.norm_free import NormFreeNet
 from lightning_dp.models.scattering import Scattering2d
 from lightning_dp.models.tanh_cnn import TanhCNN
 from lightning_dp.models.weight_standardisation import WSConv2d
 from lightning_dp.models.wide_resnet import WideResNet
 
-__all__ = ["DigitsCNN", "ImageClassifier", "NormFreeNet", "Scattering2d", "TanhCNN", "WSConv2d", "WideResNet"]
+__all__ = [
+    "DigitsCNN",
+    "FrozenBody",
+    "ImageClassifier",
+    "NormFreeNet",
+    "Scattering2d",
+    "TanhCNN",
+    "WSConv2d",
+    "WideResNet",
+]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from lightning_dp import DifferentialPrivacy
 from lightning_dp.data import DataError, FixedFeatures
-from lightning_dp.data.images import ImageArray, ImageDataModule
+from lightning_dp.data.folder import FolderImages
+from lightning_dp.data.images import ImageArray, ImageDataModule, normalise
+from lightning_dp.models import FrozenBody, ImageClassifier, WideResNet
+from lightning_dp.models.public_weights import WeightsError
+from tests.conftest import trainer
 
 
 class FewImages(ImageDataModule):
@@ -89,7 +97,83 @@ def test_what_would_not_be_private_or_fixed_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing unfinished is left behind"
     large = features(tmp_path)
     large.images.load = lambda: (TensorDataset(torch.zeros(4, 3, 4, 4)),) * 3  # type: ignore[method-assign]  # a stand-in
-    with pytest.raises(DataError, match=r"images of type TensorDataset: expected images held in memory"):
+    with pytest.raises(DataError, match=r"images of type TensorDataset: expected images held in memory or in files"):
         large.setup()
+    with pytest.raises(ValueError, match=r"dtype='float64': expected one of 'float16', 'float32'"):
+        FixedFeatures(FewImages(), Doubled(), dtype="float64")  # type: ignore[arg-type]  # that is what is refused
     with pytest.raises(ValueError, match=r"batch_size=0: expected at least 1"):
         FixedFeatures(FewImages(), Doubled(), batch_size=0)
+
+
+class Folder(ImageDataModule):
+    """Six images in files, larger than those that are held in memory."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(batch_size=4, val_batch_size=4, num_workers=0, mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
+        self.root = root
+        root.mkdir(exist_ok=True)
+        for index in range(6):
+            if not (root / f"{index}.png").exists():
+                pixels = np.random.default_rng(index).integers(0, 256, (72, 72, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / f"{index}.png")
+
+    def load(self) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
+        names = [f"{index}.png" for index in range(6)]
+        images = FolderImages(self.root, names, [0, 1] * 3, 72, resize=False, convert=False)
+        return images, images, images
+
+
+def test_images_in_files_are_seen_once_and_their_features_kept_to_the_bit(tmp_path: Path, caplog: Any) -> None:
+    """Whatever their size; told from others by their files' names, sizes and times, and by the weights of the network."""
+
+    def see(network: nn.Module) -> FixedFeatures:
+        return FixedFeatures(Folder(tmp_path / "images"), network, val_batch_size=4, cache_dir=kept, dtype="float32")
+
+    kept, network = tmp_path / "kept", Doubled()
+    module = see(network)
+    module.setup()
+    assert network.seen == 2 * 8 + 1 + 6  # the two sets are one: told apart by eight each, computed once, and found
+    assert any("That is private data: nothing protects it" in line for line in caplog.messages)
+    (file,) = kept.iterdir()
+    for index, (x, y) in enumerate(module.train_set):
+        pixels, label = module.images.train_set[index]
+        assert torch.equal(x, Doubled()(normalise(pixels.unsqueeze(0), (0.5, 0.5, 0.5), (1, 1, 1)))[0])
+        assert (y, x.dtype) == (label, torch.float32)
+    again = Doubled()
+    see(again).setup()
+    assert again.seen == 2 * 8
+    assert list(kept.iterdir()) == [file]
+    os.utime(tmp_path / "images" / "5.png", (1, 1))
+    see(Doubled()).setup()
+    assert len(list(kept.iterdir())) == 2
+
+
+def test_training_on_kept_features_is_training_the_last_layer(tmp_path: Path) -> None:
+    """The same draws, clipping and noise: each weight comes out the same, and the body is not run again."""
+    torch.manual_seed(0)
+    whole = ImageClassifier(WideResNet(10, 1, num_classes=2), 2, train="last_layer", optimizer=rate)
+    body, head = FrozenBody(copy.deepcopy(whole.network)), copy.deepcopy(whole.network.get_submodule("classifier"))
+    images = FewImages()
+    images.setup()
+    kept = FixedFeatures(images, body, batch_size=4, cache_dir=tmp_path, dtype="float32")
+    alone = ImageClassifier(head, 2, optimizer=rate)
+    for module, data in ((whole, images), (alone, kept)):
+        private = DifferentialPrivacy(noise_multiplier=0.5, seed=1)
+        trainer(private, max_steps=6, limit_val_batches=0).fit(module, datamodule=data)
+    assert not isinstance(kept.features, FrozenBody), "let go"
+    for name in ("weight", "bias"):
+        trained = whole.network.get_parameter(f"classifier.{name}")
+        torch.testing.assert_close(head.get_parameter(name), trained, rtol=0, atol=1e-5)
+        assert not torch.equal(trained, torch.zeros_like(trained))
+
+
+def rate(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+def test_a_frozen_body_stays_as_it_is() -> None:
+    body = FrozenBody(WideResNet(10, 1, num_classes=2)).train()
+    assert not any(part.training for part in body.modules())
+    assert not any(p.requires_grad for p in body.parameters())
+    with pytest.raises(WeightsError, match="no linear layer"):
+        FrozenBody(nn.Sequential(nn.Flatten()))
