@@ -9,9 +9,12 @@ author = "the lightning_dp authors"
 copyright = "2026, the lightning_dp authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+nb_execution_timeout = 900
+nb_execution_raise_on_error = True
+nb_execution_in_temp = True
 exclude_patterns = ["_build"]
 
 autodoc_member_order = "bysource"

@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_dp.accounting import Ledger, Statement
 from lightning_dp.batches.axis import Axis
 from lightning_dp.callbacks.augmentation import views_of
+from lightning_dp.callbacks.other_names import answered
 from lightning_dp.engines.select import EngineName
 from lightning_dp.errors import PreflightError
 from lightning_dp.lightning_internals import Callback, logged_again
@@ -141,6 +142,7 @@ class DifferentialPrivacy(Callback):
 
     replay: Replay | None = None  # no argument: set by lightning_dp.verify on a copy of the callback
 
+    @answered
     def __init__(
         self,
         epsilon: float | None = None,

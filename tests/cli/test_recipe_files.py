@@ -164,7 +164,7 @@ def test_help_is_short_and_has_every_argument_of_the_callback(capsys: pytest.Cap
 
     from lightning_dp import DifferentialPrivacy
 
-    assert list(signature(DifferentialPrivacy).parameters) == list(arguments())
+    assert set(signature(DifferentialPrivacy).parameters) == set(arguments())
     assert all(f"\n  {name} " in said for name in arguments())
     main(["validate", "--help"])
     assert len(capsys.readouterr().out.splitlines()) < 20
@@ -177,3 +177,18 @@ def test_the_errors_of_the_package_are_in_one_place() -> None:
         assert issubclass(getattr(errors, name), Exception)
     with pytest.raises(AttributeError, match="NoSuchError"):
         errors.NoSuchError  # noqa: B018
+
+
+def test_arguments_of_other_libraries_are_answered_with_their_name_here() -> None:
+    from inspect import signature
+
+    from lightning_dp import DifferentialPrivacy
+    from lightning_dp.callbacks.other_names import OTHERS
+
+    with pytest.raises(TypeError, match=r"target_epsilon=: expected epsilon=\. max_grad_norm=: expected clip_norm="):
+        DifferentialPrivacy(target_epsilon=8.0, max_grad_norm=1.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epsilonn'"):
+        DifferentialPrivacy(epsilonn=8.0)  # type: ignore[call-arg]
+    own = set(signature(DifferentialPrivacy).parameters)
+    assert "epsilon" in own
+    assert not own & set(OTHERS)
