@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
     given = parser.parse_args()
-    Planned.micro_batches = waiting(Planned.micro_batches)  # type: ignore[method-assign]  # to measure it
+    Planned.micro_batches = waiting(Planned.micro_batches)
     found: dict[str, list[float]] = {name: [] for name in CASES}
     for _ in range(given.rounds):
         for name, case in CASES.items():

@@ -156,18 +156,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     steps = parser.parse_args().steps
     state, hooks, comparison = "state", "hooks", "comparison"
-    KeptState.contents = timed(state, KeptState.contents)  # type: ignore[method-assign]  # to measure it
-    Contents.changed = timed(state, Contents.changed)  # type: ignore[method-assign]  # likewise
-    KeptState.put_back_after = around(state, KeptState.put_back_after)  # type: ignore[method-assign]  # likewise
-    UserHooks._run = timed(hooks, UserHooks._run)  # type: ignore[method-assign]  # likewise
-    EngineComparison._compare = timed(comparison, EngineComparison._compare)  # type: ignore[method-assign]  # likewise
+    KeptState.contents = timed(state, KeptState.contents)
+    Contents.changed = timed(state, Contents.changed)
+    KeptState.put_back_after = around(state, KeptState.put_back_after)
+    UserHooks._run = timed(hooks, UserHooks._run)
+    EngineComparison._compare = timed(comparison, EngineComparison._compare)
     print("| | engine | state | hooks | comparison |\n|---|---|--:|--:|--:|")
     for name, (make, shape, batch) in TASKS.items():
         for engine in ("ghost", "vmap", "loop") if name.startswith("digits") else ("ghost",):
             torch.manual_seed(0)
             parts = Parts()
             data = TensorDataset(torch.rand(4 * batch, *shape), torch.randint(10, (4 * batch,)))
-            privacy = DifferentialPrivacy(noise_multiplier=1.0, seed=0, engine=engine)  # type: ignore[arg-type]  # a name
+            privacy = DifferentialPrivacy(noise_multiplier=1.0, seed=0, engine=engine)
             more = [Counting()] if "hooks" in name else []
             trainer = L.Trainer(
                 max_steps=steps + 2, callbacks=[privacy, parts, *more], logger=False, enable_checkpointing=False,

@@ -97,8 +97,8 @@ def fit(ranks: int, batch: int, steps: int, depth: int, width: int, workers: int
 
         def clock() -> None:
             strategy = module.trainer.strategy
-            strategy.training_step = clocked(module, "gradients", strategy.training_step)  # type: ignore[method-assign]  # clocked
-            strategy.reduce = clocked(module, "sum over ranks", strategy.reduce)  # type: ignore[method-assign]  # clocked
+            strategy.training_step = clocked(module, "gradients", strategy.training_step)
+            strategy.reduce = clocked(module, "sum over ranks", strategy.reduce)
             add = clocked(module, "noise", gaussian.add_gaussian_noise)
             gaussian.add_gaussian_noise = add
 
@@ -106,7 +106,7 @@ def fit(ranks: int, batch: int, steps: int, depth: int, width: int, workers: int
             if module.trainer.is_global_zero:
                 to.write_text(json.dumps(module.steps[1:]))
 
-        module.on_train_start, module.on_train_end = clock, save  # type: ignore[method-assign]  # only for this run
+        module.on_train_start, module.on_train_end = clock, save
         trainer = L.Trainer(
             accelerator="cpu", devices=ranks, strategy="ddp_fork" if ranks > 1 else "auto", max_steps=steps + 1,
             max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,

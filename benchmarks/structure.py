@@ -162,7 +162,7 @@ def main() -> None:
         "getattr and setattr": calls_of("getattr", "setattr"),
     }
     for what, found in figures.items():
-        print(f"{what:60s} {found if isinstance(found, int) else len(found)}")  # type: ignore[arg-type]  # lists otherwise
+        print(f"{what:60s} {found if isinstance(found, int) else len(found)}")
         if names and isinstance(found, list):
             print("\n".join(f"    {one}" for one in found))
 

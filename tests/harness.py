@@ -144,7 +144,7 @@ def by_package(setting: Setting, engine: str, fit: Any = None, **options: Any) -
     private = DifferentialPrivacy(
         noise_multiplier=setting.sigma, clip_norm=setting.clip, seed=setting.seed, expected_batch_size=setting.batch,
         clipping=setting.style, automatic_gamma=GAMMA, engine=engine, **options,
-    )  # type: ignore[arg-type]  # names of a style and an engine  # fmt: skip
+    )  # fmt: skip
     views: list[L.Callback] = []
     if setting.views:
         views = [AugmentationMultiplicity(k=setting.views, transform=Shift(), images=0)]

@@ -122,7 +122,7 @@ def test_views_of_images() -> None:
     for name in ROOTS:
         root = import_module(name)
 
-        class Images(root.LightningModule):  # type: ignore[misc,name-defined]  # of the root at hand
+        class Images(root.LightningModule):
             def __init__(self) -> None:
                 super().__init__()
                 self.layer = nn.Linear(4, 1)

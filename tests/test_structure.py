@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +52,22 @@ def test_nobody_looks_upstairs_for_the_fit_under_way() -> None:
     package = ROOT / "lightning_dp"
     knowing = {str(path.relative_to(package)) for path in package.rglob("*.py") if "private_fit" in path.read_text()}
     assert knowing == {"strategy.py", "callbacks/differential_privacy.py"}
+
+
+def test_what_is_ignored_or_skipped_says_why() -> None:
+    """Types are checked in the package alone, so that nothing has to be ignored in tests; ruff finds what is not needed."""
+    silent, reason = (
+        [],
+        re.compile(r"(type: ignore\[[^]]+\]|noqa: [A-Z0-9, ]+|pragma: no cover)  ?[#(]|reason=|skip\(f?\""),
+    )
+    ignored = re.compile(r"# type: ignore|# noqa|# pragma|mark\.skip|mark\.xfail|pytest\.(skip|xfail|importorskip)\(")
+    for folder in ("lightning_dp", "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                types = "# type: " + "ignore" in line and folder != "lightning_dp"
+                if path != Path(__file__) and ignored.search(line) and (types or not reason.search(line)):
+                    silent.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not silent
 
 
 def test_every_file_can_be_read_in_one_sitting(structure: ModuleType) -> None:

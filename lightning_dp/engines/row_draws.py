@@ -105,7 +105,7 @@ class RowDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
 
 
 # Defined in the class, it would be wrapped for torch.compile, which takes several times as long. Nothing here is compiled.
-RowDraws.__torch_dispatch__ = RowDraws._dispatched  # type: ignore[assignment, method-assign]
+RowDraws.__torch_dispatch__ = RowDraws._dispatched  # type: ignore[assignment, method-assign]  # see above
 
 
 def a_draw() -> int:

@@ -7,6 +7,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
 
 from lightning_dp.accounting import Ledger, Phase, epsilon_bound
 from lightning_dp.accounting.allocation_moments import MOST, _added, _removed, allocation_log_moments
@@ -167,7 +168,7 @@ def test_renyi_accounting_and_searches_see_the_amplification() -> None:
 
 @pytest.mark.parametrize("law", ["poisson", "allocation"])
 def test_a_block_of_one_step_is_the_gaussian_mechanism(law: str) -> None:
-    phases = [Phase(2.0, 1.0, 20, law)]  # type: ignore[arg-type]  # one of the two
+    phases = [Phase(2.0, 1.0, 20, law)]
     exact = gaussian_epsilon([Phase(2.0, 1.0, 20)], 1e-5)
     assert exact <= pld_bound(phases, 1e-5) <= exact + 0.01
 
@@ -184,10 +185,9 @@ def test_poisson_steps_agree_with_prv(sigma: float, q: float, steps: int, delta:
 
 def test_blocks_agree_with_privacy_loss_distributions_of_dp_accounting() -> None:
     """Composition and conversion by another library, from the law of one block as two probability mass functions."""
-    pld = pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
     law = allocation_law(2.0, 10, 1e-9)
     names = range(len(law.ratio))
-    theirs = pld.from_two_probability_mass_functions(
+    theirs = privacy_loss_distribution.from_two_probability_mass_functions(
         dict(zip(names, np.log(np.maximum(law.without_it, 1e-300)), strict=True)),
         dict(zip(names, np.log(np.maximum(law.with_it, 1e-300)), strict=True)),
         value_discretization_interval=1e-3,
@@ -232,7 +232,7 @@ def make_plan(**changes: object) -> PrivacyPlan:
         "noise_multiplier": 2.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, "expected_batch_size": 100,
         "steps": 50, "sampling": "random_allocation",
     }  # fmt: skip
-    return PrivacyPlan(**{**numbers, **changes})  # type: ignore[arg-type]
+    return PrivacyPlan(**{**numbers, **changes})
 
 
 def test_a_part_of_a_block_counts_as_the_whole() -> None:
@@ -300,7 +300,7 @@ def test_calibration_reaches_its_target(sampling: str) -> None:
 
 
 def test_phases_of_two_laws_are_kept_apart() -> None:
-    phases = [Phase(1.0 + i / 100, 0.1, 1, law) for i in range(40) for law in ("poisson", "allocation")]  # type: ignore[arg-type]
+    phases = [Phase(1.0 + i / 100, 0.1, 1, law) for i in range(40) for law in ("poisson", "allocation")]
     together = few(pool(phases))
     assert {phase.law for phase in together} == {"poisson", "allocation"}
     assert [sum(p.steps for p in together if p.law == law) for law in ("poisson", "allocation")] == [40, 40]

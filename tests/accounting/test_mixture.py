@@ -223,7 +223,7 @@ def test_less_correlation_pays_where_bins_hide_each_other() -> None:
     assert -found.matrix[1] < -plain.matrix[1]
     noise = []
     for correlation in (found, plain):
-        sigma = noise_for(2.0, 1e-5, lambda s, c=correlation: stretch(c, s, bins, 3))  # type: ignore[misc]  # of this one
+        sigma = noise_for(2.0, 1e-5, lambda s, c=correlation: stretch(c, s, bins, 3))
         error = squared_error(np.convolve(momentum_workload(steps, 0.9), correlation.matrix)[:steps])
         noise.append(sigma * correlation.column_norm * math.sqrt(error))
     assert (

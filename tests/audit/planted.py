@@ -72,8 +72,8 @@ class Plain(L.LightningModule):
 class Manual(Plain):
     automatic_optimization = False
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
             optimizer.zero_grad()
             self.manual_backward(self.loss(batch))
             optimizer.step()
@@ -328,7 +328,7 @@ class Dropped(Records):
 
     def __getitem__(self, index: int) -> Any:
         inputs, label = self.items[index]
-        return inputs * torch.from_numpy(np.random.rand(FEATURES) < 0.5), label  # noqa: NPY002 (what old code does)
+        return inputs * torch.from_numpy(np.random.rand(FEATURES) < 0.5), label
 
 
 class Centred(Records):

@@ -86,6 +86,6 @@ def test_the_lower_bound_stays_below_the_claim_and_finds_half_the_noise(noise: s
     assert right.verdict == "consistent"
     assert 0.5 < right.epsilon_lower < right.epsilon_claimed <= 4.0
     assert right.plan_p_value is None
-    original: Callable[[CorrelatedNoise], float] = CorrelatedNoise._draw_std.fget  # type: ignore[attr-defined]
+    original: Callable[[CorrelatedNoise], float] = CorrelatedNoise._draw_std.fget
     with patched((CorrelatedNoise, "_draw_std", property(lambda self: original(self) / 4))):
         assert audited(1.0).verdict == "violated"

@@ -228,12 +228,12 @@ def test_the_records_chosen_are_the_odd_ones_too() -> None:
 def test_nothing_of_the_user_is_changed() -> None:
     fit, module = trainer(DifferentialPrivacy(noise_multiplier=1.0)), Plain()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    torch_state, array = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 (what old code draws from)
+    torch_state, array = torch.get_rng_state(), np.random.get_state()[1].copy()
     assert verify(fit, module, Row(Plain).loader(), steps=2, examples=4).ok
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     assert fit.global_step == 0
     assert torch.equal(torch_state, torch.get_rng_state())
-    assert np.array_equal(array, np.random.get_state()[1])  # noqa: NPY002 (likewise)
+    assert np.array_equal(array, np.random.get_state()[1])
 
 
 @pytest.mark.parametrize(

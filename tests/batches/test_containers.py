@@ -127,7 +127,7 @@ def test_what_nobody_can_look_into_stays_closed_and_is_refused(leaf: Any) -> Non
 
 
 def test_a_tensor_in_company_of_something_opaque_is_refused_with_its_object() -> None:
-    mixed = Own(X, object())  # type: ignore[arg-type]  # on purpose
+    mixed = Own(X, object())
     with pytest.raises(BatchAxisError, match=r"^batch is of type Own"):
         check_batch_axis(open_containers(mixed), 3)
 

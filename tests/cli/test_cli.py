@@ -79,12 +79,12 @@ def test_epsilon_and_calibrate_of_blocks(capsys: pytest.CaptureFixture[str], sam
     found = json.loads(said(capsys, "epsilon", "--noise-multiplier", "2", *blocks, "--json", "--all"))
     assert found["accountant"] == "PLD"
     assert found["epsilon_pld_low"] is None
-    assert found["epsilon"] == epsilon_bound([phase_of_numbers(2.0, 1 / 12, 36, sampling)], 1e-5).epsilon  # type: ignore[arg-type]
+    assert found["epsilon"] == epsilon_bound([phase_of_numbers(2.0, 1 / 12, 36, sampling)], 1e-5).epsilon
     line = said(capsys, "epsilon", "--noise-multiplier", "2", *blocks, "--all")
     assert f"q = 0.0833333, 25 steps, {sampling.replace('_', '-')} sampling (PLD accountant)" in line
     assert "only for Poisson sampling" in line
     sigma = json.loads(said(capsys, "calibrate", "--epsilon", "2", *blocks, "--json"))["noise_multiplier"]
-    assert 1.99 <= epsilon_bound([phase_of_numbers(sigma, 1 / 12, 25, sampling)], 1e-5).epsilon <= 2.0  # type: ignore[arg-type]
+    assert 1.99 <= epsilon_bound([phase_of_numbers(sigma, 1 / 12, 25, sampling)], 1e-5).epsilon <= 2.0
     with pytest.raises(SystemExit):
         main(["epsilon", "--noise-multiplier", "2", *blocks[:2], "--sampling-probability", "0.3", *blocks[4:]])
     assert "expected 1/k for blocks of k steps" in capsys.readouterr().err

@@ -127,7 +127,7 @@ class TestChannelsThatAreNotWrittenOut:
         usual = Convolution._channels
 
         def channels(*given: object) -> Channels | None:
-            found: Channels | None = usual(*given)  # type: ignore[arg-type]  # passed on as they came
+            found: Channels | None = usual(*given)
             asked.append(found is not None)
             return found
 

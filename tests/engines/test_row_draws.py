@@ -81,7 +81,7 @@ TORCH: dict[str, Callable[[Random, Tensor], Tensor]] = {
     "a coin that decides": lambda net, h: h if torch.rand(()) < 0.5 else h.flip(1),
 }
 OTHERS: dict[str, Callable[[Random, Tensor], Tensor]] = {
-    "NumPy": lambda net, h: h * np.random.rand(),  # noqa: NPY002 (what old code draws from)
+    "NumPy": lambda net, h: h * np.random.rand(),
     "random": lambda net, h: h * random.random(),
     "a generator": lambda net, h: h * torch.rand(8, generator=torch.Generator().manual_seed(len(h))),
 }
@@ -205,7 +205,7 @@ def test_a_step_that_draws_nothing_is_run_once_and_one_that_draws_is_expected_to
             calls += 1
             return original(x)
 
-        net.forward = counted  # type: ignore[method-assign]
+        net.forward = counted
         engine, found = VmapEngine(), []
         for _ in range(2):
             calls = 0

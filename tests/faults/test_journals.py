@@ -416,7 +416,7 @@ def test_a_damaged_journal_of_another_version_is_no_obstacle(tmp_path: Path) -> 
     own.mkdir()
     other.mkdir()
     (other / FILE_NAME).write_text("nonsense }\n")
-    journal = Journal(own, Ledger.numbers.fget(_ledger()))  # type: ignore[attr-defined]  # of a property
+    journal = Journal(own, Ledger.numbers.fget(_ledger()))
     checkpoint = journal.lineage
     journal.record(2)
     journal.close(ended=False)

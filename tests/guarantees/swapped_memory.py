@@ -24,7 +24,7 @@ from tests.conftest import Regressor, loader, trainer, weights
 ENGINES = ("auto", "ghost", "vmap", "loop")
 Step = Callable[[Any, Tensor], Tensor | None]
 
-nn.kept_by_a_library = torch.zeros(8)  # type: ignore[attr-defined]  # stands for what a library keeps, out of reach
+nn.kept_by_a_library = torch.zeros(8)
 
 
 class Student(Regressor):
@@ -131,7 +131,7 @@ def takes_memory_of_a_parameter_away(self: Any, x: Tensor) -> None:
 
 
 def adds_to_what_a_library_keeps(self: Any, x: Tensor) -> None:
-    nn.kept_by_a_library.add_(hidden(self, x).detach())  # type: ignore[attr-defined]  # see above
+    nn.kept_by_a_library.add_(hidden(self, x).detach())
 
 
 def assigns_a_gradient(self: Any, x: Tensor) -> None:
@@ -161,7 +161,7 @@ def swaps_its_own(self: Any, x: Tensor) -> Tensor:
 def gives_its_own_other_memory(self: Any, x: Tensor) -> Tensor:
     own, other = torch.zeros(8), torch.zeros(8)
     own.data = hidden(self, x).detach()
-    other.set_(hidden(self, x).detach() * 1.0)  # type: ignore[call-overload]  # one of many signatures
+    other.set_(hidden(self, x).detach() * 1.0)
     return (own * other * hidden(self, x)).sum()
 
 

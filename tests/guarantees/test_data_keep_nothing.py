@@ -239,7 +239,7 @@ class Caches(Keeps):
         if index not in self.held:
             self.held[index] = inputs
         self.images[index] = self.flags[index] = index
-        return self.held[index]  # type: ignore[no-any-return]  # a tensor
+        return self.held[index]
 
 
 class CachesByName(Keeps):

@@ -62,7 +62,7 @@ class Coin(Net):
 
 class ByNumPy(Net):
     def changed(self, hidden: Tensor) -> Tensor:
-        return hidden * float(np.random.beta(0.4, 0.4))  # noqa: NPY002 (as people write MixUp)
+        return hidden * float(np.random.beta(0.4, 0.4))
 
 
 class ByPython(Net):

@@ -67,10 +67,10 @@ class InCodeWithinCode(Records):
 class InAProperty(Records):
     def __init__(self) -> None:
         generator = random.Random(0)
-        type(self).now = property(lambda self: generator.random())  # type: ignore[attr-defined]
+        type(self).now = property(lambda self: generator.random())
 
     def factor(self, index: int) -> Any:
-        return 1 + self.now  # type: ignore[attr-defined]
+        return 1 + self.now
 
 
 class MadeAtFirst(Records):
@@ -99,7 +99,7 @@ class ByTorch(Records):
 
 class ByNumPy(Records):
     def factor(self, index: int) -> Any:
-        return np.random.rand()  # noqa: NPY002 (what people's data sets draw from)
+        return np.random.rand()
 
 
 class ByPython(Records):
@@ -132,7 +132,7 @@ class Noisy:
     def __call__(self, x: Tensor) -> Tensor:
         array, python, of_torch = self.kept
         for _ in range(1 + int(x.sum() > 0)):
-            factor = torch.rand(()) + np.random.rand() + random.random()  # noqa: NPY002 (as people write it)
+            factor = torch.rand(()) + np.random.rand() + random.random()
             factor = factor + array.random() + python.random() + torch.rand((), generator=of_torch)
         return x * factor / 9
 
@@ -170,7 +170,7 @@ class Both(AtBatchStart):
 
 class Shared(Net):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch[0] * (torch.rand(()) + np.random.rand() + OWN.random()), batch[1]  # noqa: NPY002 (as people write it)
+        return batch[0] * (torch.rand(()) + np.random.rand() + OWN.random()), batch[1]
 
 
 class Grab(L.Callback):

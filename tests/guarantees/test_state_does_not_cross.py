@@ -252,7 +252,7 @@ def test_what_is_declared_public_may_change_and_the_statement_says_so() -> None:
     assert module.center != 0
     assert any("declares center public" in caveat for caveat in private.statement().caveats)
     with pytest.raises(ValueError, match="public_state='center': expected a list"):
-        DifferentialPrivacy(noise_multiplier=1.0, public_state="center")  # type: ignore[arg-type]  # on purpose
+        DifferentialPrivacy(noise_multiplier=1.0, public_state="center")
 
 
 class _FailsHalfWay(_Center):

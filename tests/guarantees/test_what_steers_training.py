@@ -253,13 +253,13 @@ class _Keeps(L.Callback):
 
 class _Asks(Regressor):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        kept: Any = self.trainer.callbacks[1]  # type: ignore[attr-defined]  # set where type checkers do not see it
+        kept: Any = self.trainer.callbacks[1]
         return super().training_step(batch, batch_idx) / kept.losses[-1]
 
 
 class _AsksForAConstant(Regressor):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        kept: Any = next(one for one in self.trainer.callbacks if isinstance(one, _Keeps))  # type: ignore[attr-defined]  # likewise
+        kept: Any = next(one for one in self.trainer.callbacks if isinstance(one, _Keeps))
         return super().training_step(batch, batch_idx) * kept.weight
 
 
@@ -273,7 +273,7 @@ def test_what_callbacks_keep_does_not_come_back() -> None:
 
 class _SkipsWhenSeen(Regressor):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-        kept: Any = self.trainer.callbacks[1]  # type: ignore[attr-defined]  # likewise
+        kept: Any = self.trainer.callbacks[1]
         return -1 if len(kept.losses) > 1 and kept.losses[-1] < 1e6 else None
 
 

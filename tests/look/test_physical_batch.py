@@ -328,7 +328,7 @@ class Random(Regressor):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         self.seen.append(len(batch[0]))
         random.random()
-        np.random.rand()  # noqa: NPY002 (the generator that must be left alone is the legacy one)
+        np.random.rand()
         out = self.net(self.dropout(batch[0]) * self.scale).squeeze(-1)
         loss = nn.functional.mse_loss(out, batch[1])
         self.log("train/loss", loss)
@@ -341,7 +341,7 @@ def world(module: nn.Module, private: DifferentialPrivacy) -> dict[str, Any]:
     return {
         **{name: tensor.detach().clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]},
         "torch's generator": torch.get_rng_state(),
-        "NumPy's generator": torch.tensor(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002 (the same)
+        "NumPy's generator": torch.tensor(np.random.get_state()[1].astype(np.int64)),
         "Python's generator": random.getstate(),
         "gradients": [parameter.grad for parameter in module.parameters()],
         "ledger": private.ledger.state_dict(),

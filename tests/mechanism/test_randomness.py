@@ -51,7 +51,7 @@ def test_torch_seeds_are_accepted_by_torch() -> None:
 
 def test_a_key_draws_nothing_from_anybody_elses_generator() -> None:
     def state() -> tuple[object, ...]:
-        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()  # noqa: NPY002 (the state is what is watched)
+        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
     before = state()
     key = RandomKey.fresh()
@@ -66,7 +66,7 @@ def test_no_seeding_of_any_library_fixes_a_fresh_key() -> None:
     for _ in range(3):
         L.seed_everything(1, workers=True, verbose=False)
         torch.manual_seed(1)
-        np.random.seed(1)  # noqa: NPY002 (the legacy seed is one of those that must not matter)
+        np.random.seed(1)
         random.seed(1)
         drawn.add(RandomKey.fresh().reveal())
     assert len(drawn) == 3

@@ -82,7 +82,7 @@ def test_shards_have_the_type_of_the_sums(world_size: int) -> None:
 def test_ranks_that_hold_rows_of_the_sum_already_release_what_one_process_releases() -> None:
     """As layer by layer: the noise is added to the rows after the sum, by the rank that keeps them."""
     whole = named([(5, 3), (2,), (7, 1, 2)], 3)
-    alone, rows = release(whole, plan(), KEY, 4), [{}, {}, {}]  # type: ignore[var-annotated]  # filled below
+    alone, rows = release(whole, plan(), KEY, 4), [{}, {}, {}]
     for rank, mine in enumerate(rows):
 
         def held(_: object, rank: int = rank) -> tuple[list[tuple[int, Tensor]], int]:

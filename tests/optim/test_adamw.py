@@ -27,7 +27,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
 def gradients(step: int, like: list[torch.nn.Parameter], noise_std: float = 0.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     found = [(1 + noise_std) * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in like]
-    return found if step % 3 else [*found[:-1], None]  # type: ignore[list-item]  # one without a gradient
+    return found if step % 3 else [*found[:-1], None]
 
 
 def steps(optimizer: torch.optim.Optimizer, noise_std: float = 0.0, count: int = 8) -> list[Tensor]:

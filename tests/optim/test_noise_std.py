@@ -145,7 +145,7 @@ def test_a_public_optimizer_and_one_without_privacy_are_told_nothing() -> None:
     assert set(run(Mute(), noise_multiplier=0.0)[0].told) == {0.0}
     plain = trainer(max_steps=2)
     plain.fit(Mute(), loader())
-    assert plain.optimizers[0].told == [0.0, 0.0]  # type: ignore[attr-defined]
+    assert plain.optimizers[0].told == [0.0, 0.0]
 
 
 def planted(times: float) -> Any:

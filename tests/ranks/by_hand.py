@@ -41,7 +41,7 @@ def sgd(
         expected_batch_size: of a sample.
         changed: what enters the key beside the seed.
     """
-    key, size = RandomKey.from_seed(seed, changed), len(data)  # type: ignore[arg-type]  # a dataset with a length
+    key, size = RandomKey.from_seed(seed, changed), len(data)
     parameters = list(module.parameters())
     for step in steps:
         total = torch.zeros(sum(p.numel() for p in parameters))

@@ -66,7 +66,7 @@ def all_of_them(on_cluster: Callable[..., L.Trainer], folder: Path) -> dict[str,
         fit = on_cluster(callback, **{"max_steps": 3, **options})
         if "charged" in changes:
             fit.callbacks.insert(0, Restored(callback, changes["charged"]))
-        agreement.__version__ = changes.get("version", "1.0")  # type: ignore[attr-defined]  # what it read at import
+        agreement.__version__ = changes.get("version", "1.0")
         try:
             fit.fit(module, changes["data"] if "data" in changes else loader())
             told[name] = None

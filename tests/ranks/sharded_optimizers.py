@@ -64,6 +64,6 @@ def by_hand(mesh: Any) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
                 optimizer.step()
         found[name] = (
             [one.detach().clone() for one in whole],
-            [one.detach().full_tensor() for one in parts],  # type: ignore[attr-defined]  # a DTensor
+            [one.detach().full_tensor() for one in parts],
         )
     return found

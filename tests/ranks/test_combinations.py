@@ -20,7 +20,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("combinations")
     command = [sys.executable, "-m", "tests.ranks.combinations", str(folder)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=PATIENCE, capture_output=True)
-    return torch.load(folder / "found.pt", weights_only=True)  # type: ignore[no-any-return]  # as the script saved it
+    return torch.load(folder / "found.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("setting", EVERY, ids=str)

@@ -101,7 +101,7 @@ def counted(make_trainer: Any) -> dict[str, Any]:
         if views:
             fit.callbacks.append(AugmentationMultiplicity(k=views, transform=Shift(), images=0))
         with Traffic() as traffic:
-            module.on_train_batch_start = traffic.step  # type: ignore[method-assign, assignment]  # a hook of Lightning's
+            module.on_train_batch_start = traffic.step
             fit.fit(module, loader())
         found[name] = {"steps": traffic.steps, "parameters": sum(p.numel() for p in module.parameters())}
     return found
@@ -276,7 +276,7 @@ def stretch(make_trainer: Any, folder: Path, until: int, seed: int | None = 7, *
         noised.append(named["step"])
         add(*parts, **named)
 
-    gaussian_module.add_gaussian_noise = noted  # type: ignore[assignment]  # the same, and a note of it
+    gaussian_module.add_gaussian_noise = noted
     fit = make_trainer(callback, max_steps=until)
     fit.callbacks.append(sampled := Sampled())
     last = folder / f"stretch-{seed}.ckpt"

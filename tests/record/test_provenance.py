@@ -74,7 +74,7 @@ def test_the_digest_of_a_module_is_of_its_parameters_and_not_of_their_values() -
     digests = {module_facts(other)["digest"] for other in others} | {one["digest"]}
     assert len(digests) == 4
 
-    class Renamed(type(regressor())):  # type: ignore[misc]  # a class that is made here
+    class Renamed(type(regressor())):
         pass
 
     assert module_facts(Renamed())["class"].endswith("Renamed")

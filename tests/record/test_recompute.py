@@ -255,7 +255,6 @@ def test_whatever_was_run_holds(options: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_secure_runs_hold(tmp_path: Path) -> None:
-    pytest.importorskip("cryptography")
     fit(tmp_path, private(secure=True, engine="loop"), steps=2)
     assert recompute(tmp_path / "privacy.json").holds
 

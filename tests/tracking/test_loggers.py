@@ -98,7 +98,7 @@ class WithoutServer(MLFlowLogger):
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         pass
 
-    name = version = "run"  # type: ignore[assignment]  # a double of what is wanted
+    name = version = "run"
 
 
 def private(**options: Any) -> DifferentialPrivacy:
@@ -146,7 +146,7 @@ def test_a_run_that_is_killed_has_told_mlflow_an_upper_bound() -> None:
         def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), **_: Any) -> None:
             pass
 
-    class Module(type(regressor())):  # type: ignore[misc]  # a double of what is wanted
+    class Module(type(regressor())):
         def on_train_batch_end(self, *_: Any) -> None:
             seen.append((self.global_step, client.tags["dp/steps_spent"], client.tags["dp/statement"]))
 
@@ -172,7 +172,7 @@ def test_the_record_is_beside_the_logs_of_every_logger_that_has_a_folder(tmp_pat
     loggers = [Strict(), CSVLogger(tmp_path, name="one"), CSVLogger(tmp_path, name="two")]
     callback = private()
     trainer(callback, logger=loggers, max_steps=3, default_root_dir=tmp_path / "root").fit(regressor(), loader())
-    found = [tmp_path / "root", Path(loggers[1].log_dir), Path(loggers[2].log_dir)]  # type: ignore[attr-defined]  # a double of what is wanted
+    found = [tmp_path / "root", Path(loggers[1].log_dir), Path(loggers[2].log_dir)]
     assert {path.parent for path in tmp_path.rglob("privacy.json")} == set(found)
     assert {(folder / "privacy.json").read_text() for folder in found} == {(found[0] / "privacy.json").read_text()}
 
@@ -180,5 +180,5 @@ def test_the_record_is_beside_the_logs_of_every_logger_that_has_a_folder(tmp_pat
 def test_loggers_that_take_new_values_get_the_whole_plan(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     for steps in (3, 4):
-        tell_plan(SimpleNamespace(loggers=[logger]), {"steps": steps, "engine": "vmap"})  # type: ignore[arg-type]  # a double of what is wanted
+        tell_plan(SimpleNamespace(loggers=[logger]), {"steps": steps, "engine": "vmap"})
         assert f"steps: {steps}" in (Path(logger.log_dir) / "hparams.yaml").read_text()

@@ -44,7 +44,7 @@ class Scheduled(Regressor):
 
     def configure_optimizers(self) -> Any:
         mine = torch.optim.SGD(self.parameters(), lr=0.1)
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # set where type checkers do not see it
+        datamodule = self.trainer.datamodule
         self.planned = max(1, len(datamodule.train_dataloader()) * (self.trainer.max_epochs or 1))
         self.estimated = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.OneCycleLR(mine, 0.1, total_steps=self.planned)
@@ -178,7 +178,7 @@ def test_a_resumed_run_ends_where_it_would_have_ended(when: str, tmp_path: Path)
     fit = quiet_trainer(
         DifferentialPrivacy(noise_multiplier=1.0, delta=1e-3), saving, enable_checkpointing=True, max_epochs=3
     )
-    data.val_dataloader = lambda: loader()  # type: ignore[method-assign]  # all of the others are without
+    data.val_dataloader = lambda: loader()
     fit.fit(Scheduled(), datamodule=data)
     assert fit.global_step == 12
     for path in sorted(tmp_path.glob("*.ckpt")):

@@ -196,7 +196,7 @@ def by_hand(kind: type[Base], rows: list[Any], collate: Any) -> Tensor:
 
 def fitted(module: Base, rows: list[Any], collate: Any, expected: int = COUNT, **options: Any) -> Tensor:
     private = DifferentialPrivacy(noise_multiplier=0.0, clip_norm=CLIP, expected_batch_size=expected, **options)
-    trainer(private, max_steps=STEPS).fit(module, DataLoader(rows, batch_size=3, collate_fn=collate))  # type: ignore[arg-type]  # a list is a dataset
+    trainer(private, max_steps=STEPS).fit(module, DataLoader(rows, batch_size=3, collate_fn=collate))
     return weights(module)
 
 
@@ -242,7 +242,7 @@ def test_no_views_are_made_of_what_has_no_rows() -> None:
     with pytest.raises(BatchAxisError, match=r"AugmentationMultiplicity with examples that are collated one by one"):
         trainer(private, AugmentationMultiplicity(2), max_steps=1).fit(
             module,
-            DataLoader(records(graph), batch_size=3, collate_fn=Graphs.from_data_list),  # type: ignore[arg-type]  # lists that fill up, and a list for a dataset
+            DataLoader(records(graph), batch_size=3, collate_fn=Graphs.from_data_list),
         )
 
 
@@ -250,7 +250,7 @@ class Tokenizer:
     """Something of a user's, that all examples share."""
 
     def __init__(self) -> None:
-        self.scale, self.seen = 2.0, []  # type: ignore[var-annotated]  # lists that fill up, and a list for a dataset
+        self.scale, self.seen = 2.0, []
 
 
 class WithShared(Base):
@@ -310,7 +310,7 @@ class ByHandTwice(WritesIntoItsBatch):
         super().__init__()
         self.automatic_optimization = False
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]  # by hand
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         loss = self.loss(batch)
         for optimizer in self.optimizers():
             optimizer.zero_grad()
@@ -327,7 +327,7 @@ def twice_the_same() -> None:
     module = made(ByHandTwice)
     before = weights(module)
     private = DifferentialPrivacy(noise_multiplier=0.0, clip_norm=torch.inf, expected_batch_size=COUNT, engine="loop")
-    trainer(private, max_steps=2).fit(module, DataLoader(rows, batch_size=3, collate_fn=stacked))  # type: ignore[arg-type]  # a list is a dataset
+    trainer(private, max_steps=2).fit(module, DataLoader(rows, batch_size=3, collate_fn=stacked))
     reference = made(WritesIntoItsBatch)
     loss = reference.loss(stacked(rows))
     moved = torch.cat([0.5 * g.flatten() for g in torch.autograd.grad(loss, list(reference.parameters()))])

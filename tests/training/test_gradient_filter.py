@@ -235,10 +235,10 @@ def test_the_noise_that_an_optimizer_is_told_is_that_behind_the_filter() -> None
     fit = trainer(private(), max_steps=4)
     fit.fit(Mute(), loader())
     (optimizer,) = fit.optimizers
-    told: list[float] = optimizer.told  # type: ignore[attr-defined]
+    told: list[float] = optimizer.told
     assert told[0] == pytest.approx(SIGMA * CLIP / 16)
     assert told[3] < 0.8 * told[0]
-    assert optimizer.agrees()  # type: ignore[attr-defined]
+    assert optimizer.agrees()
 
 
 def test_neighbours_differ_by_one_clipped_contribution() -> None:

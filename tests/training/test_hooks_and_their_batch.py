@@ -54,10 +54,10 @@ class Reader(Regressor):
 
     def __init__(self, parts: Any) -> None:
         super().__init__()
-        self.parts, self.seen = parts, []  # type: ignore[var-annotated]  # lists that fill up
+        self.parts, self.seen = parts, []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(tuple(self.parts(batch)), batch_idx)  # type: ignore[arg-type]  # two tensors
+        return super().training_step(tuple(self.parts(batch)), batch_idx)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.seen.append((type(batch), *(part.clone() for part in self.parts(batch))))
@@ -68,7 +68,7 @@ class Reader(Regressor):
 
 class Reading(L.Callback):
     def __init__(self, parts: Any) -> None:
-        self.parts, self.seen = parts, []  # type: ignore[var-annotated]  # lists that fill up
+        self.parts, self.seen = parts, []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.seen.append((type(batch), *(part.clone() for part in self.parts(batch))))
@@ -120,7 +120,7 @@ class PreProcessor(nn.Module, L.Callback):
 
     def __init__(self, how: str = "attribute") -> None:
         super().__init__()
-        self.how, self.calls, self.latest = how, [], None  # type: ignore[var-annotated]  # lists that fill up
+        self.how, self.calls, self.latest = how, [], None
 
     def transform(self, image: Tensor) -> Tensor:
         return 3 * image + 1

@@ -37,10 +37,10 @@ def test_a_library_is_named_and_its_argument_can_be_given(tmp_path: Path, monkey
     with pytest.raises(
         PreflightError, match=r"gradient_clip_val=10\.0, an argument of the Trainer.*Here forecasts makes"
     ):
-        estimator.train(trainer, regressor(), loader(), private)  # type: ignore[attr-defined]  # the stand-in module made here
+        estimator.train(trainer, regressor(), loader(), private)
     for none in (None, 0, 0.0):
         private = DifferentialPrivacy(noise_multiplier=1.0)
-        estimator.train(trainer, regressor(), loader(), private, gradient_clip_val=none)  # type: ignore[attr-defined]  # the stand-in module made here
+        estimator.train(trainer, regressor(), loader(), private, gradient_clip_val=none)
         assert private.ledger is not None
         assert private.ledger.steps == 1
 

@@ -62,7 +62,7 @@ def made(kind: type[Detector]) -> Detector:
 
 def fit(module: Any, batch_axis: Any = 0, collate: Any = as_detection_does, **options: Any) -> Tensor:
     private = DifferentialPrivacy(noise_multiplier=0.7, clip_norm=0.3, seed=3, batch_axis=batch_axis, **options)
-    data: Any = torch.utils.data.DataLoader(records(), batch_size=8, collate_fn=collate)  # type: ignore[arg-type]  # a list is a dataset
+    data: Any = torch.utils.data.DataLoader(records(), batch_size=8, collate_fn=collate)
     trainer(private, max_steps=4).fit(module, data)
     return weights(module)
 

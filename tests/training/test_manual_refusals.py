@@ -185,7 +185,7 @@ def test_a_step_that_failed_after_its_release_is_not_released_again() -> None:
                 raise ValueError("a hook's own trouble")
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
-            first, second = self.optimizers()  # type: ignore[misc,union-attr]  # there are two
+            first, second = self.optimizers()
             self.manual_backward(0.0 * (self.weight * batch[0]).sum())
             try:
                 first.step()

@@ -80,7 +80,7 @@ class Rows(Columns):
 class Listed(Columns):
     """``dataset[[3, 5]]`` are columns, as in many libraries of tables."""
 
-    __getitems__ = None  # type: ignore[assignment]  # so that torch asks for one item, which is then a list
+    __getitems__ = None
 
     def __getitem__(self, indices: Any) -> Any:
         return {"x": DATA.tensors[0][indices].numpy(), "y": DATA.tensors[1][indices].numpy()}
@@ -139,7 +139,7 @@ def test_an_epoch_of_lists_of_indices_is_as_long_as_their_sampler(drop_last: boo
     fit = trainer(DifferentialPrivacy(noise_multiplier=1.0, delta=1e-4), max_steps=-1, max_epochs=1)
     fit.fit(by_name(), batches_of(Listed(), drop_last))
     assert fit.global_step == batches
-    assert fit.train_dataloader.batch_size == 16  # type: ignore[union-attr]  # there is one
+    assert fit.train_dataloader.batch_size == 16
 
 
 def whole_batches() -> list[Any]:
@@ -304,7 +304,7 @@ class Perturbed(torch.optim.SGD):
 
 
 class Twice(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]  # as people write it
+    def step(self, closure: Any = None) -> Any:
         super().step(closure)
         return super().step(closure)
 

@@ -289,7 +289,7 @@ def test_a_training_step_that_cannot_take_a_batch_of_one(module: Any, options: A
 
 @pytest.mark.parametrize("module", [Squeezes, Halves, Fours])
 def test_nor_by_hand(module: Any) -> None:
-    class ByHand(module):  # type: ignore[misc]  # a class that is given
+    class ByHand(module):
         def __init__(self) -> None:
             super().__init__()
             self.automatic_optimization = False

@@ -23,7 +23,7 @@ class Reloading(Regressor):
 
     def __init__(self, make: Callable[[int], DataLoader[Any]]) -> None:
         super().__init__()
-        self.make, self.workers = make, []  # type: ignore[var-annotated]  # numbers
+        self.make, self.workers = make, []
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.make(self.current_epoch)
@@ -51,7 +51,7 @@ def standardised(rows: list[Any]) -> Any:
 @pytest.mark.parametrize("workers", [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}])
 def test_the_workers_of_a_loader_end_with_it(workers: dict[str, Any]) -> None:
     module = Reloading(lambda epoch: loader(**workers))
-    assert fit_with(module).ledger.steps == 3 * AN_EPOCH  # type: ignore[union-attr]  # there is one after a fit
+    assert fit_with(module).ledger.steps == 3 * AN_EPOCH
     assert len(module.workers) == 3 * AN_EPOCH
     assert max(module.workers) <= 2
     assert not multiprocessing.active_children()

@@ -77,7 +77,7 @@ class ThreeNames(TwoNames):
         self.again = nn.ModuleList([self.loss, nn.ModuleDict({"cell": self.cell})])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        outputs, _ = self.again[1]["cell"](batch[0].unsqueeze(1))  # type: ignore[index]  # a ModuleDict
+        outputs, _ = self.again[1]["cell"](batch[0].unsqueeze(1))
         loss: Tensor = self.again[0](outputs.squeeze(1), batch[1])
         return loss
 

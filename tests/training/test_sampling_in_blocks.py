@@ -53,7 +53,7 @@ class Members(L.Callback):
 
 def private(sampling: str, **options: Any) -> DifferentialPrivacy:
     numbers = {"noise_multiplier": 1.0, "delta": 1e-3, "engine": "vmap", **options}
-    return DifferentialPrivacy(sampling=sampling, **numbers)  # type: ignore[arg-type]  # one of the schemes
+    return DifferentialPrivacy(sampling=sampling, **numbers)
 
 
 def fitted(dp: DifferentialPrivacy, *callbacks: L.Callback, steps: int = 8, size: int = 16, **options: Any) -> Any:
@@ -67,8 +67,6 @@ def fitted(dp: DifferentialPrivacy, *callbacks: L.Callback, steps: int = 8, size
     ("sampling", "secure"), [("random_allocation", False), ("random_allocation", True), ("balls_in_bins", False)]
 )
 def test_every_example_is_in_exactly_one_step_of_a_block(sampling: str, secure: bool) -> None:
-    if secure:
-        pytest.importorskip("cryptography", reason="secure=True draws from its cipher")
     dp, members = private(sampling, secure=secure, engine="loop" if secure else "vmap"), Members()
     fitted(dp, members, steps=12)
     blocks = [members.steps[start : start + 4] for start in (0, 4, 8)]
@@ -88,8 +86,6 @@ def test_every_example_is_in_exactly_one_step_of_a_block(sampling: str, secure: 
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_every_example_is_in_exactly_as_many_steps_of_a_block_as_asked(secure: bool) -> None:
-    if secure:
-        pytest.importorskip("cryptography", reason="secure=True draws from its cipher")
     dp, members = private("random_allocation", participations=3, secure=secure, engine="loop"), Members()
     fitted(dp, members, steps=24)
     for block in (members.steps[:12], members.steps[12:]):
@@ -117,7 +113,6 @@ def test_every_set_of_steps_is_as_likely() -> None:
         stream = Keystream(number.to_bytes(32, "big"))
         return lambda steps: exact_allocation(stream, 3000, steps)
 
-    pytest.importorskip("cryptography", reason="secure=True draws from its cipher")
     for make in (fast, exact):
         places = np.concatenate([distinct_steps(make(n), 5, 3) for n in range(4)])
         sets = Counter(tuple(sorted(row)) for row in places.tolist())
@@ -162,7 +157,6 @@ def test_words_that_would_favour_some_steps_are_drawn_again() -> None:
         def words(self, count: int) -> Any:
             return np.full(count, 2**64 - 1, dtype=np.uint64)
 
-    pytest.importorskip("cryptography", reason="secure=True draws from its cipher")
     assert exact_allocation(Top(bytes(32)), 4, 4).tolist() == [3, 3, 3, 3]  # 2⁶⁴ is a multiple of 4: all words are fair
     assert len(set(exact_allocation(Top(bytes(32)), 400, 5).tolist())) == 5
 
@@ -171,7 +165,7 @@ def test_words_that_would_favour_some_steps_are_drawn_again() -> None:
 def test_ranks_share_one_allocation_and_neighbours_do_not_move_each_other(sampling: str) -> None:
     plan = PrivacyPlan(
         noise_multiplier=1.0, clip_norm=1.0, delta=1e-5, dataset_size=40, expected_batch_size=10, sampling=sampling
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     key = RandomKey.from_seed(3)
     whole = Draws(range(40), plan, key, 0, 1, None, 5)
     without = Draws(range(40), plan, key, 0, 1, None, 5)
@@ -208,7 +202,7 @@ def test_resumed_with_a_seed_is_uninterrupted(sampling: str, at: int, tmp_path: 
     assert members.steps[at:] == resumed.steps
     torch.testing.assert_close(weights(module), weights(trained), rtol=0, atol=0)
     assert dp.statement().epsilon == whole.statement().epsilon
-    assert dp.ledger.phases == whole.ledger.phases  # type: ignore[union-attr]
+    assert dp.ledger.phases == whole.ledger.phases
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_training_equals_the_batch_of_one_loop(engine: str, physical_batch_size:
 
 @pytest.mark.parametrize("style", ["per_layer", "automatic"])
 def test_the_statement_names_the_style(style: str) -> None:
-    private = DifferentialPrivacy(noise_multiplier=0.7, clipping=style)  # type: ignore[arg-type]  # names of a style
+    private = DifferentialPrivacy(noise_multiplier=0.7, clipping=style)
     trainer(private, max_steps=1).fit(regressor(), loader())
     assert private.statement().to_dict()["clipping"] == style
     assert f"({style.replace('_', ' ')} clipping)" in str(private.statement())

@@ -117,7 +117,7 @@ def test_a_write_at_a_later_step_is_refused_before_that_step_is_released(write: 
     class AtStepTwo(Late):
         pass
 
-    AtStepTwo.write = write  # type: ignore[method-assign]  # one of many
+    AtStepTwo.write = write
     module = AtStepTwo()
     with pytest.raises(PreflightError, match=rf"{message}.*test_writes\.py:\d+ in"):
         trainer(DifferentialPrivacy(noise_multiplier=1.0, engine="loop")).fit(module, loader())

@@ -36,7 +36,7 @@ class DictRegressor(Regressor):
         super().__init__(**options)
         self.seen = SumMetric()
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # type: ignore[override]  # other batches
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         inputs, targets = batch["inputs"], batch["target"]
         loss = nn.functional.mse_loss(self.net(inputs).squeeze(-1), targets)
         self.seen.update(torch.ones_like(targets))

@@ -112,7 +112,7 @@ def test_in_float64_it_is_the_loop_to_the_last_digits(engine: str) -> None:
 def test_users_with_one_example_each_are_the_examples() -> None:
     results = []
     for options in ({}, {"privacy_unit": list(range(len(OWNERS)))}):
-        private = DifferentialPrivacy(noise_multiplier=1.0, seed=0, **options)  # type: ignore[arg-type]  # a dict of either
+        private = DifferentialPrivacy(noise_multiplier=1.0, seed=0, **options)
         results.append(fit(dict_regressor(), private))
     assert_nearly(*results, rtol=1e-5, atol=1e-6)  # float32, in another order of sums at most
 
@@ -137,7 +137,7 @@ class Manual(L.LightningModule):
 
 
 def test_manual_optimization_equals_the_loop_over_users() -> None:
-    data = [{name: item[name] for name in ("inputs", "target")} for item in WithUser()]  # type: ignore[attr-defined]  # a map-style dataset
+    data = [{name: item[name] for name in ("inputs", "target")} for item in WithUser()]
     private = DifferentialPrivacy(noise_multiplier=0.7, clip_norm=0.3, seed=3, privacy_unit=OWNERS)
     found = fit(Manual(), private, data)
     expected = by_hand(Setting(users=True, batch=3, steps=4, most=32))
@@ -190,7 +190,7 @@ def test_every_example_of_a_drawn_user_is_logged_and_counted() -> None:
     sizes: list[int] = []
     module.on_train_batch_start = lambda *_: sizes.append(
         sum(len(p.examples) for p in sample_of(module.trainer).pieces)
-    )  # type: ignore[method-assign]  # a hook
+    )
     fit(module, DifferentialPrivacy(noise_multiplier=1.0, seed=5, privacy_unit="user_id"))
     assert float(module.seen.compute()) == sum(sizes) > 0
 
@@ -274,7 +274,7 @@ def test_users_are_drawn_with_all_their_examples_and_with_the_q_that_is_charged(
             for piece in sample.pieces:
                 seen[sample.step, piece.examples] = True
 
-        module.on_train_batch_start = remember  # type: ignore[method-assign]  # a hook
+        module.on_train_batch_start = remember
         fit(module, private, steps=steps)
         assert private.ledger is not None
         owners = np.array(OWNERS)
@@ -362,7 +362,7 @@ def test_a_group_is_taken_apart_into_units_and_back_into_rows() -> None:
     assert isinstance(grouped, Grouped)
     assert grouped.parts["x"].shape == (2, 3, 2)
     back = ungroup(grouped)
-    assert torch.equal(back["x"], batch["x"])  # type: ignore[arg-type]  # it is a tensor
+    assert torch.equal(back["x"], batch["x"])
     assert back["name"] == batch["name"]
     names: list[list[str]] = []
 

@@ -133,7 +133,7 @@ def test_an_audit_plants_users() -> None:
 def test_one_giant_user_is_one_draw_with_the_examples_that_are_allowed() -> None:
     sizes: list[int] = []
     module = dict_regressor()
-    module.on_train_batch_start = lambda *_: sizes.extend(len(p.examples) for p in sample_of(module.trainer).pieces)  # type: ignore[method-assign]  # a hook
+    module.on_train_batch_start = lambda *_: sizes.extend(len(p.examples) for p in sample_of(module.trainer).pieces)
     private = DifferentialPrivacy(noise_multiplier=1.0, privacy_unit=[7] * len(OWNERS), max_examples_per_unit=5)
     trainer(private, max_steps=3).fit(module, DataLoader(WithUser(), batch_size=1))
     assert sizes == [5, 5, 5]

@@ -171,14 +171,14 @@ def test_a_pool_is_read_from_a_file(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda: MixSelf(0), "views=0: expected at least 1"),
-        (lambda: MixSelf(1.5), "views=1.5"),  # type: ignore[arg-type]
+        (lambda: MixSelf(1.5), "views=1.5"),
         (lambda: MixSelf(1, alpha=0.0), "alpha=0.0: expected a number from 0.01"),
         (lambda: MixSelf(1, alpha=float("nan")), "alpha=nan"),
         (lambda: MixPublic(POOL[:0]), "at least one image"),
         (lambda: MixPublic(POOL * float("nan")), "expected finite"),
         (lambda: MixPublic((POOL * 3).to(torch.uint8)), "dtype torch.uint8: expected finite floating-point"),
         (lambda: MixPublic("nowhere.npy"), "nowhere.npy.*expected the path of a .npy or .pt file"),
-        (lambda: MixPublic([1.0]), "public_images=list: expected a tensor"),  # type: ignore[arg-type]
+        (lambda: MixPublic([1.0]), "public_images=list: expected a tensor"),
         (lambda: AugmentationMultiplicity(0, mix=MixSelf()), "k=0 with mix=MixSelf: expected at least 1 view"),
     ],
 )
