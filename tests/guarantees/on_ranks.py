@@ -16,7 +16,6 @@ from lightning_dp import DifferentialPrivacy
 from tests.conftest import PATIENCE, loader, weights
 from tests.guarantees import mutations
 from tests.ranks.ranks import Mute, on_ranks
-from tests.ranks.warm import train_once
 
 WRONG = ("every_rank_adds_noise", "no_rank_adds_noise", "ranks_are_averaged", "two_ranks_add_one_share")
 WRONG_AND_DISCRETE = ("every_rank_adds_noise",)
@@ -50,7 +49,6 @@ def step(to: Path, **options: Any) -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     folder = Path(sys.argv[1])
-    train_once()
     step(folder / "right.pt")
     step(folder / "right_and_discrete.pt", secure=True)
     for names, suffix, secure in ((WRONG, "", False), (WRONG_AND_DISCRETE, "_and_discrete", True)):

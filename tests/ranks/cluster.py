@@ -65,7 +65,7 @@ def free_port() -> int:
     raise RuntimeError("no free port")
 
 
-def begin(
+def launch(
     folder: Path,
     name: str,
     case: Callable[[Path], dict[str, Any]],
@@ -73,28 +73,19 @@ def begin(
     nodes: int = 1,
     told: Callable[[int, int, int, int], dict[str, Any]] = torchrun,
     only: int | None = None,
-) -> list[Any]:
-    """Run ``case`` in ``ranks`` processes, or as one of them alone."""
+    stays: int | None = None,
+) -> None:
+    """Run ``case`` in ``ranks`` processes (or as one of them alone), and wait for all but the one that stays for ever."""
     port, processes = free_port(), []
     for rank in range(ranks) if only is None else [only]:
         environment = told(rank, ranks, nodes, port)
         to = folder / f"{name}-{ranks}-{rank}.pt"
         processes.append(multiprocessing.get_context("fork").Process(target=_one, args=(case, environment, to)))
         processes[-1].start()
-    return processes
-
-
-def finish(processes: list[Any], stays: int | None = None) -> None:
-    """Wait for all but the one that stays for ever."""
     for rank, process in enumerate(processes):
         process.join(0 if rank == stays else ENOUGH)
     for process in processes:
         process.kill()  # what hangs, and what was stopped on purpose
-
-
-def launch(*of: Any, **options: Any) -> None:
-    """:func:`begin` and :func:`finish`."""
-    finish(begin(*of, **options))
 
 
 def move_into(own: Path) -> None:
@@ -190,26 +181,18 @@ def _node(folder: Path, host: str, hosts: tuple[str, str]) -> None:
 
 
 def main(folder: Path) -> None:
-    silent = begin(folder, "silent", run("lost", which=1, how=signal.SIGSTOP), 3)  # the others wait for most of it
     for ranks in (1, 2, 3):
         launch(folder, "uneven", run("uneven"), ranks)
         launch(folder, "correlated", lambda to: training_runs.correlated(on_cluster, to), ranks)
     launch(folder, "plain", run("plain"), 1)
     launch(folder, "as_many_charged", run("plain", max_steps=CHARGED), 1)
     launch(folder, "slurm", run("plain", num_nodes=2), 2, nodes=2, told=slurm)
-    alone = [
-        begin(folder, name, absent(strategy), 2, nodes=2, only=rank)
-        for name, strategy, rank in (
-            ("absent_worker", PrivateDDPStrategy, 0),
-            ("absent_main", PrivateDDPStrategy, 1),
-            ("absent_stock", DDPStrategy, 0),
-        )
-    ]
-    for processes in alone:
-        finish(processes)
+    launch(folder, "absent_worker", absent(PrivateDDPStrategy), 2, nodes=2, only=0)
+    launch(folder, "absent_main", absent(PrivateDDPStrategy), 2, nodes=2, only=1)
+    launch(folder, "absent_stock", absent(DDPStrategy), 2, nodes=2, only=0)
     for lost in (0, 2):
         launch(folder, f"killed_{lost}", run("lost", which=lost, how=signal.SIGKILL), 3)
-    finish(silent, stays=1)
+    launch(folder, "silent", run("lost", which=1, how=signal.SIGSTOP), 3, stays=1)
     # With the store that it shares, torch 2.15 restarts with the addresses of dead processes.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
