@@ -186,9 +186,9 @@ def test_arguments_of_other_libraries_are_answered_with_their_name_here() -> Non
     from lightning_dp.callbacks.other_names import OTHERS
 
     with pytest.raises(TypeError, match=r"target_epsilon=: expected epsilon=\. max_grad_norm=: expected clip_norm="):
-        DifferentialPrivacy(target_epsilon=8.0, max_grad_norm=1.0)  # type: ignore[call-arg]
+        DifferentialPrivacy(target_epsilon=8.0, max_grad_norm=1.0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'epsilonn'"):
-        DifferentialPrivacy(epsilonn=8.0)  # type: ignore[call-arg]
+        DifferentialPrivacy(epsilonn=8.0)
     own = set(signature(DifferentialPrivacy).parameters)
     assert "epsilon" in own
     assert not own & set(OTHERS)

@@ -96,11 +96,11 @@ def test_what_would_not_be_private_or_fixed_is_refused(tmp_path: Path) -> None:
         features(tmp_path, Doubled(1e6)).setup()
     assert not list(tmp_path.iterdir()), "nothing unfinished is left behind"
     large = features(tmp_path)
-    large.images.load = lambda: (TensorDataset(torch.zeros(4, 3, 4, 4)),) * 3  # type: ignore[method-assign]  # a stand-in
+    large.images.load = lambda: (TensorDataset(torch.zeros(4, 3, 4, 4)),) * 3
     with pytest.raises(DataError, match=r"images of type TensorDataset: expected images held in memory or in files"):
         large.setup()
     with pytest.raises(ValueError, match=r"dtype='float64': expected one of 'float16', 'float32'"):
-        FixedFeatures(FewImages(), Doubled(), dtype="float64")  # type: ignore[arg-type]  # that is what is refused
+        FixedFeatures(FewImages(), Doubled(), dtype="float64")
     with pytest.raises(ValueError, match=r"batch_size=0: expected at least 1"):
         FixedFeatures(FewImages(), Doubled(), batch_size=0)
 
