@@ -140,7 +140,7 @@ def decode(name: str, content: bytes, size: int, *, resize: bool, convert: bool)
         CorruptImageError: the file is broken or no image.
         ImageError: it is not of the size or mode asked for.
     """
-    Image = import_extra("PIL.Image", "vision", "Images are decoded by Pillow")  # noqa: N806 - its own name
+    Image = import_extra("PIL.Image", "vision", "Images are decoded by Pillow")  # noqa: N806  # its own name
     try:
         with Image.open(io.BytesIO(content)) as file:
             file.load()
