@@ -15,6 +15,7 @@ from lightning_dp.accounting.risk import Risk, finite, risk_of, round_up
 from lightning_dp.plan.adaptation import numbers_of
 from lightning_dp.plan.clipping import ClippingStyle
 from lightning_dp.plan.filtering import filter_numbers
+from lightning_dp.plan.html import html_table
 from lightning_dp.plan.mechanism import Mechanism, NoiseKind
 from lightning_dp.plan.privacy_plan import SAMPLING
 from lightning_dp.plan.sampling import SamplingScheme
@@ -204,6 +205,30 @@ class Statement:
             return ""
         known = "" if self.randomness == "secret" else ", unless they know the seed"
         return self.risk.sentence(self.unit) + known
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the statement, its numbers in a table, and below it what must be said with them."""
+        last = " in the last phase" if any(caveat.startswith(_COMPOSED) for caveat in self.caveats) else ""
+        rows = {
+            "ε spent, an upper bound": round_up(self.epsilon),
+            "δ": self.delta,
+            "budget ε": self.target_epsilon,
+            "steps": self.steps,
+            "protects": self.neighbouring_relation,
+            "risk": self.in_words or None,
+            f"noise multiplier σ{last}": self.noise_multiplier,
+            "noise": self.noise,
+            f"clip norm C{last}": self.clip_norm,
+            "clipping": self.clipping,
+            "sampling": self.sampling,
+            f"sampling probability q{last}": self.sampling_probability,
+            f"expected batch size B{last}": self.expected_batch_size,
+            f"dataset size N{last}": self.dataset_size,
+            "at most, in a step": self.max_batch_size,
+            "randomness": self.randomness,
+            "accountant": _ACCOUNTANTS[self.accountant],
+        }
+        return html_table(str(self), rows, self.caveats)
 
     def __str__(self) -> str:
         composed = next((caveat for caveat in self.caveats if caveat.startswith(_COMPOSED)), None)

@@ -18,6 +18,7 @@ from lightning_dp.engines.rounded import RoundedEngine
 from lightning_dp.engines.uncompiled import compiled_parts
 from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.errors import PreflightError
+from lightning_dp.plan.html import html_table
 from lightning_dp.validate import shown
 
 EngineName = Literal["auto", "ghost", "vmap", "loop"]
@@ -72,6 +73,17 @@ class Selection:
         if self.engine.is_reference:
             lines.append("  It takes one backward pass per example and is slow.")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what :meth:`describe` says."""
+        counts = Counter(self.engine.handled.values())
+        rows: dict[str, object] = {
+            "reason": self.reason,
+            "runs one example at a time": "yes, which is slow" if self.engine.is_reference else None,
+            **{how: f"{count} parameters" for how, count in counts.most_common()},
+            "without torch.compile": ", ".join(self.uncompiled) or None,
+        }
+        return html_table(f"Engine {self.engine.name!r}", rows)
 
 
 def check_engine_name(engine: str) -> None:

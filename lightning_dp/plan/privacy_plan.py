@@ -10,6 +10,7 @@ from lightning_dp.plan.adaptation import NAMES
 from lightning_dp.plan.clipping import Clipping, ClippingStyle
 from lightning_dp.plan.filtering import NAMES as FILTERED
 from lightning_dp.plan.filtering import FilterStyle
+from lightning_dp.plan.html import html_table
 from lightning_dp.plan.mechanism import Adjacency, Mechanism
 from lightning_dp.plan.sampling import SamplingScheme
 from lightning_dp.validate import number, whole
@@ -169,6 +170,15 @@ class PrivacyPlan:
             "simulation": self.simulation,
         }
         return {name: every[name] for name in _NAMES}
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the numbers that are set, by the constructor's names, and those that follow from them."""
+        rows = {name: value for name, value in self.numbers.items() if (name, value) != ("simulation", 1)}
+        if self.clipping != "automatic":
+            rows.pop("automatic_gamma")
+        derived = {"sampling probability q": self.sampling_probability, "noise on the sum, σ·S": self.noise_std}
+        simulated = "" if self.simulation == 1 else f": SIMULATION at 1/{self.simulation} of batch and noise"
+        return html_table(f"Privacy plan{simulated}", {**rows, **derived})
 
     @property
     def noise_multiplier(self) -> float:
