@@ -350,8 +350,13 @@ def world(module: nn.Module, private: DifferentialPrivacy) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:training_step draws")
-@pytest.mark.parametrize("engine", ["ghost", "vmap", "loop"])
-def test_looking_for_a_size_touches_nothing(engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+@pytest.mark.parametrize(("engine", "found"), [("ghost", None), ("ghost", 3), ("vmap", None), ("loop", None)])
+def test_looking_for_a_size_touches_nothing(
+    engine: Any, found: int | None, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Whatever is found; a size other than the one that reading has begun with makes the loader begin again."""
+    if found:
+        monkeypatch.setattr(physical_batch, "search_size", lambda *_: Found(found, "", (Measured(found, 1.0, 1.0),)))
     torch.manual_seed(0)
     module = Random()
     private = DifferentialPrivacy(noise_multiplier=1.0, engine=engine, physical_batch_size="auto", seed=5)

@@ -25,6 +25,7 @@ from lightning_dp.look.batch_size.search import (
     search_size,
 )
 from lightning_dp.mechanism.complex import as_real_pairs, coordinates
+from lightning_dp.mechanism.seeded_globals import globals_put_back
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.ranks.gathering import gathered
@@ -105,7 +106,8 @@ def settle_physical_batch_size(
         else f"lightning_dp: physical_batch_size={given!r} stays at {size} without being measured: {reason}."
     )
     rank_zero_info(told + ("" if agreed == size else f" Another rank has room for {agreed} only."))
-    loader.resize(agreed)
+    with globals_put_back(world.device):  # a loader that begins again draws a seed for its workers
+        loader.resize(agreed)
     return agreed
 
 
