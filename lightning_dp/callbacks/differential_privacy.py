@@ -296,6 +296,10 @@ class DifferentialPrivacy(Callback):
         self._under_way.stop_if_spent()
 
     @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._account.validated(trainer)
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._account.write(trainer, "ended", broken=self._under_way.tally.not_finite)
 

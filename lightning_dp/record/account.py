@@ -12,6 +12,7 @@ from lightning_dp.mechanism.state import NOTHING
 from lightning_dp.record.checkpoint import Spent, of_a_copy
 from lightning_dp.record.journal import Journal
 from lightning_dp.record.lineage import Lineage
+from lightning_dp.record.logged_figures import Validated, tell_figures
 from lightning_dp.record.provenance import run_facts
 from lightning_dp.record.report import Report
 from lightning_dp.record.spawned import ToParent, forget, from_child, in_a_child, register
@@ -43,6 +44,7 @@ class Account:
         self._to_parent: ToParent | None = None
         self._address = register(self)
         self._at_home, self._heard = True, b""
+        self._validated = Validated()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy goes on from all that is spent; what a fit holds open stays with the original."""
@@ -105,6 +107,7 @@ class Account:
         """A fit begins: all that was spent so far was spent before it."""
         self.before = self.now()
         self.filtered = FilterState()
+        self._validated = Validated()
         self._at_home = not in_a_child(trainer)
         if self._at_home:
             forget(self._address)
@@ -141,16 +144,24 @@ class Account:
         if self._to_parent is not None:
             self._to_parent.unused(samples)
 
+    def validated(self, trainer: pl.Trainer) -> None:
+        """A validation has ended; what it has logged is drawn against ε at the end."""
+        if self._ledger is not None:
+            self._validated.see(trainer, self._ledger.steps)
+
     def write(self, trainer: pl.Trainer, state: str, broken: int = 0) -> None:
-        """Write the record of a fit that is over, if it had come as far as a plan.
+        """Write the record of a fit that is over, if it had come as far as a plan, and give figures to the loggers.
 
         Args:
             trainer: whose loggers to tell.
             state: ``"ended"`` or ``"interrupted"``.
             broken: how many gradients were not finite (private: it is told to whoever watches, and not written).
         """
-        if self._report is not None:
-            self._report.write(trainer, self._journal, state, broken)
+        if self._report is None:
+            return
+        now = self._report.write(trainer, self._journal, state, broken)
+        if now and state == "ended":
+            tell_figures(trainer, self._report.ledger, self._validated)
 
     def close(self, *, ended: bool) -> None:
         """Write nothing more.

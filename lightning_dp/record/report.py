@@ -206,7 +206,7 @@ class Report:
         caveats = (*CAVEATS_OF_NOISE[self.ledger.plan.mechanism.noise.kind], *CAVEATS, *self.notes)
         return Statement.of(self.ledger, randomness=self.randomness, caveats=caveats, risk=risk, bound=bound)
 
-    def write(self, trainer: pl.Trainer, journal: Journal | None, state: str, broken: int = 0) -> None:
+    def write(self, trainer: pl.Trainer, journal: Journal | None, state: str, broken: int = 0) -> bool:
         """Write the record of a fit that is over, once, and give it to the loggers.
 
         Nothing happens in a process that has not trained.
@@ -216,6 +216,9 @@ class Report:
             journal: as in :meth:`start`.
             state: ``"ended"`` or ``"interrupted"``.
             broken: how many gradients were not finite (private: it is told to whoever watches, and not written).
+
+        Returns:
+            Whether it was written now.
         """
         if broken:
             rank_zero_only(warn_user)(
@@ -223,7 +226,7 @@ class Report:
                 "is not covered by the guarantee.) Look for divisions by zero or logarithms in the loss, or lower the rate."
             )
         if self._over:
-            return
+            return False
         self._over, statement = True, self.statement()
         for record in self._records:
             try:
@@ -234,6 +237,7 @@ class Report:
                     f"this in its place:\n{statement.to_json()}"
                 )
         tell_statement(trainer, statement, state, text_of(self._content(statement), state, _fits(journal)))
+        return True
 
     def write_for_child(self, trainer: pl.Trainer, fits: Mapping[str, int]) -> None:
         """Bring the record of a fit up to date that ran in processes of its own, and did not end well there.

@@ -9,10 +9,10 @@ from io import BytesIO
 from typing import Any
 
 from lightning_dp.callbacks.raw_validation import raw_name
+from lightning_dp.record.drawing import COLOURS, draw
 from lightning_dp.reporting.facts import Published
 from lightning_dp.reporting.runs import ReportError, Run
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by everybody
 UNKNOWN = "ε not known: privacy.json is missing"
 Draw = Callable[[Any], None]
 
@@ -23,7 +23,7 @@ def accuracy_against_epsilon(runs: Sequence[Run], metric: str, published: Sequen
     A run without privacy is a dashed line, one whose ε is not known a dotted one.
     """
 
-    def draw(axes: Any) -> None:
+    def on(axes: Any) -> None:
         for place, curve in enumerate(published):
             colour = ("#888888", "#444444", "#AAAAAA")[place % 3]
             axes.plot(*zip(*curve.points, strict=True), "-", color=colour, lw=1, zorder=1)
@@ -54,13 +54,13 @@ def accuracy_against_epsilon(runs: Sequence[Run], metric: str, published: Sequen
                 [], [], "s", color="#888888", mfc="white", label="hollow: published figure without a second source"
             )
 
-    return _png(draw)
+    return _png(on)
 
 
 def budget_by_step(runs: Sequence[Run]) -> bytes:
     """ε after every logged step, with the budget as a dotted line."""
 
-    def draw(axes: Any) -> None:
+    def on(axes: Any) -> None:
         for run, colour in zip(runs, _cycle(runs), strict=True):
             if run.statement is None or "dp/epsilon" not in run.series:
                 continue
@@ -72,7 +72,7 @@ def budget_by_step(runs: Sequence[Run]) -> bytes:
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
 
-    return _png(draw)
+    return _png(on)
 
 
 def validation_by_step(runs: Sequence[Run], metric: str) -> bytes:
@@ -81,7 +81,7 @@ def validation_by_step(runs: Sequence[Run], metric: str) -> bytes:
     A run that has validated on both (``ExponentialMovingAverage(validate_raw=True)``) has a line of each.
     """
 
-    def draw(axes: Any) -> None:
+    def on(axes: Any) -> None:
         for run, colour in zip(runs, _cycle(runs), strict=True):
             raw = run.series.get(raw_name(metric))
             averaged = True if raw else run.averaged
@@ -93,27 +93,20 @@ def validation_by_step(runs: Sequence[Run], metric: str) -> bytes:
         axes.set(xlabel="optimizer steps", ylabel=metric)
         axes.set_xlim(left=0)
 
-    return _png(draw)
+    return _png(on)
 
 
 def _cycle(runs: Sequence[Run]) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
 
 
-def _png(draw: Draw) -> bytes:
+def _png(on: Draw) -> bytes:
     try:
-        figure_class = import_module("matplotlib.figure").Figure  # no pyplot: no display, no global state
+        figure = draw(on)
     except ModuleNotFoundError as error:
         raise ReportError(
             "matplotlib is not installed: expected it for drawing. pip install 'lightning-dp[report]' brings it."
         ) from error
-    figure = figure_class(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    draw(axes)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize="small")
     content = BytesIO()
     figure.savefig(content, format="png", dpi=150)
     return content.getvalue()

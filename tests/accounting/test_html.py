@@ -24,7 +24,7 @@ def plan(**changes: object) -> PrivacyPlan:
         "dataset_size": 1000,
         "expected_batch_size": 100,
     }
-    return PrivacyPlan(**{**numbers, **changes})  # type: ignore[arg-type]  # names and values go together
+    return PrivacyPlan(**{**numbers, **changes})
 
 
 def rows(html: str) -> dict[str, str]:

@@ -47,6 +47,7 @@ class Client:
         self.params: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.artifacts: dict[str, str] = {}
+        self.figures: dict[str, Any] = {}
         self.unreachable = False
 
     def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), **_: Any) -> None:
@@ -61,6 +62,9 @@ class Client:
 
     def log_text(self, run_id: str, text: str, artifact_file: str) -> None:
         self.artifacts[artifact_file] = text
+
+    def log_figure(self, run_id: str, figure: Any, artifact_file: str) -> None:
+        self.figures[artifact_file] = figure
 
     def get_run(self, run_id: str) -> Any:
         return SimpleNamespace(info=SimpleNamespace(experiment_id="0"))

@@ -119,6 +119,12 @@ def test_the_record_holds_plan_history_and_statement_and_no_secret(
     assert record["summary"]["dp/statement"] == str(private.statement())
     assert record["summary"]["privacy"]["epsilon"] == private.statement().epsilon
     assert record["summary"]["privacy"]["state"] == "ended"
+    assert (
+        record["summary"]
+        .get("dp/epsilon_by_step", record["history"][-1].get("dp/epsilon_by_step"))["_type"]
+        .startswith("images/")
+    )
+    assert list((tmp_path / "wandb").rglob("media/images/dp/epsilon_by_step_*.png"))
     assert record["artifacts"] == [f"privacy-{logger.experiment.id}"]
     assert (tmp_path / "privacy.json").read_bytes() == earlier
     written = (tmp_path / "privacy-2.json").read_bytes()
