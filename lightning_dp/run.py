@@ -279,14 +279,14 @@ class Fit:
             most = planned.loader.physical_batch_size
         with full_parameters(module, world):
             objective, selection, loss_function = self._chosen(planned, most, selection)
-            rank_zero_info(selection.describe())
             settle_physical_batch_size(planned, speed.physical_batch_size, selection.engine, loss_function)
         with full_parameters(module, world):
             company = check_examples_stay_apart(planned, partial(objective.losses, planned))
-        rank_zero_info(looked_at(planned, selection, most, company))
+        seen = selection.facts() | {"checked": looked_at(planned, selection, most, company)}
         layers = start_layerwise(planned, selection, make_loss)
         journal = self._account.open(self._trainer, agreed.ledger, agreed.report, agreed.facts)
-        agreed.report.start(self._trainer, selection.engine.name, planned.loader.physical_batch_size, journal)
+        size = planned.loader.physical_batch_size
+        agreed.report.start(self._trainer, selection.engine.name, size, journal, seen)
         self._user_hooks = UserHooks(planned.logs, Settings.of(self._asked).privacy.public_state)
         self._user_hooks.watch()
         return self._private_step(self._run(planned, selection, layers), objective)

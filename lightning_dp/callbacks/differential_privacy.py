@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dp.accounting import Ledger, Statement
@@ -308,8 +308,7 @@ class DifferentialPrivacy(Callback):
         self._under_way.end()
         self._account.write(trainer, "ended")
         if self._account.report is not None:
-            statement = self.statement()
-            rank_zero_info("\n".join(filter(None, (str(statement), statement.in_words))))
+            self._account.report.tell_end()
         self._account.close(ended=True)
 
     @override

@@ -56,23 +56,30 @@ class Selection:
 
     def describe(self) -> str:
         """What will run, and why, for people: the engine, the rule of each kind of layer, the reason for a fallback."""
-        lines = [f"lightning_dp: engine '{self.engine.name}'"]
-        if self.reason:
-            lines[0] += f": {self.reason}"
-        lines += [
-            f"  training_step {parting.what} ({parting.line}): examples that agree run together."
+        first = f"lightning_dp: engine '{self.engine.name}'" + (f": {self.reason}" if self.reason else "")
+        return "\n".join([first, *(f"  {line}" for line in [*self._layers(), *self._notes()])])
+
+    def facts(self) -> dict[str, str]:
+        """The same as rows of a panel: ``"engine"``, and ``"layers"`` if each kind has a rule of its own."""
+        first = self.engine.name + (f": {self.reason}" if self.reason else "")
+        return {"engine": "\n".join([first, *self._notes()]), "layers": "; ".join(self._layers())}
+
+    def _layers(self) -> list[str]:
+        return [f"{count} parameters: {how}" for how, count in Counter(self.engine.handled.values()).most_common()]
+
+    def _notes(self) -> list[str]:
+        notes = [
+            f"training_step {parting.what} ({parting.line}): examples that agree run together."
             for parting in self.engine.partings[:1]
         ]
-        counts = Counter(self.engine.handled.values())
-        lines += [f"  {count:4d} parameters: {how}" for how, count in counts.most_common()]
         if self.uncompiled:
-            lines.append(
-                f"  torch.compile of {', '.join(self.uncompiled[:5])} is not used in training steps: it cannot see through "
+            notes.append(
+                f"torch.compile of {', '.join(self.uncompiled[:5])} is not used in training steps: it cannot see through "
                 "the engine's torch.func transforms (engine='loop' would use it)."
             )
         if self.engine.is_reference:
-            lines.append("  It takes one backward pass per example and is slow.")
-        return "\n".join(lines)
+            notes.append("It takes one backward pass per example and is slow.")
+        return notes
 
     def _repr_html_(self) -> str:
         """For notebooks: what :meth:`describe` says."""

@@ -1,4 +1,4 @@
-"""The line that says what was looked at before the first step, and what was not."""
+"""The fact that says what was looked at before the first step, and what was not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MANY = 3
 
 
 def looked_at(planned: Planned, selection: Selection, most: int, company: Company) -> str:
-    """One line for the screen.
+    """One row of the panel before the first step.
 
     Args:
         planned: the run.
@@ -22,7 +22,7 @@ def looked_at(planned: Planned, selection: Selection, most: int, company: Compan
         most: how many examples a micro-batch may have.
         company: what was seen of several examples.
     """
-    engine = f"{len(planned.loader.first_indices(min(CHECKED_EXAMPLES, most)))} for the engine"
+    engine = f"{len(planned.loader.first_indices(min(CHECKED_EXAMPLES, most)))} examples for the engine"
     if not selection.engine.is_reference:
         engine += f", which gives the gradients of plain backward passes (within {tolerance(planned.module):.0%})"
     seen = f"{company.examples} in one batch, which does not couple them"
@@ -35,7 +35,7 @@ def looked_at(planned: Planned, selection: Selection, most: int, company: Compan
         )
     alone = _alone(planned)
     rest = f". One example at a time: {', '.join(alone)}" if alone else ""
-    return f"lightning_dp: examples that were looked at: {engine}; {seen}{rest}."
+    return f"{engine}; {seen}{rest}."
 
 
 def _alone(planned: Planned) -> list[str]:

@@ -17,9 +17,10 @@ from lightning_dp.accounting import EpsilonBound, Ledger, Statement
 from lightning_dp.engines.user_code import warn_user
 from lightning_dp.lightning_internals import either
 from lightning_dp.mechanism import secure
-from lightning_dp.plan.mechanism import EXAMPLE, Mechanism, NoiseKind
+from lightning_dp.plan.mechanism import Mechanism, NoiseKind
 from lightning_dp.record.journal import Journal
 from lightning_dp.record.loggers import tell_plan, tell_statement
+from lightning_dp.record.panel import show
 from lightning_dp.record.provenance import numbers_of_run
 from lightning_dp.record.run_folder import RunFolder, journal_folder
 from lightning_dp.record.run_record import RunRecord, text_of
@@ -56,17 +57,18 @@ class Report:
         self.folder: Path | None = None
         self.run: dict[str, Any] | None = None
         self._records: list[RunRecord] = []
+        self._written: list[str] = []
         self._every, self._allowed, self._told, self._waited = 1, 0, 0, 0.0
         self._over = True
 
     def __getstate__(self) -> dict[str, object]:
         """A copy knows what was spent when it was made, and writes into nobody's record."""
-        return {**self.__dict__, "_records": [], "_over": True}
+        return {**self.__dict__, "_records": [], "_written": [], "_over": True}
 
     def open(self, trainer: pl.Trainer) -> None:
         """Find the run's folder. Called on every rank, before anything is written."""
         folder = trainer.log_dir or trainer.default_root_dir  # log_dir talks to the other ranks
-        self.folder, self._records, self._over = None, [], False
+        self.folder, self._records, self._written, self._over = None, [], [], False
         settings = trainer  # Lightning sets what follows where type checkers do not see it
         self._every = settings.log_every_n_steps or 50  # type: ignore[attr-defined]  # set where type checkers do not see it
         if settings.fast_dev_run:  # type: ignore[attr-defined]  # set where type checkers do not see it
@@ -85,7 +87,14 @@ class Report:
             ]
             self._records = [RunRecord(RunFolder(place)) for place in dict.fromkeys([str(folder), *map(str, logs)])]
 
-    def start(self, trainer: pl.Trainer, engine: str, physical_batch_size: int, journal: Journal | None) -> None:
+    def start(
+        self,
+        trainer: pl.Trainer,
+        engine: str,
+        physical_batch_size: int,
+        journal: Journal | None,
+        seen: Mapping[str, str] | None = None,
+    ) -> None:
         """Announce the plan to people and loggers, and write the record. Called on every rank before training.
 
         Args:
@@ -93,19 +102,25 @@ class Report:
             engine: its name.
             physical_batch_size: the most examples in a micro-batch.
             journal: of this fit, on the rank that keeps one.
+            seen: what the look before the first step found: name → fact, for people.
         """
         self._waited, self._allowed, self._told = 0.0, -1, -1
         plan = self.ledger.plan
-        steps = "an open number of steps" if plan.steps is None else f"{plan.steps} steps"
         style = "" if plan.clipping == "flat" else f" ({plan.clipping_rule})"
         bound = f"ε ≤ {plan.target_epsilon:g}" if plan.target_epsilon is not None else self._foreseen()
         title = "Differential privacy" if plan.simulation == 1 else SIMULATION.format(plan.simulation)
-        title += "" if plan.unit == EXAMPLE else f" ({plan.neighbouring_relation})"
-        rank_zero_info(
-            f"{title}: {bound} at δ = {plan.delta:g} over {steps}: noise multiplier "
-            f"{plan.noise_multiplier:.4g}, clip norm {plan.clip_norm:g}{style}, expected batch {plan.expected_batch_size:g} of "
-            f"{plan.dataset_size} (q = {plan.sampling_probability:.4g}), engine {engine}, micro-batches of "
-            f"up to {physical_batch_size}, {self.randomness} randomness."
+        show(
+            f"{title}: {bound} at δ = {plan.delta:g}",
+            {
+                "protected": plan.neighbouring_relation,
+                "steps": "an open number" if plan.steps is None else f"{plan.steps}",
+                "noise": f"multiplier σ = {plan.noise_multiplier:.4g}, {self.randomness} randomness",
+                "clipping": f"norm C = {plan.clip_norm:g}{style}",
+                "batch": f"B = {plan.expected_batch_size:g} expected, of N = {plan.dataset_size} "
+                f"(q = {plan.sampling_probability:.4g}), in micro-batches of up to {physical_batch_size}",
+                "engine": engine,
+                **(seen or {}),
+            },
         )
         tell_plan(
             trainer,
@@ -231,6 +246,7 @@ class Report:
         for record in self._records:
             try:
                 record.write(self._content(statement), state, _fits(journal))
+                self._written.append(record.place)
             except OSError as error:  # the training is done, and what it spent has to be known
                 rank_zero_only(warn_user)(
                     f"{record.place} cannot be written ({error}): expected a folder with room. Make room, and save "
@@ -238,6 +254,14 @@ class Report:
                 )
         tell_statement(trainer, statement, state, text_of(self._content(statement), state, _fits(journal)))
         return True
+
+    def tell_end(self) -> None:
+        """Tell people what was spent, what it means for one of them, and where it is written."""
+        statement = self.statement()
+        show(
+            "Differential privacy: training has ended",
+            {"spent": str(statement), "risk": statement.in_words, "record": "\n".join(self._written)},
+        )
 
     def write_for_child(self, trainer: pl.Trainer, fits: Mapping[str, int]) -> None:
         """Bring the record of a fit up to date that ran in processes of its own, and did not end well there.

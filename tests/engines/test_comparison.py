@@ -54,7 +54,7 @@ def test_a_gradient_scaled_by_one_percent_is_refused_before_training(
     monkeypatch.setattr(ghost.GhostEngine, "clipped_sum", none)
     with caplog.at_level(logging.INFO):
         fit("auto")
-    assert re.search(r"engine 'loop'.*differ from those of plain backward passes", caplog.text, re.DOTALL)
+    assert re.search(r"engine +loop: .*differ from those of plain backward passes", caplog.text, re.DOTALL)
 
 
 @pytest.mark.parametrize("wrong", [scaled(1.5), unclipped])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -267,7 +268,7 @@ class TestSelection:
     def test_auto_takes_it_and_says_how_each_parameter_is_handled(self, caplog: pytest.LogCaptureFixture) -> None:
         trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(regressor(), loader())
         told = "\n".join(record.message for record in caplog.records)
-        assert "engine 'ghost'" in told
+        assert re.search(r"engine +ghost", told)
         assert "4 parameters: Linear" in told
 
     def test_auto_falls_back_when_its_gradients_are_wrong_and_says_why(
@@ -277,7 +278,7 @@ class TestSelection:
         monkeypatch.setattr(Linear, "of_weight", lambda *given: Written(2 * right(*given).rows()))
         trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=1).fit(regressor(), loader())
         told = "\n".join(record.message for record in caplog.records)
-        assert "engine 'vmap': ghost cannot" in told
+        assert re.search(r"engine +vmap: ghost cannot", told)
         assert "differ from those of plain backward passes" in told
         with pytest.raises(EngineError, match="differ from those"):
             trainer(DifferentialPrivacy(noise_multiplier=1.0, engine="ghost"), max_steps=1).fit(regressor(), loader())

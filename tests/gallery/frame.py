@@ -108,5 +108,5 @@ def run(text: str, name: str) -> list[str]:
 
 def engine_of(screen: list[str]) -> str:
     """The engine that the run said it would use."""
-    (line,) = (line for line in screen if line.startswith("lightning_dp: engine "))
-    return line.split("'")[1]
+    (line,) = (line for line in screen if line.startswith("  engine "))
+    return line.split()[1].rstrip(":")

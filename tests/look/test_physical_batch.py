@@ -229,7 +229,7 @@ def test_by_default_memory_is_filled_where_it_is_measured(monkeypatch: pytest.Mo
         results[size] = weights(module)
     torch.testing.assert_close(results[None], results[7], rtol=0, atol=0)
     assert sum("physical_batch_size=None is 7" in line for line in caplog.messages) == 1
-    assert sum("micro-batches of up to 7," in line for line in caplog.messages) == 2
+    assert sum("micro-batches of up to 7\n" in line for line in caplog.messages) == 2
 
 
 def test_by_default_a_long_example_keeps_the_rule_of_thumb(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def test_evaluating_the_closure_twice_is_refused_before_a_second_release() -> No
     assert private.ledger.steps == 1
 
 
-def test_the_end_is_announced_in_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_end_is_announced_in_one_panel(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run(DifferentialPrivacy(epsilon=2.0, delta=1e-3), max_steps=6)
     sentences = [
@@ -296,7 +297,7 @@ def test_the_end_is_announced_in_one_sentence(caplog: pytest.LogCaptureFixture) 
         if ")-DP, add/remove one example with N public, Poisson" in record.message
     ]
     assert len(sentences) == 1
-    assert sentences[0].startswith("(ε = 2.0")
+    assert re.search(r"^  spent +\(ε = 2\.0", sentences[0], re.MULTILINE)
 
 
 def test_a_fit_that_trains_nothing_spends_nothing_also_after_one_that_did() -> None:

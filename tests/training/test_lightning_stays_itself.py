@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +291,7 @@ def test_a_training_step_that_vmap_cannot_trace_falls_back_and_says_why(
     trainer(DifferentialPrivacy(noise_multiplier=1.0), max_steps=2).fit(module, loader())
     told = [record.message for record in caplog.records if "vmap would run one by one" in record.message]
     assert len(told) == 1
-    assert "engine 'loop'" in told[0]
+    assert re.search(r"engine +loop", told[0])
 
 
 def test_the_callback_can_be_pickled_before_and_after_a_run() -> None:
