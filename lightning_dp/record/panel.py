@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from io import StringIO
 from typing import TextIO
@@ -30,8 +30,12 @@ def show(title: str, rows: Mapping[str, str]) -> None:
     """
     shown = {name: fact for name, fact in rows.items() if fact}
     terminal = next((stream for stream in map(_stream, _handlers()) if _is_wide_terminal(stream)), None)
+    text = plain(title, shown)
+    if terminal is not None:
+        with suppress(Exception):  # of whatever rich is installed: a frame is never in the way of training
+            text = framed(title, shown, _columns(terminal))
     with _above_the_bar():
-        rank_zero_info(plain(title, shown) if terminal is None else framed(title, shown, _columns(terminal)))
+        rank_zero_info(text)
 
 
 def plain(title: str, rows: Mapping[str, str]) -> str:

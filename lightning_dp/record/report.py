@@ -1,4 +1,4 @@
-"""ledger → logger, privacy.json and the sentence at the end."""
+"""ledger → logger, privacy.json and the screen."""
 
 from __future__ import annotations
 

@@ -77,6 +77,33 @@ def test_who_silences_lightning_silences_it(caplog: pytest.LogCaptureFixture) ->
     assert "Title" not in caplog.text
 
 
+def test_a_frame_that_cannot_be_drawn_is_left_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self) -> bool:
+            return True
+
+    def too_old(*_: object) -> str:
+        raise ImportError("rich")
+
+    handler, log = logging.StreamHandler(Terminal()), panel.rank_zero_module.log
+    monkeypatch.setenv("COLUMNS", "100")
+    log.addHandler(handler)
+    try:
+        with caplog.at_level("INFO"):
+            panel.show("Title", ROWS)
+            monkeypatch.setattr(panel, "framed", too_old)
+            panel.show("Title", ROWS)
+    finally:
+        log.removeHandler(handler)
+    first, second = caplog.messages
+    assert "│ engine" in first
+    assert second == panel.plain("Title", {name: fact for name, fact in ROWS.items() if fact})
+
+
 def test_it_is_written_above_a_bar_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler that was made before the bar gets its stream back."""
     stream = io.StringIO()
