@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lightning_dp.audit.bound import check_confidence
@@ -40,6 +41,22 @@ def check_options(gradient_canaries: int, input_canaries: int, confidence: float
         whole("seed", seed, low=0)
 
 
+def _check_processes(trainer: pl.Trainer, seed: int | None) -> None:
+    """Raise ``ValueError`` unless every process can throw the same coins and sees whole releases."""
+    if trainer.world_size == 1:
+        return
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ValueError(
+            f"strategy={type(trainer.strategy).__name__} with world_size={trainer.world_size}: expected whole gradients on "
+            "every rank. Audit with strategy='ddp', or on one device."
+        )
+    if seed is None:
+        raise ValueError(
+            f"seed=None with world_size={trainer.world_size}: expected a number, the same on every rank, so that all throw "
+            "the same coins. Choose one that nothing else in the run depends on."
+        )
+
+
 def audit(
     trainer: pl.Trainer,
     module: pl.LightningModule,
@@ -60,24 +77,24 @@ def audit(
     user with examples of its own. Under manual optimization canaries are in the releases of every private optimizer.
 
     Args:
-        trainer: with a :class:`~lightning_dp.DifferentialPrivacy` callback, on one device.
+        trainer: with a :class:`~lightning_dp.DifferentialPrivacy` callback, on one device, or
+            with ``"ddp"`` on several, whose processes all call this function and come to the same result.
         module: trained, and changed (:func:`lightning_dp.audit.canaries.let_in`): do not use it afterwards.
         train_dataloader: the training data, unless a datamodule or the module has them.
         datamodule: likewise.
         gradient_canaries: m₁; each is one more coordinate of every per-example gradient.
         input_canaries: m₂.
         confidence: of the lower bound.
-        seed: of the coins; ``None`` for the operating system's entropy.
+        seed: of the coins; ``None`` for the operating system's entropy, on one device.
 
     Raises:
-        ValueError: several devices, no privacy callback, no canary, input canaries under manual optimization, or a number
-            out of range.
+        ValueError: several devices without a seed or with shards, no privacy callback, no canary, input canaries under
+            manual optimization, or a number out of range.
 
     Source: Steinke, Nasr and Jagielski (2023), arXiv 2305.08846.
     """
     check_options(gradient_canaries, input_canaries, confidence, seed)
-    if trainer.world_size != 1:
-        raise ValueError(f"world_size={trainer.world_size}: expected 1. Audit on one device (Trainer(devices=1)).")
+    _check_processes(trainer, seed)
     private = next((one for one in trainer.callbacks if isinstance(one, DifferentialPrivacy)), None)  # type: ignore[attr-defined]  # set where type checkers do not see it
     if private is None:
         raise ValueError(
@@ -104,7 +121,7 @@ def audit(
                 private.privacy_unit = PrivacyUnit(WithCanaries(loader.dataset, canaries[0]).users(units), units.most)
                 private.privacy_unit.name = units.name
             private.dataset_size = private.dataset_size or (size if units is None else len(units))
-            private.expected_batch_size = private.expected_batch_size or loader.batch_size
+            private.expected_batch_size = private.expected_batch_size or (loader.batch_size or 1) * trainer.world_size
         observer.loader = loader_with_canaries(loader, canaries[0])
         return observer.loader
 
@@ -124,4 +141,9 @@ def audit(
             callback.images = (0, *inside)  # the user's batch is the first of two now
     let_in(module, gradient_canaries, None if unit is not None else 1 if views is None else views.total)
     trainer.fit(module, train_dataloaders=given, datamodule=datamodule)
+    if observer.loader is None or not canaries:
+        raise ValueError(
+            f"strategy={type(trainer.strategy).__name__} trained in processes that it started and ended: expected the scores "
+            "in this one. Start them by torchrun, or audit on one device."
+        )
     return judged(observer, canaries[0], private, confidence)

@@ -8,12 +8,12 @@ from torch.utils.data import DataLoader
 
 
 class _AsLong(DataLoader[Any]):
-    """A loader that says how many batches it has."""
+    """A loader that says how many batches it has; where its examples are shared among ranks, how many one rank has."""
 
     batches = 0
 
     def __len__(self) -> int:
-        return self.batches
+        return -(-self.batches // int(getattr(self.sampler, "num_replicas", 1)))
 
 
 def loader_like(loader: DataLoader[Any], dataset: Any, batches: int, **changes: Any) -> DataLoader[Any]:
@@ -36,6 +36,7 @@ def loader_like(loader: DataLoader[Any], dataset: Any, batches: int, **changes: 
         "prefetch_factor": loader.prefetch_factor,
         "persistent_workers": loader.persistent_workers,
     }
-    made = _AsLong(dataset, **{**kept, **changes})
-    made.batches = batches
-    return made
+    as_long: type[_AsLong] = type(
+        "AsLong", (_AsLong,), {"batches": batches}
+    )  # Lightning makes another of the same class
+    return as_long(dataset, **{**kept, **changes})

@@ -205,6 +205,7 @@ def main(folder: Path) -> None:
     for ranks, until in ((4, 2), (2, 4), (1, 6)):
         launch(folder, "stretch", stretches(until), ranks)
     for ranks in (1, 2):
+        launch(folder, "audited", run("audited"), ranks)
         launch(folder, "other_batch", other_batch, ranks)
     launch(folder, "disagree", lambda to: disagreements.all_of_them(on_cluster, to), 2)
 

@@ -306,3 +306,17 @@ def test_shards_that_are_not_one_dataset_are_refused_on_every_rank(results: Any,
 
 def test_repetitions_count_as_records_of_their_own_if_asked(results: Any) -> None:
     assert [results("wrong_shards", 2, rank)["counted"] for rank in range(2)] == [64 + 5, 64 + 5]
+
+
+def test_an_audit_on_two_ranks_is_that_on_one(results: Any) -> None:
+    """The same coins, releases and scores; a bug of the noise is found there as well."""
+    alone = results("audited", 1)
+    for rank in range(2):
+        found = results("audited", 2, rank)
+        for name in ("right", "broken"):
+            assert found[name]["verdict"] == alone[name]["verdict"] == ("consistent" if name == "right" else "violated")
+            assert found[name]["epsilon_lower"] == pytest.approx(alone[name]["epsilon_lower"], rel=1e-3)
+            for ours, theirs in zip(found[name]["bounds"], alone[name]["bounds"], strict=True):
+                assert ours["epsilon"] == pytest.approx(theirs["epsilon"], rel=1e-3, abs=1e-3)
+        assert "seed=None with world_size=2: expected a number, the same on every rank" in found["without a seed"]
+    assert alone["without a seed"] == ""

@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, HeldRecords
+from lightning_dp.audit import audit
 from lightning_dp.mechanism import gaussian as gaussian_module
 from lightning_dp.ranks import lost_ranks
 from lightning_dp.record.journal import FILE_NAME
 from tests.conftest import Notes, Regressor, loader, regression_data, regressor, sample_of, weights
+from tests.guarantees import mutations
 from tests.ranks.ranks import Shift
 
 STEPS = 6
@@ -38,6 +40,28 @@ SETTINGS: dict[str, Any] = {"noise_multiplier": 0.5, "clip_norm": 0.3, "seed": 7
 
 def private(**arguments: Any) -> DifferentialPrivacy:
     return DifferentialPrivacy(**{**SETTINGS, **arguments})
+
+
+def audited(on: Any) -> dict[str, Any]:
+    """An audit by all processes of the launch; no statement is published of a run whose seed is known, so it may be known."""
+
+    def found() -> dict[str, Any]:
+        fit = on(private(noise_multiplier=3.0), max_steps=4)
+        return audit(fit, regressor(), loader(), gradient_canaries=2000, input_canaries=4, seed=3).to_dict()
+
+    right = found()
+    with mutations.noise_scaled(0.1):
+        broken = found()
+    without_seed = refusal(lambda: audit(on(private(), max_steps=1), regressor(), loader(), gradient_canaries=2))
+    return {"right": right, "broken": broken, "without a seed": without_seed}
+
+
+def refusal(case: Any) -> str:
+    try:
+        case()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def outcome(module: Any, callback: DifferentialPrivacy) -> dict[str, Any]:
