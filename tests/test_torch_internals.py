@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import random
 from collections.abc import Callable
@@ -31,6 +32,7 @@ WHERE: dict[str, tuple[Callable[[], Any], str]] = {
         "layers that look like BatchNorm and mix nothing are let through",
     ),
     "_SpectralNorm": (lambda: parametrizations, "the power iteration of a spectral norm is stopped within a step"),
+    "_actions": (argparse.ArgumentParser, "an option that is misspelt is answered with one that there is"),
     "_add_batch_dim": (lambda: _functorch, "ghost puts values under vmap"),
     "_backward_hooks": (lambda: torch.zeros(1, requires_grad=True), "hooks of the user's on tensors are found"),
     "_buffers": (nn.Module, "buffers are watched and put back"),
@@ -54,6 +56,10 @@ WHERE: dict[str, tuple[Callable[[], Any], str]] = {
     "_is_view": (lambda: torch.zeros(1), "ghost tells a view from a tensor of its own"),
     "_make_wrapper_subclass": (lambda: torch.Tensor, "results that come later stand for themselves"),
     "_modules": (nn.Module, "layers are replaced under every name"),
+    "_name_parser_map": (
+        lambda: argparse.ArgumentParser().add_subparsers(),
+        "an option that is misspelt is answered with one that there is",
+    ),
     "_non_persistent_buffers_set": (nn.Module, "buffers are watched and put back"),
     "_parameters": (nn.Module, "parameters are exchanged for those of a step"),
     "_post_accumulate_grad_hooks": (
@@ -76,8 +82,8 @@ WHERE: dict[str, tuple[Callable[[], Any], str]] = {
 """Name → what has it, and what is done by it."""
 
 NOT_ATTRIBUTES = {
-    "_C", "_MEM_FORMAT_ENCODING", "_StorageInfo", "_StoragePrefix", "_autograd", "_bootstrap", "_by_layer",
-    "_functorch", "_fused_sdp_choice", "_get_layout", "_getframe", "_pytree", "_sample_dirichlet", "_simulated_",
+    "_C", "_MEM_FORMAT_ENCODING", "_StorageInfo", "_StoragePrefix", "_autograd", "_bootstrap", "_by_epsilon", "_by_layer",
+    "_functorch", "_fused_sdp_choice", "_get_layout", "_getframe", "_pytest", "_pytree", "_sample_dirichlet", "_simulated_",
     "_standard_gamma", "_step", "_strip_protocol", "_upon_", "_what",
 }  # fmt: skip
 """Modules, Python's own, fsspec's, names in files, and ends of words."""

@@ -99,7 +99,7 @@ def figures_of(ledger: Ledger, validated: Mapping[str, Series], every: int) -> d
         points = [(ledger.epsilon(_recorded(ledger, steps, every)).epsilon, value) for steps, value in series]
         kept = [point for point in points if all(map(math.isfinite, point))]
         if kept:
-            figures[f"dp/{name}_by_epsilon"] = draw(partial(_metric, kept, name), title=title)
+            figures[f"dp/{name}_by_epsilon"] = draw(partial(_validated_line, kept, name), title=title)
     return figures
 
 
@@ -134,7 +134,7 @@ def _budget(spent: Sequence[tuple[int, float]], target: float | None, axes: Any)
     axes.set_ylim(bottom=0)
 
 
-def _metric(points: Sequence[tuple[float, float]], name: str, axes: Any) -> None:
+def _validated_line(points: Sequence[tuple[float, float]], name: str, axes: Any) -> None:
     axes.plot(*zip(*points, strict=True), "o-", ms=4, color=COLOURS[0])
     axes.set(xlabel="ε spent (upper bound)", ylabel=name)
     axes.set_xlim(left=0)
