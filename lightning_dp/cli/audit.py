@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from lightning_dp.audit.result import VIOLATED
 from lightning_dp.audit.run import audit, check_options
+from lightning_dp.cli.recipe_files import expanded
 from lightning_dp.cli.recipes import RecipeCLI, command_line
 from lightning_dp.strategy import register_strategies
 
@@ -39,7 +40,9 @@ def run(words: Sequence[str]) -> None:
         epilog="Further options are the recipe's own, as in --trainer.max_steps=50.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, with DifferentialPrivacy in it")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--recipe", metavar="NAME", help="a recipe by name, with DifferentialPrivacy in it")
+    which.add_argument("--config", metavar="FILE", help="one of your own")
     parser.add_argument("--gradient-canaries", type=int, default=5000, metavar="M", help="default 5000")
     parser.add_argument("--input-canaries", type=int, default=200, metavar="M", help="default 200")
     parser.add_argument("--confidence", type=float, default=0.95, metavar="P", help="default 0.95")
@@ -50,10 +53,12 @@ def run(words: Sequence[str]) -> None:
         check_options(args.gradient_canaries, args.input_canaries, args.confidence, args.seed)
     except ValueError as error:
         parser.error(str(error))
+    recipe = ["--config", args.config] if args.recipe is None else ["--recipe", args.recipe]
+    expanded(recipe)  # a missing file is said first
     with tempfile.TemporaryDirectory() as scratch, command_line([]), _quiet(args.json):
         register_strategies()
         cli = RecipeCLI(
-            args=["--config", args.config, *_OVERRIDES, f"--trainer.default_root_dir={scratch}", *rest],
+            args=[*recipe, *_OVERRIDES, f"--trainer.default_root_dir={scratch}", *rest],
             run=False,
             save_config_callback=None,
         )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_dp.audit.verification import verify
+from lightning_dp.cli.recipe_files import expanded
 from lightning_dp.cli.recipes import RecipeCLI, command_line
 from lightning_dp.errors import PreflightError
 from lightning_dp.strategy import register_strategies
@@ -38,7 +39,9 @@ def run(words: Sequence[str]) -> None:
         epilog="Further options are the recipe's own, as in --trainer.precision=32-true.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, with DifferentialPrivacy in it")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--recipe", metavar="NAME", help="a recipe by name, with DifferentialPrivacy in it")
+    which.add_argument("--config", metavar="FILE", help="one of your own")
     parser.add_argument("--steps", type=int, default=5, metavar="T", help="of each replay, default 5")
     parser.add_argument("--examples", type=int, default=24, metavar="N", help="4 to 64, default 24")
     parser.add_argument(
@@ -47,10 +50,12 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the replays' random numbers, default 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of sentences")
     args, rest = parser.parse_known_args(list(words))
+    recipe = ["--config", args.config] if args.recipe is None else ["--recipe", args.recipe]
+    expanded(recipe)  # a missing file is said first
     with tempfile.TemporaryDirectory() as scratch, command_line([]):
         register_strategies()
         cli = RecipeCLI(
-            args=["--config", args.config, *_OVERRIDES, f"--trainer.default_root_dir={scratch}", *rest],
+            args=[*recipe, *_OVERRIDES, f"--trainer.default_root_dir={scratch}", *rest],
             run=False,
             save_config_callback=None,
         )
