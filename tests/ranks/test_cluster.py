@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_dp.accounting.epsilon import epsilon_bound
+from lightning_dp.accounting.phase import Phase
 from lightning_dp.loading.repeated_reads import FEW
 from lightning_dp.look.same_data import PROBES, READS
 from lightning_dp.record.course import CAVEAT
@@ -320,3 +322,6 @@ def test_an_audit_on_two_ranks_is_that_on_one(results: Any) -> None:
                 assert ours["epsilon"] == pytest.approx(theirs["epsilon"], rel=1e-3, abs=1e-3)
         assert "seed=None with world_size=2: expected a number, the same on every rank" in found["without a seed"]
     assert alone["without a seed"] == ""
+    for ranks, found in ((1, alone), (2, results("audited", 2))):  # what is audited is the plan without canaries
+        claimed = epsilon_bound([Phase(3.0, 16 * ranks / 64, 1)], delta=1e-5).epsilon
+        assert found["claimed"] == pytest.approx(claimed, rel=1e-6)

@@ -52,8 +52,12 @@ def audited(on: Any) -> dict[str, Any]:
     right = found()
     with mutations.noise_scaled(0.1):
         broken = found()
+    of_the_loader = private(expected_batch_size=None, noise_multiplier=3.0)
+    claimed = audit(
+        on(of_the_loader, max_steps=1), regressor(), loader(), gradient_canaries=2, input_canaries=0, seed=3
+    ).epsilon_claimed
     without_seed = refusal(lambda: audit(on(private(), max_steps=1), regressor(), loader(), gradient_canaries=2))
-    return {"right": right, "broken": broken, "without a seed": without_seed}
+    return {"right": right, "broken": broken, "claimed": claimed, "without a seed": without_seed}
 
 
 def refusal(case: Any) -> str:
