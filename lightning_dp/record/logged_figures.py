@@ -24,14 +24,16 @@ TAKE_FIGURES = (TensorBoardLogger, WandbLogger, MLFlowLogger)
 MOST_METRICS, MOST_POINTS, FRESH_POINTS = 4, 200, 25
 SECONDS = 1.0
 """After which no ε is asked for that training has not asked for."""
+VALIDATED = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])")
+"""In a name: of a validation. ``value_loss`` and ``interval_loss`` may be of training, and are not noised."""
 Series = list[tuple[int, float]]
 
 
 class Validated:
     """What the validations of a fit have logged, and after how many private steps.
 
-    Only numbers named as those of a validation are kept (``val`` in the name, and ``acc`` or ``loss``), at most
-    :data:`MOST_METRICS` of them. They are what loggers have anyhow.
+    Only numbers named as those of a validation are kept (:data:`VALIDATED`, and ``acc`` or ``loss``), at most
+    :data:`MOST_METRICS` of them, and none that the loggers do not have anyhow.
     """
 
     def __init__(self) -> None:
@@ -43,7 +45,9 @@ class Validated:
             return
         for name, value in trainer.callback_metrics.items():
             small = name.lower()
-            if "val" not in small or not ("acc" in small or "loss" in small) or small.startswith("dp/"):
+            if not VALIDATED.search(small) or not ("acc" in small or "loss" in small) or small.startswith("dp/"):
+                continue
+            if name not in trainer.logged_metrics:  # kept from the loggers, on purpose
                 continue
             if name in self.series or len(self.series) < MOST_METRICS:
                 self.series.setdefault(name, []).append((steps, float(value)))

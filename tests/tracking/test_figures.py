@@ -56,6 +56,8 @@ class Validated(type(regressor())):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         values = {"val_loss": float(self.global_step), "val_time": 1.0, "seen_loss": 2.0}
         self.log_dict({name: torch.tensor(value) for name, value in values.items()}, batch_size=1)
+        self.log("val_loss_hidden", 1.0, logger=False, batch_size=1)
+        self.log_dict({"value_loss": 1.0, "interval_loss": 1.0}, batch_size=1)
 
 
 def private(**options: Any) -> DifferentialPrivacy:
