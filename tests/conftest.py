@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -98,3 +101,13 @@ def _seed_no_workers_that_another_test_asked_for(monkeypatch: pytest.MonkeyPatch
     for name in ("PL_SEED_WORKERS", "PL_GLOBAL_SEED"):
         monkeypatch.setenv(name, "")  # remembered, so that what the test sets is taken back
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_process_group() -> Iterator[None]:
+    """Training with ``ddp`` in this process leaves a group of one, its addresses and its threads: not for the next test."""
+    with patch.dict(os.environ):
+        yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.set_num_threads(1)

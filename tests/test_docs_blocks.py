@@ -6,12 +6,9 @@ the page says.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -55,16 +52,6 @@ class DataOfTheReader(L.LightningDataModule):
         return DataLoader(TensorDataset(torch.randn(64, 3), torch.randn(64, 1)), batch_size=8)
 
 
-@pytest.fixture
-def alone_again() -> Iterator[None]:
-    """A block that trains with ``ddp`` leaves a process group of one and its addresses, which would be the next tests' too."""
-    with patch.dict(os.environ):
-        yield
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone_again")
 @pytest.mark.parametrize(("page", "index"), BLOCKS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_block_runs_as_it_is_written(page: Path, index: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

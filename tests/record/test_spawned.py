@@ -19,11 +19,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from lightning_dp import DifferentialPrivacy
 from tests.conftest import loader, regressor, trainer
 from tests.guarantees.mutations import patched
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
-    pytest.mark.filterwarnings("ignore:An interrupted fit took"),
-]
+from tests.new_process import in_a_new_process
 
 
 class EndsAt(L.Callback):
@@ -79,17 +75,20 @@ def spent_by_a_child_that_ends(how: str, before: int, folder: Path, strategy: st
 
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("how", ["raise", "kill"])
+@in_a_new_process
 def test_an_error_in_a_forked_child_is_counted_at_home(how: str, before: int, tmp_path: Path) -> None:
     spent_by_a_child_that_ends(how, before, tmp_path)
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("how", ["raise", "kill"])
+@in_a_new_process
 def test_an_error_in_a_spawned_child_is_counted_at_home(how: str, tmp_path: Path) -> None:
     spent_by_a_child_that_ends(how, 2, tmp_path, "ddp_spawn")
 
 
 @pytest.mark.nightly
+@in_a_new_process
 def test_several_children_count_as_one(tmp_path: Path) -> None:
     """Only one of them tells, and none of them listens."""
     callback = private()
@@ -104,6 +103,7 @@ def test_several_children_count_as_one(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "privacy.json").read_text())["steps"] == 9
 
 
+@in_a_new_process
 def test_one_fit_after_another_in_children(tmp_path: Path) -> None:
     callback = private()
     in_children(callback, max_steps=2)
@@ -120,6 +120,7 @@ def test_one_fit_after_another_in_children(tmp_path: Path) -> None:
     assert not address.exists()
 
 
+@in_a_new_process
 def test_what_was_told_goes_with_the_callback() -> None:
     callback = private()
     in_children(callback, max_steps=1)
@@ -130,6 +131,7 @@ def test_what_was_told_goes_with_the_callback() -> None:
     assert not address.exists()
 
 
+@in_a_new_process
 def test_a_step_that_cannot_be_told_is_not_released(tmp_path: Path) -> None:
     """Charged in the child, and not released: the safe way round."""
 

@@ -27,6 +27,7 @@ from tests.audit.planted import Plain, Row
 from tests.conftest import loader, regressor, trainer, weights
 from tests.guarantees.mutations import patched
 from tests.harness import Setting, by_hand
+from tests.new_process import in_a_new_process
 from tests.training.manual_modules import Gan, ManualRegressor
 
 pytestmark = [
@@ -130,6 +131,7 @@ def test_a_fixed_clip_norm_is_not_logged() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
+@in_a_new_process
 def test_a_forked_child_brings_the_clip_norm_home(style: ClippingStyle) -> None:
     here, forked = private(style), private(style)
     trainer(here, max_steps=3).fit(regressor(), loader())
