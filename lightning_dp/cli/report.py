@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from lightning_dp.reporting.facts import TASKS
 from lightning_dp.reporting.figures import accuracy_against_epsilon, budget_by_step, validation_by_step
+from lightning_dp.reporting.logs import ReportError
 from lightning_dp.reporting.page import page
-from lightning_dp.reporting.runs import ReportError, read_runs
+from lightning_dp.reporting.runs import read_runs
+from lightning_dp.version import __version__
 
 
 def run(words: Sequence[str]) -> None:
@@ -24,22 +27,23 @@ def run(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lightning-dp report", description="Draw finished runs from their own logs: PNG files and one HTML page."
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with metrics.csv and privacy.json")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, as its logger wrote it")
     parser.add_argument(
         "--without-privacy",
         action="append",
         default=[],
         type=Path,
         metavar="RUN",
-        help="folder with metrics.csv of one more run, which was trained without privacy",
+        help="folder of one more run, which was trained without privacy",
     )
     parser.add_argument("--metric", default="val/accuracy", help="the column to draw (default val/accuracy)")
     parser.add_argument("--beside", choices=sorted(TASKS), help="published figures to draw beside the runs")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder to write into (default report)")
     args = parser.parse_args(words)
-    published = TASKS[args.beside] if args.beside else ()
+    beside = (args.beside, TASKS[args.beside]) if args.beside else None
+    published = beside[1].curves if beside else ()
     try:
-        runs = read_runs(args.runs, args.metric, args.without_privacy)
+        runs = read_runs(args.runs, args.metric, args.without_privacy, beside)
         pictures = {"accuracy": accuracy_against_epsilon(runs, args.metric, published)}
         captions = {"accuracy": f"{args.metric} against ε"}
         if any("dp/epsilon" in run.series for run in runs):
@@ -50,6 +54,7 @@ def run(words: Sequence[str]) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
         (args.out / f"{name}.png").write_bytes(png)
-    html = page(runs, args.metric, {captions[name]: png for name, png in pictures.items()}, published)
+    made = f"Made on {datetime.now(UTC):%Y-%m-%d, %H:%M} UTC by lightning_dp {__version__}"
+    html = page(runs, args.metric, {name: (captions[name], png) for name, png in pictures.items()}, published, made)
     (args.out / "index.html").write_text(html, encoding="utf-8")
     print(f"{args.out / 'index.html'} and {len(pictures)} pictures beside it")

@@ -15,6 +15,7 @@ from wandb.proto import wandb_internal_pb2
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.mechanism.randomness import RandomKey
+from lightning_dp.reporting.runs import read_runs
 from tests.conftest import PATIENCE, loader, regressor, trainer
 
 BLOCK, HEADER = 32768, 7
@@ -118,6 +119,10 @@ def test_the_record_holds_plan_history_and_statement_and_no_secret(
     assert epsilons[-1] == pytest.approx(private.statement().epsilon, rel=1e-5)
     assert record["summary"]["dp/statement"] == str(private.statement())
     assert record["summary"]["privacy"]["epsilon"] == private.statement().epsilon
+    (run,) = read_runs([tmp_path], "dp/epsilon")  # `lightning-dp report` reads the same
+    assert [epsilon for _, epsilon in run.series["dp/epsilon"]] == epsilons
+    assert [step for step, _ in run.series["dp/epsilon"]] == [2, 4, 6]
+    assert (run.epsilon, run.size, run.logger) == (private.statement().epsilon, 64, "WandbLogger")
     assert record["summary"]["privacy"]["state"] == "ended"
     assert (
         record["summary"]
