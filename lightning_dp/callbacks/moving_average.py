@@ -19,7 +19,7 @@ from lightning_dp.validate import number, truth
 class ExponentialMovingAverage(WeightAveraging):
     """Keep an exponential moving average of the parameters and validate, checkpoint and finish with it.
 
-    After update t (counted from 0, one per optimizer step) the average is μ_t·average + (1−μ_t)·parameters with
+    After update t (counted from 1, one per optimizer step) the average is μ_t·average + (1−μ_t)·parameters with
     μ_t = min(decay, (1+t)/(10+t)), starting from the initial parameters (De et al. 2022, section 3 and their code). It
     reads only released parameters, so it costs no privacy. Buffers are copied, not averaged.
 
@@ -53,8 +53,8 @@ class ExponentialMovingAverage(WeightAveraging):
         super().__init__(device=device, use_buffers=False, avg_fn=self._average)
 
     def _average(self, averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
-        # AveragedModel counts the initial copy as the first model averaged, see setup().
-        return average(averaged, current, warmed_up_decay(self.decay, int(updates) - 1))
+        # AveragedModel counts the initial copy as the first model averaged, see setup(): the first update finds 1 here.
+        return average(averaged, current, warmed_up_decay(self.decay, int(updates)))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

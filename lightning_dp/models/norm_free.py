@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dp.models.extra import import_extra
+from lightning_dp.models.norm_free_layers import follow_the_authors
 
 PREFIXES = ("nf_resnet", "nf_seresnet", "nf_ecaresnet", "nf_regnet", "nfnet", "eca_nfnet", "dm_nfnet", "test_nfnet")
 
@@ -21,20 +21,24 @@ class NormFreeNet(nn.Module):
       afterwards.
     - ``dropout`` and ``stochastic_depth`` are 0, as for fine-tuning. Where branches are dropped, those that are kept
       are not scaled up, as in the authors' code.
-    - for ``nf_resnet*``, as in the authors' code: activations are scaled where they are computed (γ = 1.7139588594436646
-      for ReLU) rather than in the weights, padding is SAME, and shortcuts downsample by a 1x1 convolution with stride
-      instead of average pooling. timm's own pre-trained ``nf_resnet50`` weights were trained without skip gains and
-      with the pooling; ``faithful=False`` gives timm's form of the network, into which they fit.
+    - for ``nf_resnet*`` and ``dm_nfnet*``, as in the authors' code: weights are divided by the root of
+      max(var · fan_in, 1e-4) (timm: var + 1e-5), GELU is its tanh form, the stem's maximum is padded as SAME, and block i of n
+      is dropped with probability ``stochastic_depth`` · i / n, i from 0, so the last one with 0.09375 for 0.1 and n = 16.
+    - for ``nf_resnet*`` also: activations are scaled where they are computed (γ = 1.7139588594436646 for ReLU) rather than
+      in the weights, convolutions pad as SAME, and shortcuts downsample by a 1x1 convolution with stride instead of average
+      pooling. timm's own pre-trained ``nf_resnet50`` weights were trained without skip gains and with the pooling;
+      ``faithful=False`` gives timm's form of the network, into which they fit. The weights of ``dm_nfnet*`` fit both forms,
+      and come from the authors'.
 
     ``nf_resnet50`` has 25,557,048 parameters: timm's 25,557,032 and 16 skip gains. Stochastic depth draws for each view.
 
     Args:
         name: model of timm, such as ``nf_resnet50``, ``dm_nfnet_f0``, ``dm_nfnet_f1`` or ``dm_nfnet_f3``.
         num_classes: outputs of the linear layer.
-        stochastic_depth: share of examples for which the last residual branch is dropped (rising linearly from 0).
+        stochastic_depth: share of examples for which residual branches are dropped, rising linearly from 0 at the first.
         dropout: share of features dropped before the linear layer.
         skip_gain: initial value of the skip gains.
-        faithful: for ``nf_resnet*``, follow the authors' code where timm differs.
+        faithful: for ``nf_resnet*`` and ``dm_nfnet*``, follow the authors' code where timm differs.
         in_channels: channels of the images.
 
     Raises:
@@ -60,6 +64,7 @@ class NormFreeNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
+        self.name, self.faithful = name, faithful
         timm = import_extra("timm", "timm", f"NormFreeNet(name={name!r}) comes from timm")
         if not (name.startswith(PREFIXES) and timm.is_model(name)):
             raise ValueError(
@@ -80,49 +85,16 @@ class NormFreeNet(nn.Module):
             drop_path_rate=stochastic_depth,
             **options,
         )
-        if nf_resnet:
-            _scale_without_writing_in_place(self.net)
+        if nf_resnet or (faithful and name.startswith("dm_nfnet")):
+            follow_the_authors(self.net, stochastic_depth, strided_shortcuts=nf_resnet)
         for block in self.net.modules():
             if isinstance(getattr(block, "skipinit_gain", None), nn.Parameter):
                 nn.init.constant_(block.skipinit_gain, skip_gain)
             if hasattr(block, "scale_by_keep"):
                 block.scale_by_keep = False
-            if nf_resnet and hasattr(block, "downsample") and block.downsample is not None:
-                _convolve_with_stride(block.downsample)
 
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``."""
         logits: Tensor = self.net(images)
         return logits
-
-
-class ScaledReLU(nn.Module):
-    """ReLU times a constant, so that the output for standard normal input has unit variance.
-
-    Source: A. Brock, S. De and S. L. Smith 2021 (arXiv 2101.08692), whose γ is sqrt(2 / (1 − 1/π)) = 1.7129; the
-    constant is the one in the authors' code, which was estimated from samples.
-    """
-
-    gamma = 1.7139588594436646
-
-    @override
-    def forward(self, features: Tensor) -> Tensor:
-        return self.gamma * torch.relu(features)
-
-
-def _scale_without_writing_in_place(network: nn.Module) -> None:
-    """Put :class:`ScaledReLU` in the place of timm's scaled activation, which overwrites what ReLU's gradient needs."""
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if getattr(child, "gamma", None) is not None and hasattr(child, "act_fn"):
-                setattr(module, name, ScaledReLU())
-
-
-def _convolve_with_stride(shortcut: object) -> None:
-    """Let a shortcut's 1x1 convolution step over the image instead of pooling before it."""
-    pool = getattr(shortcut, "pool", None)
-    if isinstance(pool, nn.AvgPool2d):
-        convolution = getattr(shortcut, "conv")  # noqa: B009  # an nn.Module's attribute that type checkers cannot see
-        convolution.stride = (pool.stride, pool.stride) if isinstance(pool.stride, int) else tuple(pool.stride)
-        shortcut.pool = nn.Identity()  # type: ignore[attr-defined]  # as above

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_dp.models.extra import import_extra
+from lightning_dp.models.released_weights import LayoutError, from_haiku, is_released
 
-FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".npz")
 PREFIXES = ("network.", "module.", "model.", "net.")
 
 
@@ -28,8 +31,9 @@ def load_public_weights(network: nn.Module, source: str | Path, *, reset_classif
 
     Args:
         network: is changed in place.
-        source: a file ending in .ckpt, .pt, .pth, .bin or .safetensors (a Lightning checkpoint or a bare state dict), or
-            the name of a pre-trained model of timm, such as ``dm_nfnet_f3.dm_in1k``, downloaded on first use.
+        source: a file ending in .ckpt, .pt, .pth, .bin, .safetensors or .npz (a Lightning checkpoint, a bare state dict, or
+            weights the paper's authors released, see :mod:`lightning_dp.models.released_weights`), or the name of a pre-trained
+            model of timm, such as ``dm_nfnet_f3.dm_in1k``, downloaded on first use.
         reset_classifier: leave the last linear layer as it was initialised.
 
     Returns:
@@ -37,9 +41,11 @@ def load_public_weights(network: nn.Module, source: str | Path, *, reset_classif
 
     Raises:
         FileNotFoundError: there is no such file.
-        WeightsError: names or shapes do not fit, or the source is neither a file nor a name timm knows.
+        WeightsError: names or shapes do not fit, the network pads otherwise than the one that released weights come from,
+            or the source is neither a file nor a name timm knows.
     """
-    given = _unprefixed(_read(source))
+    read = _read(source)
+    given = _unprefixed(_translated(network, source, read) if is_released(read) else read)
     own = network.state_dict()
     short = _unprefixed(own)
     left = (
@@ -97,6 +103,8 @@ def _read(source: str | Path) -> Mapping[str, Tensor]:
 
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
+    if path.suffix == ".npz":
+        return _from_numpy(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -111,6 +119,26 @@ def _read(source: str | Path) -> Mapping[str, Tensor]:
             "Save it with torch.save(network.state_dict(), path)."
         )
     return content
+
+
+def _from_numpy(path: Path) -> Mapping[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise WeightsError(
+            f"init_from={str(path)!r} cannot be read as arrays: expected a file of numpy.savez with arrays of numbers alone. "
+            "Write it again with the script of docs/models.md."
+        ) from error
+
+
+def _translated(network: nn.Module, source: str | Path, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return from_haiku(network, arrays)
+    except LayoutError as error:
+        raise WeightsError(
+            f"init_from={str(source)!r} holds weights the paper's authors released, and {error}"
+        ) from error
 
 
 def _from_timm(name: str) -> Mapping[str, Tensor]:

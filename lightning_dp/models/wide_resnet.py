@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
+from lightning_dp.models.same_padding import PadSame
 from lightning_dp.models.weight_standardisation import WSConv2d, fan_in_normal_
 
 Order = Literal["relu_norm", "norm_relu"]
@@ -37,8 +37,9 @@ class WideResNet(nn.Module):
         norm: ``"group"``, or ``"none"`` for an ablation. Batch norm mixes the examples of a batch and is refused.
         weight_standardisation: ``False`` for plain convolutions with bias, for an ablation.
         order: ``"norm_relu"`` is the classic order of pre-activation networks, for an ablation.
-        same_padding: pad stride-2 convolutions as TensorFlow's and Haiku's SAME does, with nothing before and one row
-            and column of zeros after, instead of one on either side. For weights trained with those libraries.
+        same_padding: pad stride-2 convolutions as TensorFlow's and Haiku's SAME does, images of even size with nothing before
+            and one row and column of zeros after, instead of one on either side. It is another network: the paper's recipes
+            set it, and weights trained with those libraries need it.
 
     Raises:
         ValueError: depth is not 6 n + 4, groups do not divide the channels, or norm or order is unknown.
@@ -49,9 +50,8 @@ class WideResNet(nn.Module):
         torch.Size([2, 10])
 
     Source: S. Zagoruyko and N. Komodakis 2016 (arXiv 1605.07146) for the network; De, Berrada, Hayes, Smith and Balle
-    2022 (arXiv 2204.13650) and their code for this form of it. The released weights of that code are named
-    ``First_conv``, ``Block_<g>_skip_norm``, ``Block_<g>_skip_conv``, ``Block_<g>_norm_<i>_<j>``,
-    ``Block_<g>Conv_<i>_<j>``, ``Final_norm`` and ``Softmax``; ``docs/models.md`` maps them to this module's names.
+    2022 (arXiv 2204.13650) and their code for this form of it. The weights they released are loaded as any public
+    weights, see ``docs/models.md``.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class WideResNet(nn.Module):
         same_padding: bool = False,
     ) -> None:
         super().__init__()
+        self.same_padding = same_padding
         _check(depth, width, groups, norm, order)
         blocks = (depth - 4) // 6
         options = _Options(groups, norm, weight_standardisation, order, same_padding)
@@ -142,23 +143,11 @@ class _Options:
         return nn.Sequential(nn.ReLU(), norm) if self.order == "relu_norm" else nn.Sequential(norm, nn.ReLU())
 
     def convolution(self, before: int, after: int, kernel: int, stride: int = 1) -> nn.Module:
-        after_only = self.same_padding and kernel > 1 and stride > 1
+        padded = self.same_padding and kernel > 1 and stride > 1
         make = WSConv2d if self.weight_standardisation else nn.Conv2d
-        layer = make(before, after, kernel, stride, padding=0 if after_only else kernel // 2)
+        layer = make(before, after, kernel, stride, padding=0 if padded else kernel // 2)
         fan_in_normal_(layer)
-        return nn.Sequential(_PadAfter(kernel - stride), layer) if after_only else layer
-
-
-class _PadAfter(nn.Module):
-    """Zeros below and to the right of an image, as SAME padding at stride 2 has them for even sizes."""
-
-    def __init__(self, amount: int) -> None:
-        super().__init__()
-        self.amount = amount
-
-    @override
-    def forward(self, images: Tensor) -> Tensor:
-        return F.pad(images, (0, self.amount, 0, self.amount))
+        return nn.Sequential(PadSame(kernel, stride), layer) if padded else layer
 
 
 TRUNCATED_STD = 0.87962566103423978

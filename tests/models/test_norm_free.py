@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.vmap import VmapEngine
 from lightning_dp.models import NormFreeNet
-from lightning_dp.models.norm_free import ScaledReLU
+from lightning_dp.models.norm_free_layers import ScaledReLU
 
 
 def test_nf_resnet_50_has_the_papers_number_of_parameters():

@@ -37,7 +37,7 @@ class Remembering(Regressor):
 
 def closed_form(path: list[Tensor], decay: float) -> Tensor:
     """Each θ_t's weight is (1 − μ_t)·∏_{s>t} μ_s, and the initial parameters' the product of all."""
-    decays = [min(decay, (1 + t) / (10 + t)) for t in range(len(path) - 1)]
+    decays = [min(decay, (1 + t) / (10 + t)) for t in range(1, len(path))]
     total, tail = torch.zeros_like(path[0], dtype=torch.float64), 1.0
     for mu, theta in zip(reversed(decays), reversed(path[1:]), strict=True):
         total += (1 - mu) * tail * theta.double()

@@ -57,7 +57,7 @@ def test_closed_form(tmp_path: Path, interrupted_after: int | None) -> None:
         resume = tmp_path / f"{interrupted_after}.ckpt"
     averaged = weights(run(100, remember, tmp_path, resume))
     assert len(remember.seen) == 101
-    decays = [min(0.9, (1 + t) / (10 + t)) for t in range(100)]
+    decays = [min(0.9, (1 + t) / (10 + t)) for t in range(1, 101)]
     products = torch.tensor([*decays, 1.0], dtype=torch.float64).flip(0).cumprod(0).flip(0)  # Π_{s ≥ t} μ_s
     shares = [products[0], *(products[t + 1] * (1 - decays[t]) for t in range(100))]
     expected = sum(share * theta.double() for share, theta in zip(shares, remember.seen, strict=True))
