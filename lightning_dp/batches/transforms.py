@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,15 +50,17 @@ class Compose(ViewTransform):
 class Crop(ViewTransform):
     """Pad an image by its own mirror image and cut a square out at random.
 
-    The mirror repeats the pixels of the edge ("symmetric" in NumPy, not torchvision's and PyTorch's "reflect", which
-    leaves them out). All (height + 2·padding − size + 1) · (width + 2·padding − size + 1) places are equally likely.
+    The mirror repeats the pixels of the edge ("symmetric" in NumPy, as the paper does), or leaves them out ("reflect", as
+    torchvision and PyTorch name it). All (height + 2·padding − size + 1) · (width + 2·padding − size + 1) places are equally
+    likely.
 
     Args:
         size: edge of the square; ``None`` for the size of the image.
         padding: pixels added on every side.
+        mirror: ``"symmetric"`` or ``"reflect"``.
 
     Raises:
-        ValueError: a number is out of range, or the padded image is smaller than ``size``.
+        ValueError: a number is out of range, ``mirror`` is unknown, or the padded image is smaller than ``size``.
 
     Example:
         >>> Crop(padding=1)(torch.arange(4.0).view(1, 1, 2, 2), torch.zeros(1, 2))[0, 0]
@@ -69,12 +72,16 @@ class Crop(ViewTransform):
 
     draws = 2
 
-    def __init__(self, size: int | None = None, padding: int = 4) -> None:
+    def __init__(
+        self, size: int | None = None, padding: int = 4, mirror: Literal["symmetric", "reflect"] = "symmetric"
+    ) -> None:
         if size is not None and size < 1:
             raise ValueError(f"size={size}: expected at least 1 pixel, or None for the size of the image.")
         if padding < 0:
             raise ValueError(f"padding={padding}: expected at least 0 pixels, such as 4.")
-        self.size, self.padding = size, padding
+        if mirror not in ("symmetric", "reflect"):
+            raise ValueError(f"mirror={mirror!r}: expected 'symmetric' or 'reflect'.")
+        self.size, self.padding, self.mirror = size, padding, mirror
 
     def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """Cut one square out of each image."""
@@ -96,8 +103,9 @@ class Crop(ViewTransform):
             )
         start = (uniform.double() * room).long().clamp(max=room - 1)
         place = start[:, None] + torch.arange(size, device=uniform.device) - self.padding
-        place = place.remainder(2 * length)
-        return torch.where(place < length, place, 2 * length - 1 - place)
+        period = 2 * length - 2 * (self.mirror == "reflect")  # of the image and its mirror image, one after the other
+        place = place.remainder(max(period, 1))
+        return torch.where(place < length, place, 2 * length - 1 - (self.mirror == "reflect") - place)
 
 
 class Flip(ViewTransform):
@@ -183,14 +191,16 @@ class ColourJitter(ViewTransform):
         contrast: strength, at least 0.
         saturation: strength, at least 0.
         hue: strength, in [0, 0.5].
+        probability: of being changed at all, in [0, 1].
         mean: what the images were shifted by, per channel.
         std: what the images were divided by, per channel.
 
     Raises:
-        ValueError: a strength is out of range.
+        ValueError: a strength or the probability is out of range.
     """
 
     draws = 4
+    """One more where the probability is below 1."""
 
     def __init__(
         self,
@@ -200,12 +210,18 @@ class ColourJitter(ViewTransform):
         hue: float = 0.1,
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        probability: float = 1.0,
     ) -> None:
         for name, value in (("brightness", brightness), ("contrast", contrast), ("saturation", saturation)):
             if value < 0:
                 raise ValueError(f"{name}={value}: expected at least 0, such as 0.3.")
         if not 0 <= hue <= 0.5:
             raise ValueError(f"hue={hue}: expected a number in [0, 0.5], such as 0.1.")
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability={probability}: expected a number in [0, 1], such as 0.3.")
+        self.probability = probability
+        if probability < 1:
+            self.draws = 5
         self.strengths = (brightness, contrast, saturation)
         self.hue, self.mean, self.std = hue, mean, std
 
@@ -213,7 +229,7 @@ class ColourJitter(ViewTransform):
         """Change the colours of each image."""
         mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         to_grey = images.new_tensor(LUMA).view(1, 3, 1, 1)
-        u = (2 * uniforms - 1).to(images.dtype).view(-1, self.draws, 1, 1, 1)
+        u = (2 * uniforms[:, :4] - 1).to(images.dtype).view(-1, 4, 1, 1, 1)
         brightness, contrast, saturation = (
             (1 + strength * u[:, place]).clamp(min=0) for place, strength in enumerate(self.strengths)
         )
@@ -224,7 +240,10 @@ class ColourJitter(ViewTransform):
         x = (grey + (x - grey) * saturation).clamp(0, 1)
         angle = (2 * math.pi * self.hue) * u[:, 3].view(-1)
         x = torch.einsum("nij,njhw->nihw", _hue_rotation(angle), x).clamp(0, 1)
-        return (x - mean) / std
+        changed = (x - mean) / std
+        if self.probability == 1:
+            return changed
+        return torch.where((uniforms[:, 4] < self.probability).view(-1, 1, 1, 1), changed, images)
 
 
 class EachImage(ViewTransform):

@@ -5,5 +5,13 @@ from lightning_dp.data.digits import DigitsDataModule
 from lightning_dp.data.features import FixedFeatures
 from lightning_dp.data.folder import ImageFolderDataModule
 from lightning_dp.data.images import DataError
+from lightning_dp.data.random_process import RandomProcessImages
 
-__all__ = ["CIFARDataModule", "DataError", "DigitsDataModule", "FixedFeatures", "ImageFolderDataModule"]
+__all__ = [
+    "CIFARDataModule",
+    "DataError",
+    "DigitsDataModule",
+    "FixedFeatures",
+    "ImageFolderDataModule",
+    "RandomProcessImages",
+]

@@ -126,15 +126,37 @@ class ImageFiles:
         return self._found
 
 
-def decode(name: str, content: bytes, size: int, *, resize: bool, convert: bool) -> Images:
+@dataclass(frozen=True)
+class Decoding:
+    """How an image becomes one of the size that is asked for.
+
+    Attributes:
+        resize: cut a square out of the middle and resize it (bicubic); otherwise another size is an error.
+        convert: turn grey, palette, transparent and CMYK images into RGB; otherwise another mode is an error.
+        crop_padding: with ``resize``, the square's edge is size / (size + crop_padding) of the shorter side, rounded down.
+        antialias: with ``resize``, average over the pixels that become one where the square is larger than ``size``.
+    """
+
+    resize: bool = False
+    convert: bool = False
+    crop_padding: int = 0
+    antialias: bool = True
+
+    def key(self) -> tuple[object, ...]:
+        """For the names of caches: another one wherever images come out otherwise."""
+        usual = Decoding(self.resize, self.convert)
+        more = () if self == usual else (self.crop_padding, self.antialias)
+        return (self.resize, self.convert, *more)
+
+
+def decode(name: str, content: bytes, size: int, how: Decoding) -> Images:
     """Decode one image to ``(size, size, 3)`` uint8.
 
     Args:
         name: for the error.
         content: the file.
         size: edge in pixels.
-        resize: cut the largest square out of the middle and resize it (bicubic); otherwise another size is an error.
-        convert: turn grey, palette, transparent and CMYK images into RGB; otherwise another mode is an error.
+        how: what is done to images of another size or mode.
 
     Raises:
         CorruptImageError: the file is broken or no image.
@@ -151,19 +173,44 @@ def decode(name: str, content: bytes, size: int, *, resize: bool, convert: bool)
             "skip_corrupt=True to go on without it."
         ) from error
     if image.mode != "RGB":
-        if not convert:
+        if not how.convert:
             raise ImageError(f"{name} has mode {image.mode}: expected RGB. Set convert=True to convert such images.")
         image = image.convert("RGB")
-    if image.size != (size, size):
-        if not resize:
+    if image.size != (size, size) or (how.resize and how.crop_padding):
+        if not how.resize:
             raise ImageError(
                 f"{name} has {image.width}x{image.height} pixels: expected {size}x{size}. Set size=..., or resize=True to "
                 "cut out the middle and resize it."
             )
-        edge = min(image.size)
+        edge = max(size * min(image.size) // (size + how.crop_padding), 1)
         left, top = (image.width - edge) // 2, (image.height - edge) // 2
-        image = image.crop((left, top, left + edge, top + edge)).resize((size, size), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + edge, top + edge))
+        if not how.antialias:
+            return bicubic_without_antialias(np.asarray(image, dtype=np.uint8), size)
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image, dtype=np.uint8)
+
+
+def bicubic_without_antialias(image: Images, size: int) -> Images:
+    """Resize a square ``(edge, edge, 3)``: each new pixel is Keys' cubic through the 4x4 pixels around its centre.
+
+    Pixels beyond the edge count nothing, and the weights of the others are made to add up to one. Rounded to uint8 at the end.
+
+    Source: R. G. Keys 1981, *Cubic convolution interpolation for digital image processing*, equation 15 (a = −1/2), which
+    ``tf.image.resize(method="bicubic", antialias=False)`` computes in float.
+    """
+    edge = len(image)
+    centres = (np.arange(size) + 0.5) * edge / size - 0.5
+    first = np.floor(centres).astype(np.int64) - 1
+    places = first[:, None] + np.arange(4)
+    distance = np.abs(centres[:, None] - places)
+    near, far = 1.5 * distance**3 - 2.5 * distance**2 + 1, -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    weights = np.where(distance <= 1, near, np.where(distance < 2, far, 0)) * ((places >= 0) & (places < edge))
+    matrix = np.zeros((size, edge))
+    np.add.at(matrix, (np.arange(size)[:, None], places.clip(0, edge - 1)), weights / weights.sum(1, keepdims=True))
+    resized = np.einsum("ah,bw,hwc->abc", matrix, matrix, image, optimize=True)
+    pixels: Images = np.clip(np.rint(resized), 0, 255).astype(np.uint8)
+    return pixels
 
 
 def _clean(name: str) -> str:

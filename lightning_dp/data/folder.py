@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from lightning_dp.data.files import CorruptImageError, ImageFiles, Listing, decode
+from lightning_dp.data.files import CorruptImageError, Decoding, ImageFiles, Listing, decode
 from lightning_dp.data.images import DataError, ImageArray, ImageDataModule, Images, Labels, Triple, hold_out_evenly
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
@@ -36,22 +36,18 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         names: the images, relative to it.
         labels: their classes.
         size: edge in pixels.
-        resize: see :func:`lightning_dp.data.files.decode`.
-        convert: likewise.
+        how: see :class:`lightning_dp.data.files.Decoding`.
     """
 
-    def __init__(
-        self, root: Path, names: Sequence[str], labels: Sequence[int], size: int, *, resize: bool, convert: bool
-    ) -> None:
-        self.root, self.names, self.labels = root, names, labels
-        self.size, self.resize, self.convert = size, resize, convert
+    def __init__(self, root: Path, names: Sequence[str], labels: Sequence[int], size: int, how: Decoding) -> None:
+        self.root, self.names, self.labels, self.size, self.how = root, names, labels, size, how
 
     def __len__(self) -> int:
         return len(self.names)
 
     def facts(self) -> str:
         """A name for what is in it, without reading it: another one when files come, go or are written anew."""
-        digest = hashlib.sha256(repr((self.size, self.resize, self.convert)).encode())
+        digest = hashlib.sha256(repr((self.size, *self.how.key())).encode())
         for name, label in zip(self.names, self.labels, strict=True):
             found = (self.root / name).stat()
             digest.update(f"{name} {label} {found.st_size} {found.st_mtime_ns}".encode())
@@ -60,7 +56,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
     @override
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         name = self.names[index]
-        image = decode(name, (self.root / name).read_bytes(), self.size, resize=self.resize, convert=self.convert)
+        image = decode(name, (self.root / name).read_bytes(), self.size, self.how)
         return torch.from_numpy(image.transpose(2, 0, 1).copy()), self.labels[index]
 
 
@@ -83,6 +79,9 @@ class ImageFolderDataModule(ImageDataModule):
         val: name of the folder of validation images.
         held_out: training images that are validated on instead of trained on.
         resize: cut the largest square out of the middle and resize it (bicubic); otherwise another size is an error.
+        crop_padding: with ``resize``, cut a square of size / (size + crop_padding) of the shorter side instead: 32 gives
+            87.5 % for 224 and, for ``train_size=268``, 89.3 %.
+        antialias: with ``resize``, average over the pixels that become one, as Pillow does. TensorFlow's bicubic does not.
         convert: turn images of other modes into RGB; otherwise they are an error.
         skip_corrupt: go on without images that cannot be decoded, naming them in a warning. All images are then decoded
             once in ``prepare_data`` or ``setup``. It changes the number of examples, which is public.
@@ -110,6 +109,8 @@ class ImageFolderDataModule(ImageDataModule):
         val: str = "val",
         held_out: int = 0,
         resize: bool = False,
+        crop_padding: int = 0,
+        antialias: bool = True,
         convert: bool = False,
         skip_corrupt: bool = False,
         in_memory: bool | None = None,
@@ -129,7 +130,13 @@ class ImageFolderDataModule(ImageDataModule):
         self.root, self.num_classes, self.held_out = root, num_classes, held_out
         self.sizes = {train: train_size or size, val: size}
         self.train, self.val = train, val
-        self.resize, self.convert, self.skip_corrupt = resize, convert, skip_corrupt
+        if crop_padding < 0:
+            raise ValueError(f"crop_padding={crop_padding}: expected at least 0, such as 32.")
+        if not resize and (crop_padding or not antialias):
+            raise ValueError(
+                f"crop_padding={crop_padding}, antialias={antialias}: expected resize=True with them. Set it."
+            )
+        self.how, self.skip_corrupt = Decoding(resize, convert, crop_padding, antialias), skip_corrupt
         self.in_memory = max(self.sizes.values()) <= SMALL if in_memory is None else in_memory
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_dp"
         self._listed: tuple[ImageFiles, dict[str, Listing]] | None = None
@@ -197,15 +204,14 @@ class ImageFolderDataModule(ImageDataModule):
             [listing.names[i] for i in chosen],
             [listing.labels[i] for i in chosen],
             size,
-            resize=self.resize,
-            convert=self.convert,
+            self.how,
         )
 
     def _decoded(self, files: ImageFiles, split: str, listing: Listing) -> tuple[Images, Labels]:
         """The images and labels of a split, from the cache if they are there."""
         size = self.sizes[split]
         cached = self.cache_dir / (
-            files.fingerprint(CACHE_FORMAT, split, size, self.resize, self.convert, self.skip_corrupt) + ".npz"
+            files.fingerprint(CACHE_FORMAT, split, size, *self.how.key(), self.skip_corrupt) + ".npz"
         )
         if cached.is_file():
             with np.load(cached) as arrays:
@@ -235,7 +241,7 @@ class ImageFolderDataModule(ImageDataModule):
         left_out = []
         for name, content in tqdm(files.read(listing.names), f"Decoding {split}", total=len(place), leave=False):
             try:
-                image = decode(name, content, self.sizes[split], resize=self.resize, convert=self.convert)
+                image = decode(name, content, self.sizes[split], self.how)
             except CorruptImageError:
                 if not self.skip_corrupt:
                     raise

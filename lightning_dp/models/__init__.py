@@ -1,20 +1,26 @@
 """Models for the recipes: ordinary Lightning code."""
 
 from lightning_dp.models.classifier import ImageClassifier
+from lightning_dp.models.contrastive import ContrastivePretraining
 from lightning_dp.models.digits_cnn import DigitsCNN
 from lightning_dp.models.frozen_body import FrozenBody
+from lightning_dp.models.head_first import HeadFirst
 from lightning_dp.models.norm_free import NormFreeNet
 from lightning_dp.models.scattering import Scattering2d
+from lightning_dp.models.strided_cnn import StridedCNN
 from lightning_dp.models.tanh_cnn import TanhCNN
 from lightning_dp.models.weight_standardisation import WSConv2d
 from lightning_dp.models.wide_resnet import WideResNet
 
 __all__ = [
+    "ContrastivePretraining",
     "DigitsCNN",
     "FrozenBody",
+    "HeadFirst",
     "ImageClassifier",
     "NormFreeNet",
     "Scattering2d",
+    "StridedCNN",
     "TanhCNN",
     "WSConv2d",
     "WideResNet",

@@ -40,6 +40,8 @@ class NormFreeNet(nn.Module):
         skip_gain: initial value of the skip gains.
         faithful: for ``nf_resnet*`` and ``dm_nfnet*``, follow the authors' code where timm differs.
         in_channels: channels of the images.
+        average_shortcuts: for ``nf_resnet*`` as the authors compute it, average 2x2 pixels before a shortcut's convolution
+            instead of letting it step, as Sander et al. 2023 (arXiv 2210.03403) do.
 
     Raises:
         MissingExtraError: timm is not installed.
@@ -62,6 +64,7 @@ class NormFreeNet(nn.Module):
         skip_gain: float = 1.0,
         faithful: bool = True,
         in_channels: int = 3,
+        average_shortcuts: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.faithful = name, faithful
@@ -86,7 +89,7 @@ class NormFreeNet(nn.Module):
             **options,
         )
         if nf_resnet or (faithful and name.startswith("dm_nfnet")):
-            follow_the_authors(self.net, stochastic_depth, strided_shortcuts=nf_resnet)
+            follow_the_authors(self.net, stochastic_depth, strided_shortcuts=nf_resnet and not average_shortcuts)
         for block in self.net.modules():
             if isinstance(getattr(block, "skipinit_gain", None), nn.Parameter):
                 nn.init.constant_(block.skipinit_gain, skip_gain)

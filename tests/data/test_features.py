@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.data import DataError, FixedFeatures
+from lightning_dp.data.files import Decoding
 from lightning_dp.data.folder import FolderImages
 from lightning_dp.data.images import ImageArray, ImageDataModule, normalise
 from lightning_dp.models import FrozenBody, ImageClassifier, WideResNet
@@ -119,7 +120,7 @@ class Folder(ImageDataModule):
 
     def load(self) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
         names = [f"{index}.png" for index in range(6)]
-        images = FolderImages(self.root, names, [0, 1] * 3, 72, resize=False, convert=False)
+        images = FolderImages(self.root, names, [0, 1] * 3, 72, Decoding())
         return images, images, images
 
 

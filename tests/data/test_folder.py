@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
 from pathlib import Path
@@ -13,7 +14,14 @@ import torch
 from PIL import Image
 
 from lightning_dp.data import DataError, ImageFolderDataModule
-from lightning_dp.data.files import CorruptImageError, ImageError, ImageFiles
+from lightning_dp.data.files import (
+    CorruptImageError,
+    Decoding,
+    ImageError,
+    ImageFiles,
+    bicubic_without_antialias,
+    decode,
+)
 from lightning_dp.data.images import hold_out_evenly
 
 CLASSES = ("ant", "bee", "cat")
@@ -134,6 +142,39 @@ def test_the_middle_is_cut_out_before_resizing(tmp_path: Path, folder: Path) -> 
     assert bool((image == 200).all())
 
 
+def test_the_square_of_the_papers_release_is_cut_before_resizing() -> None:
+    """Of an image of 300 x 400 pixels, 268 / 300 of the short side: columns 66 to 333, rows 16 to 283."""
+    image = np.zeros((300, 400, 3), dtype=np.uint8)
+    image[16:284, 66:334] = 200
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    for antialias in (True, False):
+        found = decode("a", file.getvalue(), 268, Decoding(resize=True, crop_padding=32, antialias=antialias))
+        assert found.shape == (268, 268, 3)
+        assert (found == 200).all()
+    assert not (decode("a", file.getvalue(), 300, Decoding(resize=True)) == 200).all()
+
+
+def test_keys_cubic_through_the_nearest_pixels() -> None:
+    """Exact for polynomials of the second degree away from the edge, at any ratio, and it averages over nothing."""
+    at = np.arange(60.0)
+    row = 0.05 * at**2 + at
+    image = np.repeat(np.repeat(row[None, :, None], 60, 0), 3, 2)
+    for size in (17, 60, 95):
+        found = bicubic_without_antialias(image, size).astype(float)
+        centres = (np.arange(size) + 0.5) * 60 / size - 0.5
+        inner = (centres > 1) & (centres < 58)
+        np.testing.assert_allclose(found[size // 2, inner, 0], (0.05 * centres**2 + centres)[inner], atol=0.5001)
+    comb = np.zeros((60, 60, 3))
+    comb[:, 1::3] = 240  # the middle pixel of every three: each of 20 new ones sees that pixel alone
+    assert (bicubic_without_antialias(comb, 20)[:, 1:-1] == 240).all()
+
+
+def test_caches_of_the_usual_decoding_keep_their_names() -> None:
+    assert Decoding(True, False).key() == (True, False)
+    assert Decoding(True, False, 32).key() != Decoding(True, False, 32, False).key() != Decoding(True, False).key()
+
+
 def test_relative_roots_are_found_below_the_folder_of_the_environment(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +195,8 @@ def test_relative_roots_are_found_below_the_folder_of_the_environment(
         ({"train": "training"}, r"has no images training/<class>/<name>.*It holds train, val; name the folders with"),
         ({"held_out": 18}, "^held_out=18: expected at least 0 and less than the 18 training images"),
         ({"size": 0}, "^size=0: expected at least 1"),
+        ({"resize": True, "crop_padding": -1}, "^crop_padding=-1: expected at least 0"),
+        ({"antialias": False}, "^crop_padding=0, antialias=False: expected resize=True with them"),
         ({"batch_size": 0}, "^batch_size=0: expected at least 1"),
     ],
 )

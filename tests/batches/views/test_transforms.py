@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ EVERY: dict[str, ViewTransform] = {
     "resized crop": ResizedCrop(6),
     "colour": ColourJitter(),
     "torchvision's": EachImage(v2.RandomErasing(p=0.7)),
+    "reflected": Crop(padding=3, mirror="reflect"),
+    "colours of some": ColourJitter(0.8, 0.8, 0.8, 0.2, probability=0.5),
     "composed": Compose([Crop(padding=3), Flip(0.3), ColourJitter()]),
 }
 
@@ -61,12 +64,13 @@ def test_numbers_decide_and_nothing_else(name: str) -> None:
     assert not torch.equal(transform(x, uniforms(4, transform, seed=2)), first)
 
 
+@pytest.mark.parametrize("mirror", ["symmetric", "reflect"])
 @pytest.mark.parametrize(("padding", "size"), [(4, 8), (3, 5), (0, 3), (4, 16), (10, 8)])
-def test_crops_are_those_of_numpys_symmetric_padding(padding: int, size: int) -> None:
+def test_crops_are_those_of_numpys_padding(padding: int, size: int, mirror: Any) -> None:
     image = images(1)
-    padded = np.pad(image[0].numpy(), ((0, 0), (padding, padding), (padding, padding)), mode="symmetric")
+    padded = np.pad(image[0].numpy(), ((0, 0), (padding, padding), (padding, padding)), mode=mirror)
     room = 8 + 2 * padding - size + 1
-    transform = Crop(size=size, padding=padding)
+    transform = Crop(size=size, padding=padding, mirror=mirror)
     for top, left in itertools.product(range(room), repeat=2):
         place = torch.tensor([[(top + 0.5) / room, (left + 0.5) / room]])
         np.testing.assert_array_equal(
@@ -127,6 +131,14 @@ def test_colours_without_strength_stay_and_brightness_is_a_factor() -> None:
     torch.testing.assert_close(brighter(images() * 0.5, u), images() * 0.5 * 1.25, rtol=1e-4, atol=1e-4)
 
 
+def test_colours_of_the_stated_share_change() -> None:
+    jitter = ColourJitter(0.8, 0.8, 0.8, 0.2, probability=0.3)
+    x = images(1).expand(4000, -1, -1, -1)
+    changed = (jitter(x, uniforms(4000, jitter)) != x).flatten(1).any(1).double().mean()
+    assert float(changed) == pytest.approx(0.3, abs=0.03)
+    assert ColourJitter(probability=1.0).draws == ColourJitter().draws == 4, "views of old seeds stay what they were"
+
+
 def test_hue_turns_once_around_and_leaves_grey() -> None:
     grey = torch.full((2, 3, 4, 4), 0.5)
     turned = ColourJitter(0, 0, 0, 0.5, mean=(0, 0, 0), std=(1, 1, 1))
@@ -146,6 +158,8 @@ def test_hue_turns_once_around_and_leaves_grey() -> None:
         (lambda: ResizedCrop(4, scale=(0.5, 0.2)), r"^scale=\(0.5, 0.2\): expected two ascending shares"),
         (lambda: ResizedCrop(4, ratio=(2, 1)), r"^ratio=\(2, 1\): expected two ascending numbers"),
         (lambda: ColourJitter(contrast=-1), "^contrast=-1: expected at least 0"),
+        (lambda: Crop(mirror="wrap"), "^mirror='wrap': expected 'symmetric' or 'reflect'"),
+        (lambda: ColourJitter(probability=1.2), r"^probability=1.2: expected a number in \[0, 1\]"),
         (lambda: ColourJitter(hue=0.6), r"^hue=0.6: expected a number in \[0, 0.5\]"),
         (lambda: Crop(size=20)(images(), torch.rand(4, 2)), "^size=20: expected at most 16, the image's 8 pixels"),
     ],
