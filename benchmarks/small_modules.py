@@ -17,7 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DifferentialPrivacy
+from lightning_dp.engines.select import EngineName
 
 SHORT, LONG = 10, 60
 CLASSES = 10
@@ -69,7 +70,14 @@ class _Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(name: str, size: int, private: bool, steps: int, profile: cProfile.Profile | None = None) -> float:
+def fit(
+    name: str,
+    size: int,
+    private: bool,
+    steps: int,
+    profile: cProfile.Profile | None = None,
+    engine: EngineName = "auto",
+) -> float:
     """Processor time of a fit.
 
     Args:
@@ -78,11 +86,12 @@ def fit(name: str, size: int, private: bool, steps: int, profile: cProfile.Profi
         private: whether with the callback.
         steps: how many.
         profile: is on meanwhile.
+        engine: which.
     """
     torch.manual_seed(0)
     make, shape = CASES[name]
     data = TensorDataset(torch.randn(64 * size, *shape), torch.randint(CLASSES, (64 * size,)))
-    callbacks: list[Any] = [DifferentialPrivacy(noise_multiplier=1.0, clip_norm=1.0, seed=0)] if private else []
+    callbacks: list[Any] = [DifferentialPrivacy(noise_multiplier=1.0, clip_norm=1.0, engine=engine)] if private else []
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, callbacks=callbacks, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -104,6 +113,7 @@ def main() -> None:
         "--cases", nargs="+", default=["mlp:8", "mlp:64", "lstm:8", "lstm:64"], help="module:batch_size"
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--engine", default="auto", choices=get_args(EngineName))
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="also the N functions that took most")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -113,12 +123,12 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|--:|", flush=True)
     for case in arguments.cases:
         name, size = case.split(":")
-        fit(name, int(size), True, 1)  # what is imported and initialised once
+        fit(name, int(size), True, 1, engine=arguments.engine)  # what is imported and initialised once
         steps: dict[bool, list[float]] = {False: [], True: []}
         before: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(arguments.rounds):
             for private in steps:
-                short, long = (fit(name, int(size), private, count) for count in (SHORT, LONG))
+                short, long = (fit(name, int(size), private, count, engine=arguments.engine) for count in (SHORT, LONG))
                 steps[private].append((long - short) / (LONG - SHORT))
                 before[private].append(short - SHORT * steps[private][-1])
         plain, ours = (1e3 * statistics.median(steps[private]) for private in (False, True))
@@ -126,7 +136,7 @@ def main() -> None:
         print(f"| {name} | {size} | {plain:.2f} | {ours:.2f} | {ours / plain:.1f} | {' | '.join(first)} |", flush=True)
         if arguments.profile:
             profile = cProfile.Profile()
-            fit(name, int(size), True, 2 * LONG, profile)
+            fit(name, int(size), True, 2 * LONG, profile, arguments.engine)
             pstats.Stats(profile).sort_stats("tottime").print_stats(arguments.profile)
 
 

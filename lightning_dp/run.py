@@ -20,6 +20,7 @@ from lightning_dp.loading.loader import LogicalBatch, PoissonLoader
 from lightning_dp.loading.repeated_reads import check_reads
 from lightning_dp.loading.transfer import let_logical_batches_through, stop_letting_through
 from lightning_dp.look.agreed import Agreed, agree, check_still_agreed
+from lightning_dp.look.autotune import autotuned
 from lightning_dp.look.batch_size.memory import measures_by_default
 from lightning_dp.look.batch_size.physical import default_physical_batch_size, settle_physical_batch_size
 from lightning_dp.look.choose_engine import engine_for, loss_of_training_step, manual_objective
@@ -318,6 +319,8 @@ class Fit:
             loss_function = loss_of_training_step(planned, rule=rule)
             cannot = {} if rule is None else {"ghost": GHOST}
             selection = selection or engine_for(planned, settings.speed.engine, most, loss_function, cannot=cannot)
+            wanted = settings.measures and self._replay is None
+            selection = autotuned(planned, selection, loss_function, wanted, settings.speed.engine)
             return AutomaticObjective(WithoutData(planned), rule), selection, loss_function
         public, size = settings.privacy.public_optimizers, settings.speed.physical_batch_size
         form, given = planned.form, planned.given

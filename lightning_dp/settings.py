@@ -212,11 +212,16 @@ class SpeedSettings:
     engine: EngineName
     physical_batch_size: PhysicalBatchSize
     static_shapes: bool
+    autotune: bool | None
 
     def __post_init__(self) -> None:
         check_engine_name(self.engine)
         check_physical_batch_size(self.physical_batch_size)
         truth(static_shapes=self.static_shapes)
+        if self.autotune is not None and not isinstance(self.autotune, bool):
+            raise ValueError(
+                f"autotune={shown(self.autotune)}: expected True, False, or None to measure unless a seed is given."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +270,11 @@ class Settings:
             return kind(**{one.name: getattr(asked, one.name) for one in fields(kind)})
 
         return cls(part(PrivacySettings), part(SpeedSettings), part(DataSettings))
+
+    @property
+    def measures(self) -> bool:
+        """Whether forms and engines are timed before the first step. By default not where a run is to repeat bit by bit."""
+        return self.privacy.seed is None if self.speed.autotune is None else self.speed.autotune
 
     def to_agree_on(self) -> dict[str, object]:
         """What has to be the same on every rank, by name: all of privacy and data, nothing of speed."""

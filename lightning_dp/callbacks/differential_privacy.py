@@ -90,6 +90,9 @@ class DifferentialPrivacy(Callback):
             are private.
         static_shapes: ``True`` pads every micro-batch to ``physical_batch_size`` with rows that count in nothing, so that
             shapes do not vary with the draw. Changes speed, never the result.
+        autotune: whether the forms in which a layer's share can be computed, and for recurrent modules the engines, are timed
+            before the first step: ``True``, ``False``, or ``None``, unless there is a seed. Changes speed, and the result no
+            more than rounding does (:mod:`lightning_dp.look.autotune`).
         batch_axis: the axis of the batch's tensors on which the examples are, 0 for the first; or by field, as in
             ``{"inputs": 1, "positions": None}``, where ``None`` marks a part that all examples share. It enters every
             example's gradient and must be public: the same whatever the examples are. ``"list"`` is for lists with one
@@ -183,6 +186,7 @@ class DifferentialPrivacy(Callback):
         tpr_at_fpr: list[float] | None = None,
         mu: float | None = None,
         adjacency: Adjacency = ADD_REMOVE,
+        autotune: bool | None = None,
     ) -> None:
         self.epsilon = epsilon
         self.noise_multiplier = noise_multiplier
@@ -217,6 +221,7 @@ class DifferentialPrivacy(Callback):
         self.tpr_at_fpr = tuple(tpr_at_fpr) if isinstance(tpr_at_fpr, list) else tpr_at_fpr
         self.mu = mu
         self.adjacency: Adjacency = adjacency
+        self.autotune = autotune
         register_strategies()  # of a root of Lightning that was imported after this package
         self.public_optimizers = check_places(public_optimizers)
         self.row_wise = check_row_wise(row_wise)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_dp.engines.decisions import PartingError
+from lightning_dp.engines.forms import Forms
 from lightning_dp.engines.keeper import Keeper
 from lightning_dp.plan.clipping import Clipping
 
@@ -51,6 +52,7 @@ class Engine(Protocol):
         brings_layers: whether it can do with parameters that a keeper brings layer by layer.
         keeper: keeps some parameters, brings each when its layer runs, and takes its sums instead of :class:`ClippedSum`;
             ``None`` if the module's parameters are whole.
+        forms: in which of several forms each layer's share is computed; ``None`` where there is one way only.
         sum_dtype: the type of the sums; ``None`` for the accumulation type of each parameter.
     """
 
@@ -59,6 +61,7 @@ class Engine(Protocol):
     grows_with_rows: bool = True
     brings_layers: ClassVar[bool] = False
     keeper: Keeper | None = None
+    forms: Forms | None = None
     sum_dtype: torch.dtype | None = None
 
     @property

@@ -17,7 +17,9 @@ from torch.nn.utils import parametrizations, parametrize
 from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.ghost import positions as sums_over_positions
 from lightning_dp.engines.ghost.buffers import Buffers
+from lightning_dp.engines.ghost.rules import written_out
 from lightning_dp.engines.ghost.rules.convolution import Convolution
+from lightning_dp.engines.ghost.rules.written_out import FORMS
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.plan.clipping import Clipping
 from tests.engines.against_loop import agree, both, build, same
@@ -87,19 +89,24 @@ class TestRules:
     @pytest.mark.parametrize("gram", [True, False])
     @pytest.mark.parametrize("kernel", [1, 3])
     def test_convolution_either_way(self, gram: bool, kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Convolution, "_gram_is_cheaper", lambda *_: gram)
+        monkeypatch.setattr(Convolution, "_gram_share", lambda *_: 0.0 if gram else 100.0)
         agree(*build(lambda: nn.Conv2d(3, 4, kernel, stride=2, padding=1, dilation=2), 0, 3, 3, 9, 8))
 
-    def test_convolution_in_one_call_as_on_an_accelerator(self) -> None:
-        """The form for devices other than the CPU gives the CPU's numbers, also with several samples per example."""
-        rule = Convolution((2, 1), (1, 0), (1, 2), 2)
-        layer, x = build(lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), groups=2), 0, 3, 2, 4, 8, 7)
+    @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("form", ["groups", "patches"])
+    def test_gradients_written_out_in_every_form(
+        self, form: str, groups: int, kind: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also with several samples an example, and where patches do not all lie in memory at once."""
+        monkeypatch.setitem(written_out.AT_ONCE, "cpu", 500)
+        axes = {nn.Conv1d: 1, nn.Conv2d: 2}[kind]
+        kernel, *settings = ((value,) * axes for value in (3, 2, 1, 2))
+        rule, sizes = Convolution(*settings, groups), (8, 9)[:axes]
+        layer, x = build(lambda: kind(4, 6, kernel, *settings, groups=groups), 0, 3, 2, 4, *sizes)
         g = torch.randn_like(layer(x.flatten(0, 1))).unflatten(0, (3, 2))
-        expected = rule._rows(x, g, layer.weight.detach(), Buffers())
-        elsewhere = x.as_subclass(_Elsewhere)
-        torch.testing.assert_close(
-            rule._rows(elsewhere, g, layer.weight.detach(), Buffers()).as_subclass(Tensor), expected
-        )
+        ways = [FORMS[name](rule, x, g, layer.weight.detach(), Buffers()) for name in ("slices", form)]
+        torch.testing.assert_close(*ways)
 
     @pytest.mark.parametrize("layer", [nn.Conv1d(2, 3, 3), nn.InstanceNorm1d(2, affine=True)])
     def test_inputs_without_a_batch_axis(self, layer: nn.Module) -> None:
@@ -140,14 +147,6 @@ class TestRules:
         weights = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64).view(1, *shape)
         engine = agree(module, 3 + inputs, loss=lambda output: (output * weights).sin().sum())
         assert "per example" not in engine.handled.values()
-
-
-class _Elsewhere(Tensor):
-    """A tensor that says it is not on the CPU."""
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("meta")
 
 
 class Standardised(nn.Conv2d):

@@ -131,7 +131,7 @@ class TestChannelsThatAreNotWrittenOut:
             asked.append(found is not None)
             return found
 
-        monkeypatch.setattr(Convolution, "_gram_is_cheaper", lambda *_: True)
+        monkeypatch.setattr(Convolution, "_gram_share", lambda *_: 0.0)
         monkeypatch.setattr(Convolution, "_channels", channels)
 
         def make() -> nn.Module:
@@ -145,7 +145,7 @@ class TestChannelsThatAreNotWrittenOut:
         assert all(asked)
 
     def test_they_are_never_short_where_positions_cancel(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Convolution, "_gram_is_cheaper", lambda *_: True)
+        monkeypatch.setattr(Convolution, "_gram_share", lambda *_: 0.0)
         generator = torch.Generator().manual_seed(4)
         x = torch.randn(20, 3, 1, 1, generator=generator) + 1e-4 * torch.randn(20, 3, 6, 6, generator=generator)
         g = torch.randn(20, 5, 5, 5, generator=generator)

@@ -30,7 +30,7 @@ ARGUMENTS = {
     "clip_quantile": None, "clip_learning_rate": None, "quantile_weight": None, "slack_bins": None,
     "sampling": "poisson", "noise": "independent", "noise_bands": 4, "noise_momentum": None,
     "gradient_filter": None, "filter_gain": 0.7, "filter_lookahead": 0.5,
-    "advantage": None, "tpr_at_fpr": None, "mu": None,
+    "advantage": None, "tpr_at_fpr": None, "mu": None, "autotune": None,
 }  # fmt: skip
 PLAN = {
     "noise_multiplier": 1.0, "clip_norm": 1.0, "delta": 1e-5, "dataset_size": 1000, "expected_batch_size": 10.0, "steps": 5,
@@ -62,6 +62,7 @@ def sound(private: DifferentialPrivacy) -> bool:
     counts = (private.expected_batch_size, private.dataset_size, private.max_batch_size)
     whole = all(count is None or (int(count) == count and count >= 1) for count in counts)
     plain_bool = all(type(v) is bool for v in (private.log_train_metrics, private.secure, private.static_shapes))
+    plain_bool &= private.autotune is None or type(private.autotune) is bool
     whole &= private.simulate >= 1 and all(place >= 0 for place in private.public_optimizers)
     whole &= 0 < float(private.automatic_gamma) < math.inf and private.clipping in get_args(ClippingStyle)
     whole &= not private.secure or (private.seed is None and private.noise_multiplier != 0)
@@ -90,7 +91,7 @@ def test_a_plan_holds_numbers_that_make_sense(changes: dict[str, Any]) -> None:
 
 NEWEST = ("simulate", "batch_axis", "static_shapes", "public_optimizers", "secure", "privacy_unit", "clipping",
           "automatic_gamma", "max_examples_per_unit", "clip_quantile", "slack_bins", "sampling", "noise", "noise_bands",
-          "noise_momentum", "gradient_filter", "filter_gain", "filter_lookahead")  # fmt: skip
+          "noise_momentum", "gradient_filter", "filter_gain", "filter_lookahead", "autotune")  # fmt: skip
 
 
 @settings(max_examples=500)

@@ -9,15 +9,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_dp.engines.forms import Forms
+
 
 class Buffers:
     """Hands out memory and takes all of it back at once.
 
     The gradients of a layer's examples are the largest tensors of a step, and on a CPU the first touch of fresh memory
     costs more than filling it. Sizes vary with the draw, so a buffer is given to whatever fits.
+
+    Args:
+        forms: in which form what it is needed for is computed; ``None`` for the estimated ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, forms: Forms | None = None) -> None:
+        self.forms = Forms() if forms is None else forms
         self._free: list[Tensor] = []
         self._lent: list[Tensor] = []
 

@@ -18,6 +18,7 @@ from lightning_dp.batches.microbatch import batch_of_one
 from lightning_dp.engines.decisions import PartingError, answered_for_all
 from lightning_dp.engines.drawing import Drawing, Draws
 from lightning_dp.engines.examples import mappable
+from lightning_dp.engines.forms import Forms
 from lightning_dp.engines.ghost.attention import folded_attention
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Deliver, Pass
@@ -70,7 +71,8 @@ class GhostEngine(Engine):
         self.groups, self._drawing, self._loop = Groups(), Drawing(), LoopEngine(in_place_of_others=True)
         self._per_example: set[nn.Module] = set()
         self._handled: dict[str, str] = {}
-        self._buffers = Buffers()
+        self.forms = Forms()
+        self._buffers = Buffers(self.forms)
         self._recognised = Recognised()
 
     @property

@@ -127,6 +127,8 @@ def _search(
 
         def fresh() -> Callable[[], object]:
             mine = make_engine(engine.name, module)
+            if mine.forms is not None and engine.forms is not None:
+                mine.forms.taken = engine.forms.taken
             parameters = as_real_pairs(trainable(module))
             return lambda: mine.clipped_sum(loss_function, parameters, copied, rows, loader.plan.clipping_rule)
 

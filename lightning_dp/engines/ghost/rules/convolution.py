@@ -26,7 +26,8 @@ from lightning_dp.engines.ghost.contribution import (
 )
 from lightning_dp.engines.ghost.lost import of_channels
 from lightning_dp.engines.ghost.registry import Arguments, Reader, function_rule, rule
-from lightning_dp.engines.ghost.rules.linear import of_positions
+from lightning_dp.engines.ghost.rules.linear import HELD, NEAR, of_positions
+from lightning_dp.engines.ghost.rules.written_out import FORMS, PLANE, Form
 from lightning_dp.mechanism.clip import accumulation_dtype
 from lightning_dp.mechanism.put_off import is_so
 
@@ -102,7 +103,7 @@ class Convolution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
         assert weight is not None
         samples, convolve = self._folded(x), _CONVOLUTIONS[len(self.stride)]
-        kept = self.keeps_output and self._gram_is_cheaper(samples, len(samples) // max(len(x), 1), weight)
+        kept = self.keeps_output and self._gram_share(samples, len(samples) // max(len(x), 1), weight) < 1
         given = (self.stride, self.padding, self.dilation, self.groups)
         output = convolve(samples, weight, None if kept else bias, *given)
         saved = None
@@ -116,25 +117,48 @@ class Convolution:
         samples = self._folded(x).to(g.dtype)
         if self.groups == 1 and not any(self.padding) and all(size == 1 for size in weight.shape[2:]):
             reached = samples[(slice(None), slice(None), *(slice(None, None, step) for step in self.stride))]
-            contribution = of_positions(_positions(reached, len(x)), _positions(g, len(x)))
+            contribution = of_positions(_positions(reached, len(x)), _positions(g, len(x)), buffers)
             return _Reshaped(contribution, tuple(weight.shape))
-        cheaper = self._gram_is_cheaper(samples, len(samples) // len(x), weight)
-        own = (len(x), -1)
-        samples, g = (t.reshape(*own, *t.shape[1:]) for t in (samples, g))
-        rows, total = partial(self._rows, weight=weight, buffers=buffers), partial(self._total, weight=weight)
-        if not cheaper:
-            return Written(rows(samples, g))
+        samples, g = (t.reshape(len(x), -1, *t.shape[1:]) for t in (samples, g))
+        return self._of_samples(samples, g, weight=weight, saved=saved, buffers=buffers)
 
+    def _of_samples(self, x: Tensor, g: Tensor, *, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
+        """The weight's gradients, from ``(B, own, C, *)`` each, in the form that is in force."""
+        written = {
+            name: partial(self._written, weight=weight, buffers=buffers, form=form)
+            for name, form in FORMS.items()
+            if name != "patches" or len(self.stride) <= PLANE
+        }
+        factored = {"factors": partial(self._factored, weight=weight, saved=saved, buffers=buffers)}
+        share, numbers = self._gram_share(x.flatten(0, 1), x.shape[1], weight), x[0].numel() + g[0].numel()
+        estimated = "factors" if share < 1 else "slices" if x.device.type == "cpu" else "groups"
+        if share < 1 and (self.keeps_output or weight.numel() > HELD * numbers):
+            offered = factored
+        elif share > NEAR or self.keeps_output:
+            offered = written
+        else:
+            offered = {**factored, **written}
+        again = partial(self._of_samples, weight=weight, saved=None, buffers=buffers)
+        return buffers.forms.choose((self, *weight.shape), x, g, estimated, offered, again)
+
+    def _written(self, x: Tensor, g: Tensor, weight: Tensor, buffers: Buffers, form: Form) -> Contribution:
+        return Written(form(self, x, g, weight.to(g.dtype), buffers))
+
+    def _factored(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         def write(x: Tensor, g: Tensor, of_patches: Tensor, of_gradients: Tensor) -> None:
             self._gram_of_patches(x, g, weight, of_patches)
             gram(_rows_of(g), of_gradients)
 
+        def rows(x: Tensor, g: Tensor) -> Tensor:
+            return FORMS["slices" if x.device.type == "cpu" else "groups"](self, x, g, weight.to(g.dtype), buffers)
+
         grams = Grams(lambda _, g: g[0, :, 0].numel(), write, weight[0].numel(), g.shape[2])
 
         def channels(basis: Tensor) -> Channels | None:
-            return None if saved is None else self._channels(samples, g, weight, saved.view_as(g), basis)
+            return None if saved is None else self._channels(x, g, weight, saved.view_as(g), basis)
 
-        return Factored(samples, g, norms=grams, total=total, rows=rows, channels=channels)
+        total = partial(self._total, weight=weight)
+        return Factored(x, g, norms=grams, total=total, rows=rows, channels=channels)
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
@@ -143,34 +167,17 @@ class Convolution:
     def _folded(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1) if self.own_axes else x
 
-    def _rows(self, x: Tensor, g: Tensor, weight: Tensor, buffers: Buffers) -> Tensor:
-        """Gradients written out, from ``(B, own, C, *)`` each.
-
-        On a CPU the kernel of the plain backward pass on slices, straight into one buffer; elsewhere all examples in one
-        call, each as a group of channels of its own.
-        """
-        weight = weight.to(g.dtype)
-        if x.device.type == "cpu":
-            rows = buffers.take((len(x), *weight.shape), like=x)
-            for row, one_x, one_g in zip(rows, x, g, strict=True):
-                row.copy_(self._weight_gradient(one_x, one_g, weight, self.groups))
-            return rows
-        x, g = (t.transpose(0, 1).flatten(1, 2) for t in (x, g))
-        examples = g.shape[1] // len(weight)
-        repeated = weight.expand(examples, *weight.shape).flatten(0, 1)
-        return self._weight_gradient(x, g, repeated, examples * self.groups).view(examples, *weight.shape)
-
     def _total(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         """The plain gradient of the batch, of output gradients that the factors have scaled."""
-        return self._weight_gradient(x.flatten(0, 1).to(g.dtype), g.flatten(0, 1), weight.to(g.dtype), self.groups)
+        return self.weight_gradient(x.flatten(0, 1).to(g.dtype), g.flatten(0, 1), weight.to(g.dtype), self.groups)
 
-    def _gram_is_cheaper(self, samples: Tensor, own: int, weight: Tensor) -> bool:
-        """Multiplications for the Gram norm against what writing an example's gradient out costs on top of the plain.
+    def _gram_share(self, samples: Tensor, own: int, weight: Tensor) -> float:
+        """Multiplications for the Gram norm ÷ what writing an example's gradient out costs on top of the plain.
 
         The constants (a read or write of a number costs like so many multiplications) were measured on a CPU.
         """
         if self.groups != 1:
-            return False
+            return math.inf
         padded = [n + 2 * pad for n, pad in zip(samples.shape[2:], self.padding, strict=True)]
         kernel = weight.shape[2:]
         reach = [
@@ -179,7 +186,7 @@ class Convolution:
         ]
         pixels, positions = own * math.prod(padded), own * math.prod(reach)
         gram = pixels**2 * samples.shape[1] + positions**2 * (len(weight) + 8 * math.prod(kernel))
-        return gram < 80 * weight.numel()
+        return gram / (80 * weight.numel())
 
     def _gram_of_patches(self, x: Tensor, g: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """⟨patch_t, patch_s⟩, ``(B, T, T)``: a sum of shifted Gram matrices of the pixels, no patch is formed."""
@@ -245,7 +252,8 @@ class Convolution:
         second = (with_weight - first * along[:, 0]) / along[:, 1]
         return Channels(squares, errors, torch.stack([first, second], dim=2).transpose(0, 1), missing)
 
-    def _weight_gradient(self, x: Tensor, g: Tensor, weight: Tensor, groups: int) -> Tensor:
+    def weight_gradient(self, x: Tensor, g: Tensor, weight: Tensor, groups: int) -> Tensor:
+        """The plain gradient, of so many groups of channels."""
         gradient: Tensor = torch.ops.aten.convolution_backward(
             g,
             x,

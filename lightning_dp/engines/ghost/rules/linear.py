@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +35,7 @@ class Linear:
 
     def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        return of_positions(x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(x), -1, g.shape[-1]))
+        return of_positions(x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(x), -1, g.shape[-1]), buffers)
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
@@ -52,7 +54,7 @@ class Product(Linear):
 
     def of_weight(self, x: Tensor, g: Tensor, weight: Tensor, saved: Any, buffers: Buffers) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""
-        return of_positions(g.reshape(len(x), -1, g.shape[-1]), x.reshape(len(x), -1, x.shape[-1]))
+        return of_positions(g.reshape(len(x), -1, g.shape[-1]), x.reshape(len(x), -1, x.shape[-1]), buffers)
 
 
 @rule(nn.Linear)
@@ -78,22 +80,44 @@ def _sum_and_product_call(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: A
     return Product() if known else None, mat1, mat2, input
 
 
-def of_positions(a: Tensor, g: Tensor) -> Contribution:
-    """Σ_t g_t a_tᵀ of each example, in the cheaper form: written out, or in factors when 2T² < p·d.
+def of_positions(a: Tensor, g: Tensor, buffers: Buffers) -> Contribution:
+    """Σ_t g_t a_tᵀ of each example, written out or in factors; by estimate in factors when 2T² < p·d.
 
     Args:
         a: inputs, ``(B, T, d)``.
         g: gradients of outputs, ``(B, T, p)``.
+        buffers: where to take memory for what is written out, and which of the two is taken.
 
     Source: the mixed choice of Bu, Mao, Xu 2022 (arXiv 2205.10683), section 4.
     """
     a = a.to(g.dtype)
     if a.shape[1] == 1:
         return Factored(a, g, norms=_outer_norms, total=_total, rows=_rows, bilinear=True)
-    if 2 * a.shape[1] ** 2 < a.shape[2] * g.shape[2]:
-        grams = Grams(lambda a, _: a.shape[1], _write_grams, a.shape[2], g.shape[2])
-        return Factored(a, g, norms=grams, total=_total, rows=_rows, bilinear=True)
-    return Written(_rows(a, g))
+    numbers, of_factors = a.shape[2] * g.shape[2], a[0].numel() + g[0].numel()
+    share = 2 * a.shape[1] ** 2 / numbers
+    offered: dict[str, Callable[[Tensor, Tensor], Contribution]] = {
+        **({"factors": _factored} if share < NEAR else {}),
+        **({"written": partial(_written, buffers)} if share >= 1 or numbers <= HELD * of_factors else {}),
+    }
+    estimated = "factors" if share < 1 else "written"
+    return buffers.forms.choose("positions", a, g, estimated, offered, partial(of_positions, buffers=buffers))
+
+
+NEAR = 4.0
+"""Inner products are timed, too, where they are estimated to take up to so many times as long as gradients written out."""
+
+HELD = 2
+"""Gradients are written out, where that is no more than measured to be faster, up to so many times the size of the factors."""
+
+
+def _factored(a: Tensor, g: Tensor) -> Contribution:
+    grams = Grams(lambda a, _: a.shape[1], _write_grams, a.shape[2], g.shape[2])
+    return Factored(a, g, norms=grams, total=_total, rows=_rows, bilinear=True)
+
+
+def _written(buffers: Buffers, a: Tensor, g: Tensor) -> Contribution:
+    rows = buffers.take((len(a), g.shape[2], a.shape[2]), like=g)
+    return Written(torch.bmm(g.transpose(1, 2), a, out=rows))
 
 
 def _rows(a: Tensor, g: Tensor) -> Tensor:
