@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +14,23 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_dp.data.folder import FolderImages
 from lightning_dp.data.images import DataError, ImageArray, ImageDataModule, normalise
+from lightning_dp.data.kept_array import Array, keep_array
 
 CHUNK = 20
 """Images held in memory that a CPU transforms at once: few, so that what lies between stays in its cache."""
 
 KEPT_AS = {"float16": torch.float16, "float32": torch.float32}
 
-FORMAT = 1
+FEW = 4
+"""Images whose features are looked at to tell what the network does."""
+
+FORMAT = 2
 """Another number whenever what is kept in the cache changes."""
 
 
@@ -53,7 +58,8 @@ class FixedFeatures(L.LightningDataModule):
 
     Each image is normalised by the other module's ``mean`` and ``std`` and put through ``features`` once, before
     training. The results are kept in a file in ``cache_dir``, which is mapped into memory, so the second run starts at
-    once. On the device they become the module's type. There are no augmented views: the images are gone.
+    once, and one that was stopped goes on where it was. On the device they become the module's type. There are no augmented
+    views: the images are gone.
 
     **The file holds private data.** Features say much about an image, and nothing protects them: keep ``cache_dir`` where the
     images may be, and delete it with them.
@@ -162,56 +168,70 @@ class FixedFeatures(L.LightningDataModule):
                 f"images of type {type(images).__name__}: expected images held in memory or in files, as ImageFolderDataModule "
                 "has them. Compute features of others beforehand."
             )
-        cached = self.cache_dir / f"features-{self._fingerprint(images)}.npy"
+        few = self._few(images)
+        cached = self._file(images, few)
         if not cached.is_file():
-            self._compute(images, cached)
+            self._compute(images, few, cached)
         # copy-on-write: nothing ever writes, and torch wants memory that it could
         return FeatureArray(torch.from_numpy(np.load(cached, mmap_mode="c")), list(images.labels))
 
-    def _fingerprint(self, images: ImageArray | FolderImages) -> str:
-        """Names the images and what ``features`` makes of them, whatever it is written like."""
-        first = torch.stack([images[index][0] for index in range(min(4, len(images)))])
+    def _few(self, images: ImageArray | FolderImages) -> Tensor:
+        """The features of the first images, found to be their own."""
+        first = torch.stack([images[index][0] for index in range(min(FEW, len(images)))])
         few = self._checked(first, 0)
-        alone = torch.cat([self._transform(image) for image in first.unsqueeze(1)])
-        if not torch.allclose(few.float(), alone.float(), rtol=1e-2, atol=1e-2 * float(few.float().std()) + 1e-6):
+        if not self._alike(few, torch.cat([self._transform(image) for image in first.unsqueeze(1)])):
             raise DataError(
                 f"features={type(self.features).__name__} gives an image other features when it is among others: expected "
                 "each image alone to decide, or clipping its gradient would not protect it. Do without batch statistics."
             )
+        return few
+
+    def _alike(self, one: Tensor, other: Tensor) -> bool:
+        """Whether they are the same up to what threads, batches and devices change."""
+        scale = float(one.float().std()) if one.numel() > 1 else 0.0
+        return torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-2 * scale + 1e-6)
+
+    def _file(self, images: ImageArray | FolderImages, few: Tensor) -> Path:
+        """Where these features of these images are kept or will be: told by the name, and by the first rows."""
+        name = f"features-{self._fingerprint(images)}"
+        for number in count():
+            path = self.cache_dir / f"{name}-{number}.npy"
+            if not path.is_file():
+                return path
+            kept = torch.from_numpy(np.load(path, mmap_mode="r")[: len(few)].copy())
+            if kept.shape == few.shape and self._alike(few, kept):
+                return path
+        raise AssertionError("count() does not end")
+
+    def _fingerprint(self, images: ImageArray | FolderImages) -> str:
+        """Names the images, and the network by its weights and by what it prints as."""
+        said = hashlib.sha256(f"{FORMAT} {self.images.mean} {self.images.std} {self.dtype}".encode())
         if isinstance(images, ImageArray):
-            said = hashlib.sha256(
-                f"{FORMAT} {tuple(images.images.shape)} {self.images.mean} {self.images.std}".encode()
-            )
-            said.update(images.images.numpy().tobytes())
+            said.update(f"{tuple(images.images.shape)}".encode() + images.images.numpy().tobytes())
         else:
-            said = hashlib.sha256(f"{FORMAT} {self.images.mean} {self.images.std} {images.facts()}".encode())
-        if self.dtype == torch.float16:  # as in earlier versions
-            said.update((few.float() * 256).round().to(torch.int32).numpy().tobytes())  # last bits depend on threads
-        else:
-            said.update(f"{self.dtype} {self.features}".encode())
-            said.update((few * 256).round().to(torch.int32).numpy().tobytes())
-            for name, tensor in self.features.state_dict().items():
-                said.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            said.update(images.facts().encode())
+        said.update(f"{self.features}".encode())
+        for name, tensor in self.features.state_dict().items():
+            said.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return said.hexdigest()[:32]
 
-    def _compute(self, images: ImageArray | FolderImages, cached: Path) -> None:
-        first = self._transform(images[0][0].unsqueeze(0))
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        unfinished, name = cached.with_name(f"{cached.name}.{os.getpid()}.npy"), type(self.features).__name__
-        try:
-            kept_as = np.float16 if self.dtype == torch.float16 else np.float32
-            file = np.lib.format.open_memmap(
-                unfinished, mode="w+", dtype=kept_as, shape=(len(images), *first.shape[1:])
-            )
-            pieces, start = self._pieces(images), 0
-            with_bar = tqdm(pieces, f"{name} of {len(images)} images", total=self._count(images), leave=False)
-            for piece in with_bar:
-                file[start : start + len(piece)] = self._checked(piece, start).numpy()
-                start += len(piece)
-            file.flush()
-            unfinished.replace(cached)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    def _compute(self, images: ImageArray | FolderImages, few: Tensor, cached: Path) -> None:
+        name = type(self.features).__name__
+        if hasattr(self.features, "network"):
+            name = f"{name} of {type(self.features.network).__name__}"
+
+        def rows(start: int) -> Iterator[Array]:
+            with tqdm(initial=start, desc=f"{name}, images", total=len(images), leave=False) as bar:
+                for piece in self._pieces(images, start):
+                    yield self._checked(piece, start).numpy()
+                    start += len(piece)
+                    bar.update(len(piece))
+
+        def belong(left: Array) -> bool:
+            return self._alike(few[: len(left)], torch.from_numpy(left[: len(few)].copy()))
+
+        kept_as = np.float16 if self.dtype == torch.float16 else np.float32
+        keep_array(cached, (len(images), *few.shape[1:]), kept_as, rows, belong)
         rank_zero_info(
             f"lightning_dp: {name} of {len(images)} images is kept in {cached}. That is private data: nothing protects it."
         )
@@ -219,15 +239,13 @@ class FixedFeatures(L.LightningDataModule):
     def _at_once(self, images: ImageArray | FolderImages) -> int:
         return CHUNK if isinstance(images, ImageArray) and self.device.type == "cpu" else self.val_batch_size
 
-    def _count(self, images: ImageArray | FolderImages) -> int:
-        return -(-len(images) // self._at_once(images))
-
-    def _pieces(self, images: ImageArray | FolderImages) -> Iterator[Tensor]:
+    def _pieces(self, images: ImageArray | FolderImages, start: int) -> Iterator[Tensor]:
         at_once = self._at_once(images)
         if isinstance(images, ImageArray):
-            yield from torch.split(images.images, at_once)
+            yield from torch.split(images.images[start:], at_once)
         else:
-            loader = DataLoader(images, batch_size=at_once, num_workers=self.images.num_workers)
+            left = Subset(images, range(start, len(images)))
+            loader = DataLoader(left, batch_size=at_once, num_workers=self.images.num_workers)
             yield from (piece for piece, _ in loader)
 
     def _checked(self, images: Tensor, start: int) -> Tensor:

@@ -3,8 +3,10 @@
 from lightning_dp.models.classifier import ImageClassifier
 from lightning_dp.models.contrastive import ContrastivePretraining
 from lightning_dp.models.digits_cnn import DigitsCNN
+from lightning_dp.models.efficientnet_lite import EfficientNetLite
 from lightning_dp.models.frozen_body import FrozenBody
 from lightning_dp.models.head_first import HeadFirst
+from lightning_dp.models.least_squares import LeastSquares
 from lightning_dp.models.norm_free import NormFreeNet
 from lightning_dp.models.scattering import Scattering2d
 from lightning_dp.models.strided_cnn import StridedCNN
@@ -15,9 +17,11 @@ from lightning_dp.models.wide_resnet import WideResNet
 __all__ = [
     "ContrastivePretraining",
     "DigitsCNN",
+    "EfficientNetLite",
     "FrozenBody",
     "HeadFirst",
     "ImageClassifier",
+    "LeastSquares",
     "NormFreeNet",
     "Scattering2d",
     "StridedCNN",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.models.extra import import_extra
+from lightning_dp.models.installed_weights import PACKAGES, installed_weights
 from lightning_dp.models.released_weights import LayoutError, from_haiku, is_released
 
 FILES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".npz")
@@ -32,8 +33,9 @@ def load_public_weights(network: nn.Module, source: str | Path, *, reset_classif
     Args:
         network: is changed in place.
         source: a file ending in .ckpt, .pt, .pth, .bin, .safetensors or .npz (a Lightning checkpoint, a bare state dict, or
-            weights the paper's authors released, see :mod:`lightning_dp.models.released_weights`), or the name of a pre-trained
-            model of timm, such as ``dm_nfnet_f3.dm_in1k``, downloaded on first use.
+            weights the paper's authors released, see :mod:`lightning_dp.models.released_weights`), the name of a pre-trained
+            model of timm, such as ``dm_nfnet_f3.dm_in1k``, downloaded on first use, or ``efficientnet-lite0``, ``1`` or ``2``,
+            which come with the extra ``public-weights``.
         reset_classifier: leave the last linear layer as it was initialised.
 
     Returns:
@@ -41,6 +43,8 @@ def load_public_weights(network: nn.Module, source: str | Path, *, reset_classif
 
     Raises:
         FileNotFoundError: there is no such file.
+        MissingExtraError: the package that brings the weights is not installed.
+        ChangedWeightsError: it has another file of weights than the one that is meant.
         WeightsError: names or shapes do not fit, the network pads otherwise than the one that released weights come from,
             or the source is neither a file nor a name timm knows.
     """
@@ -90,7 +94,7 @@ def classifier_name(network: nn.Module) -> str:
 
 
 def _read(source: str | Path) -> Mapping[str, Tensor]:
-    path = Path(source)
+    path = installed_weights(str(source)) if str(source) in PACKAGES else Path(source)
     if path.suffix not in FILES:
         return _from_timm(str(source))
     if not path.is_file():

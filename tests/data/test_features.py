@@ -106,6 +106,60 @@ def test_what_would_not_be_private_or_fixed_is_refused(tmp_path: Path) -> None:
         FixedFeatures(FewImages(), Doubled(), batch_size=0)
 
 
+class Stopped(Doubled):
+    """As a process that is killed after so many images, those that are looked at first included."""
+
+    def __init__(self, after: int, by: float = 2.0) -> None:
+        super().__init__(by)
+        self.after = after
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.seen >= self.after:
+            raise KeyboardInterrupt
+        return super().forward(images)
+
+    def _get_name(self) -> str:
+        return "Doubled"
+
+
+def test_what_was_stopped_goes_on_where_it_was_with_the_same_result(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        features(tmp_path, Stopped(8 + 20)).setup()
+    (left,) = tmp_path.iterdir()
+    assert left.suffix == ".part", "which nobody takes for features"
+    features(tmp_path / "whole").setup()
+    again = Doubled()
+    module = features(tmp_path, again)
+    module.setup()
+    assert again.seen == 2 * 8 + (45 - 19) + 6, "one of the 20 images is seen again: its row may have been half written"
+    assert not left.exists()
+    for file in (tmp_path / "whole").iterdir():
+        assert np.array_equal(np.load(tmp_path / file.name), np.load(file))
+
+
+def test_what_others_left_behind_is_not_continued(tmp_path: Path) -> None:
+    """It has the same name, of a network that prints the same and has the same weights, and other numbers."""
+    with pytest.raises(KeyboardInterrupt):
+        features(tmp_path, Stopped(8 + 20, by=3.0)).setup()
+    again = Doubled()
+    module = features(tmp_path, again)
+    module.setup()
+    assert again.seen == 2 * 8 + 45 + 6
+    images = module.images.train_set.images.double() / 255 - 0.5
+    found = torch.stack([x for x, _ in module.train_set])
+    torch.testing.assert_close(found.double(), 2 * images.mean(1, keepdim=True), rtol=1e-3, atol=1e-3)
+
+
+def test_a_file_that_is_no_array_is_begun_anew(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        features(tmp_path, Stopped(8 + 20)).setup()
+    (left,) = tmp_path.iterdir()
+    left.write_bytes(left.read_bytes()[:150])
+    again = Doubled()
+    features(tmp_path, again).setup()
+    assert again.seen == 2 * 8 + 45 + 6
+
+
 class Folder(ImageDataModule):
     """Six images in files, larger than those that are held in memory."""
 
@@ -133,7 +187,7 @@ def test_images_in_files_are_seen_once_and_their_features_kept_to_the_bit(tmp_pa
     kept, network = tmp_path / "kept", Doubled()
     module = see(network)
     module.setup()
-    assert network.seen == 2 * 8 + 1 + 6  # the two sets are one: told apart by eight each, computed once, and found
+    assert network.seen == 2 * 8 + 6  # the two sets are one: told apart by eight each, computed once, and found
     assert any("That is private data: nothing protects it" in line for line in caplog.messages)
     (file,) = kept.iterdir()
     for index, (x, y) in enumerate(module.train_set):
