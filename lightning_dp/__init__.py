@@ -18,6 +18,7 @@ from lightning_dp.version import __version__
 if TYPE_CHECKING:
     from lightning_dp.accounting import BudgetExceededError, Statement
     from lightning_dp.audit.verification import verify
+    from lightning_dp.callbacks.adapters_moved import AdaptersMoved
     from lightning_dp.callbacks.augmentation import AugmentationMultiplicity
     from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
     from lightning_dp.callbacks.moving_average import ExponentialMovingAverage
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_dp.strategy import PrivateDDPStrategy, PrivateModelParallelStrategy, PrivateSingleDeviceStrategy
 
 _HOMES = {
+    "AdaptersMoved": "callbacks.adapters_moved",
     "AugmentationMultiplicity": "callbacks.augmentation",
     "BudgetExceededError": "accounting",
     "DifferentialPrivacy": "callbacks.differential_privacy",
@@ -46,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptersMoved",
     "AugmentationMultiplicity",
     "BudgetExceededError",
     "DifferentialPrivacy",
