@@ -1,8 +1,11 @@
 """Sphinx configuration: MyST pages, Furo, and the docstrings of the public names."""
 
+import os
 from itertools import groupby
 
 from lightning_dp.version import __version__
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the tutorials' kernels: their networks are too small for two threads
 
 project = "lightning_dp"
 author = "the lightning_dp authors"
