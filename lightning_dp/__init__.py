@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_dp.callbacks.augmentation import AugmentationMultiplicity
     from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
     from lightning_dp.callbacks.moving_average import ExponentialMovingAverage
+    from lightning_dp.callbacks.progress_bar import StepProgressBar
     from lightning_dp.engines.select import EngineError
     from lightning_dp.errors import PreflightError
     from lightning_dp.layers.replacements import make_trainable_privately
@@ -43,6 +44,7 @@ _HOMES = {
     "PrivateModelParallelStrategy": "strategy",
     "PrivateSingleDeviceStrategy": "strategy",
     "Statement": "accounting",
+    "StepProgressBar": "callbacks.progress_bar",
     "make_trainable_privately": "layers.replacements",
     "verify": "audit.verification",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "PrivateModelParallelStrategy",
     "PrivateSingleDeviceStrategy",
     "Statement",
+    "StepProgressBar",
     "__version__",
     "make_trainable_privately",
     "verify",

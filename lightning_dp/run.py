@@ -43,6 +43,7 @@ from lightning_dp.ranks.sharding import full_parameters
 from lightning_dp.ranks.shared_key import shared_key
 from lightning_dp.ranks.world import world_of
 from lightning_dp.record.account import Account
+from lightning_dp.record.pace import Pace
 from lightning_dp.settings import Settings
 from lightning_dp.step.batch_hooks import BatchHooks
 from lightning_dp.step.logs import StepCapture
@@ -84,6 +85,7 @@ class Fit:
         self._step: PrivateStep | None = None
         self._looked_at: dict[frozenset[str], PrivateStep] = {}
         self._user_hooks: UserHooks | None = None
+        self._pace = Pace()
 
     @property
     def step(self) -> PrivateStep:
@@ -226,6 +228,8 @@ class Fit:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where type checkers do not see it
         metrics = agreed.report.metrics(every, waited, self.tally.released)
         agreed.report.tell_if_more_is_allowed(trainer)
+        if self.step.run.log_train_metrics and agreed.ledger.plan.steps is not None:
+            self._pace.step(agreed.ledger.plan.steps - agreed.ledger.steps)
         return metrics
 
     def carry_on(self) -> None:

@@ -50,6 +50,18 @@ def text(command: str) -> str:
     return shown + _CALLBACK + "\n".join(_lines()) + "\n" if command == "fit" else shown
 
 
+def option_names(command: str) -> list[str]:
+    """The options that the help of one of LightningCLI's commands names; after one that ends in a dot comes an argument's name.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+    """
+    named = re.findall(
+        r"^  (--[\w.]+?)(?:ARGUMENT|NAME)?(?= )", _OPTIONS.format(command=command, checkpoint=""), re.MULTILINE
+    )
+    return [*dict.fromkeys(named), "--help", "--help.all"]
+
+
 def arguments() -> dict[str, str]:
     """The arguments of ``DifferentialPrivacy``, and what its docstring says of each, read without importing PyTorch."""
     source = Path(__file__).parents[1] / "callbacks" / "differential_privacy.py"

@@ -22,13 +22,15 @@ Differentially private training with PyTorch Lightning.
   evidence  statement                      whether what a run says it has spent follows from what it charged
             verify                         a recipe replayed without one example: the check before a real run
             audit                          a lower bound on ε, from training a recipe once with canaries
+  shell     completion                     what bash, zsh or fish needs so that Tab completes commands and recipes
 
 lightning-dp COMMAND --help says more. --version prints the version.
 """
 
-_COMMANDS = {
+COMMANDS = {
     "audit": "audit:run",
     "calibrate": "numbers:calibrate",
+    "completion": "completion:run",
     "epsilon": "numbers:epsilon",
     "recipes": "recipe_list:run",
     "report": "report:run",
@@ -36,7 +38,7 @@ _COMMANDS = {
     "statement": "statement:run",
     "verify": "verify:run",
 }
-_LIGHTNINGS = ("fit", "validate", "test", "predict")
+LIGHTNINGS = ("fit", "validate", "test", "predict")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(OVERVIEW, end="")
     elif command == "--version":
         print(f"lightning-dp {__version__}")
-    elif command in _COMMANDS:
-        module, name = _COMMANDS[command].split(":")
+    elif command in COMMANDS:
+        module, name = COMMANDS[command].split(":")
         getattr(import_module(f"lightning_dp.cli.{module}"), name)(words[1:])
     else:
         _lightning(words)
@@ -62,8 +64,8 @@ def _lightning(words: list[str]) -> None:
     """One of LightningCLI's commands, or a word that is none."""
     from lightning_dp.cli.recipe_files import alike, expanded, fail
 
-    if words[0] not in _LIGHTNINGS and not words[0].startswith("-"):
-        known = sorted((*_COMMANDS, *_LIGHTNINGS))
+    if words[0] not in LIGHTNINGS and not words[0].startswith("-"):
+        known = sorted((*COMMANDS, *LIGHTNINGS))
         fail(f"command {words[0]!r}: expected one of {', '.join(known)}.{alike(words[0], known)}")
     if {"-h", "--help"} & set(words[1:]):
         from lightning_dp.cli.fit_help import text

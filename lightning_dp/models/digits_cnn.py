@@ -53,6 +53,7 @@ class DigitsCNN(L.LightningModule):
         self.save_hyperparameters()
         self.lr = lr
         self.momentum = momentum
+        self.example_input_array = torch.zeros(1, 1, 8, 8)  # for the summary, which otherwise says FLOPs 0
         self.net = nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1),
             nn.GroupNorm(groups, width),

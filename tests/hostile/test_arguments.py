@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
-from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage, StepProgressBar
 from lightning_dp.accounting import Phase, epsilon_bound, noise_multiplier_for
 from lightning_dp.cli.main import main
 from lightning_dp.plan.clipping import ClippingStyle
@@ -118,6 +118,9 @@ def test_the_other_callbacks_too(value: Any) -> None:
         lambda: ExponentialMovingAverage(validate_raw=value), {"validate_raw"}, lambda _: type(value) is bool, "others"
     )
     refused_or_right(lambda: AugmentationMultiplicity(k=value), {"k"}, lambda made: made.k >= 0, "others")
+    refused_or_right(
+        lambda: StepProgressBar(refresh_rate=value), {"refresh_rate"}, lambda made: made.refresh_rate >= 0, "others"
+    )
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------

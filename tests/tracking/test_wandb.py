@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from lightning_dp.reporting.runs import read_runs
 from tests.conftest import PATIENCE, loader, regressor, trainer
 
 BLOCK, HEADER = 32768, 7
+TEMPLATE = Path(__file__).parents[2] / "docs" / "wandb.md"
 
 
 def records(content: bytes) -> Iterator[bytes]:
@@ -119,6 +121,12 @@ def test_the_record_holds_plan_history_and_statement_and_no_secret(
     assert epsilons[-1] == pytest.approx(private.statement().epsilon, rel=1e-5)
     assert record["summary"]["dp/statement"] == str(private.statement())
     assert record["summary"]["privacy"]["epsilon"] == private.statement().epsilon
+    for name in re.findall(
+        r"`(?:summary|config)\.([^`]+)`", TEMPLATE.read_text(encoding="utf-8")
+    ):  # all that it names is there
+        found = record["config"] | record["summary"]
+        for key in [name] if name in found else name.split("."):
+            found = found[key]
     (run,) = read_runs([tmp_path], "dp/epsilon")  # `lightning-dp report` reads the same
     assert [epsilon for _, epsilon in run.series["dp/epsilon"]] == epsilons
     assert [step for step, _ in run.series["dp/epsilon"]] == [2, 4, 6]
