@@ -139,6 +139,38 @@ def of_trainer(name: str, size: int) -> dict[str, Counts]:
     return counted_steps(name, size, Counting)
 
 
+def python_calls(name: str, size: int, steps: int = 12) -> dict[str, int]:
+    """Calls of Python functions, in C too, in a step of a Trainer, ``"private"`` and ``"plain"``: the fewest of some.
+
+    Comparisons of engines, and what is done once an epoch, are in some steps only.
+
+    Args:
+        name: name in ``engine_models.TASKS``.
+        size: the (expected) batch size, which is one micro-batch.
+        steps: how many are looked at.
+    """
+    from trainer_step import trained
+
+    found = {}
+    for kind in ("plain", "private"):
+        calls: list[int] = []
+
+        def note(frame: Any, event: str, argument: Any, calls: list[int] = calls) -> None:
+            calls[-1] += event in ("call", "c_call")
+
+        def after_a_step(*_: Any, calls: list[int] = calls, note: Any = note) -> None:
+            sys.setprofile(None)
+            calls.append(0)
+            sys.setprofile(note)
+
+        try:
+            trained(name, size, kind == "private", steps, after_a_step)
+        finally:
+            sys.setprofile(None)
+        found[kind] = min(calls[1:-1])
+    return found
+
+
 MARKS = ("<!-- counts.py: begin -->", "<!-- counts.py: end -->")
 HEAD = """| model, examples | engine | calls | ÷ plain | FLOPs ÷ | bytes ÷ | waits |
 |---|---|--:|--:|--:|--:|--:|"""

@@ -76,6 +76,11 @@ def language_model(depth: int = 2, width: int = 128, heads: int = 4, words: int 
     )
 
 
+def perceptron() -> nn.Module:
+    """Three layers: what a step does with them is nearly all Python."""
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
 @dataclass(frozen=True)
 class Task:
     """A model and random data for it.
@@ -98,12 +103,17 @@ def _sentences(size: int, views: int) -> tuple[Tensor, Tensor]:
     return text[..., :-1], text[..., 1:]
 
 
+def _rows(size: int, views: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, views, 32), torch.randint(10, (size, 1)).expand(size, views)
+
+
 TASKS = {
     "wrn": Task(lambda: WideResNet(16, 4, weight_standardisation=False), _images),
     "wrn-ws": Task(lambda: WideResNet(16, 4), _images),
     "wrn40-ws": Task(lambda: WideResNet(40, 4), _images),
     "vit": Task(vision_transformer, _images),
     "lm": Task(language_model, _sentences),
+    "mlp": Task(perceptron, _rows),
 }
 
 

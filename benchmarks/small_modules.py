@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 import lightning as L
 import torch
+from engine_models import perceptron
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -41,12 +42,8 @@ class _Recurrent(nn.Module):
         return found
 
 
-def _perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES))
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (_perceptron, (32,)),
+    "mlp": (perceptron, (32,)),
     "lstm": (_Recurrent, (12, 16)),
 }
 """Name → makes the module, shape of an example."""

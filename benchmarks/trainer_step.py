@@ -16,6 +16,7 @@ from clock import now
 from engine_models import TASKS, loss_of
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DifferentialPrivacy
@@ -122,19 +123,23 @@ def trainer_over_engine(
     return turns.whole[WARM_UP:], turns.engine[WARM_UP:]
 
 
-class _CountsOneStep(L.Callback):
-    """Counts what happens between the ends of the last two steps: a whole step, with the loader."""
+class _CountsOneStep:
+    """Counts what happens between the ends of the last two optimizer steps: a whole step, with the loader.
+
+    As a hook of all optimizers, and not of a callback, whose hooks a private step compares everything around.
+    """
 
     def __init__(self, counting: Callable[[], Any]) -> None:
-        self._counting = counting
+        self._counting, self._steps = counting, 0
         self.counts: Any = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def __call__(self, *_: Any) -> None:
         """Begin after the last but one, end after the last."""
-        if trainer.global_step == WARM_UP:
+        self._steps += 1
+        if self._steps == WARM_UP:
             self._open = self._counting()
             self._open.__enter__()
-        elif trainer.global_step == WARM_UP + 1:
+        elif self._steps == WARM_UP + 1:
             self._open.__exit__(None, None, None)
             self.counts = self._open.counts
 
@@ -155,10 +160,38 @@ def counted_steps(name: str, size: int, counting: Callable[[], Any]) -> dict[str
             noise_multiplier=1.0, clip_norm=CLIP_NORM, engine="ghost", physical_batch_size=size, seed=0
         )
         trainer = L.Trainer(
-            accelerator="cpu", devices=1, max_steps=WARM_UP + 1, callbacks=[one, *[privacy] * (kind == "private")],
+            accelerator="cpu", devices=1, max_steps=WARM_UP + 1, callbacks=[privacy] * (kind == "private"),
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         data = TensorDataset(*TASKS[name].batch(2 * size, 1))
-        trainer.fit(_Module(TASKS[name].model()), DataLoader(data, batch_size=2 * size))
+        hook = register_optimizer_step_post_hook(one)
+        try:
+            trainer.fit(_Module(TASKS[name].model()), DataLoader(data, batch_size=2 * size))
+        finally:
+            hook.remove()
         found[kind] = one.counts
     return found
+
+
+def trained(name: str, size: int, private: bool, steps: int, after_a_step: Callable[..., None]) -> None:
+    """Train on 64 batches of random examples, with one micro-batch in a step.
+
+    Args:
+        name: name in ``engine_models.TASKS``.
+        size: the (expected) batch size.
+        private: whether with the callback.
+        steps: how many.
+        after_a_step: is called behind each optimizer step.
+    """
+    torch.manual_seed(0)
+    callbacks: list[Any] = [DifferentialPrivacy(noise_multiplier=1.0, clip_norm=CLIP_NORM, seed=0)] if private else []
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, callbacks=callbacks, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = TensorDataset(*TASKS[name].batch(64 * size, 1))
+    hook = register_optimizer_step_post_hook(after_a_step)
+    try:
+        trainer.fit(_Module(TASKS[name].model()), DataLoader(data, batch_size=size))
+    finally:
+        hook.remove()

@@ -43,9 +43,14 @@ class Accumulated:
         return sum(len(losses) for losses in self.losses)
 
     @property
+    def broken(self) -> Tensor | int:
+        """How many of them had a gradient that was not finite and contributed zero (private), on the device: no wait."""
+        return (~torch.isfinite(torch.cat(self.norms))).sum() if self.norms else 0
+
+    @property
     def not_finite(self) -> int:
-        """How many of them had a gradient that was not finite and contributed zero (private). The host waits for it."""
-        return int((~torch.isfinite(torch.cat(self.norms))).sum()) if self.norms else 0
+        """The same as a number, for which the host waits."""
+        return int(self.broken)
 
     def add(self, clipped: ClippedSum) -> None:
         """Add a micro-batch."""

@@ -84,7 +84,8 @@ class Contents:
             here = [row for row in rows if row[1].device == row[2].device == device]
             if here:
                 different = torch.stack([before for _, before, _ in here]) != torch.stack([after for *_, after in here])
-                found += [name for (name, *_), differs in zip(here, different.tolist(), strict=True) if differs]
+                if different.any():
+                    found += [name for (name, *_), differs in zip(here, different.tolist(), strict=True) if differs]
         return found + [name for name, before in self.copied.items() if not _same_array(self.arrays[name], before)]
 
     def put_back(self) -> None:

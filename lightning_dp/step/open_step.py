@@ -133,7 +133,7 @@ class OpenStep:
                 check_nothing_written(module, before)
         except WriteError as error:
             raise self._with_line(error, before, loss_function, given, seen) from None
-        self.tally.not_finite += total.not_finite
+        self.tally.broken = self.tally.broken + total.broken
         self.tally.never_moved.look(total.gradient, total.examples)
         return total
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lightning_dp.accounting import Ledger
 from lightning_dp.mechanism.filtering import FilterState
 from lightning_dp.mechanism.state import NOTHING, MechanismState
@@ -17,7 +19,7 @@ class Tally:
 
     Attributes:
         unused_samples: how many samples were drawn and not stepped on. Public: the code alone decides on it.
-        not_finite: how many gradients were not finite and contributed zero. **Private**.
+        broken: how many gradients were not finite and contributed zero, on the device. **Private**.
         never_moved: parameters that no example has moved. **Private**.
         carried: what the mechanism carries to the next step. Public.
         noise_std: the standard deviation of the noise on each coordinate of the last gradient that was released. Public.
@@ -26,12 +28,17 @@ class Tally:
     """
 
     unused_samples: int = 0
-    not_finite: int = 0
+    broken: Tensor | int = 0
     never_moved: NeverMoved = field(default_factory=NeverMoved)
     carried: MechanismState = NOTHING
     noise_std: float = 0.0
     filtered: FilterState = field(default_factory=FilterState)
     released: Mechanism | None = None
+
+    @property
+    def not_finite(self) -> int:
+        """``broken`` as a number, for which the host waits."""
+        return int(self.broken)
 
     def next_step(self, ledger: Ledger) -> int:
         """The number of the next sample in the run's life: one for each charged, and one for each drawn in vain."""

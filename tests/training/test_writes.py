@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy, PreflightError
+from lightning_dp.step import contents
 from lightning_dp.step.contents import Contents, tensors_of
 from lightning_dp.step.undone import undone
 from tests.conftest import Regressor, loader, trainer
@@ -250,3 +251,19 @@ def test_what_is_not_a_number_is_a_content_too() -> None:
     assert before.changed() == []
     tensors["x"].abs_()
     assert before.changed() == ["x"]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.int8, torch.bool])
+def test_where_digests_are_kept_in_place_of_copies_a_write_is_found_and_nothing_else(
+    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of what is on a device: one question for all tensors, and the names only if the answer is yes."""
+    monkeypatch.setattr(contents, "_can_be_copied", lambda _: False)
+    tensors = {name: torch.ones(3, 5).to(kind) for name in ("one", "two", "three")}
+    before = contents.Contents.of(tensors)
+    assert not before.copies
+    assert before.changed() == []
+    tensors["two"].data[1, 2] = 0
+    assert before.changed() == ["two"]
+    tensors["two"].data[1, 2] = 1
+    assert before.changed() == []
