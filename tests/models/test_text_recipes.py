@@ -19,7 +19,7 @@ RECIPES = sorted(
 )
 STEPPED = [
     "debian/minilm_last_eps8.yaml", "debian/minilm_lora_eps8.yaml", "e2e/gpt2_bitfit_eps8.yaml",
-    "e2e/made_up_lora_nonprivate.yaml",
+    "e2e/made_up_lora_eps8.yaml",
 ]  # fmt: skip
 QUIET = [
     f"--trainer.{name}=false"
