@@ -53,7 +53,10 @@ def small(name: str, records: Path) -> list[str]:
     (records / "random.yaml").write_text(yaml.safe_dump(of_random_weights))
     words = [f"--config={records / 'random.yaml'}", "--data.init_args.tokenizer=made-up"]
     if name.startswith("debian"):
-        return [*words, f"--data.init_args.root={records}"]
+        first = (
+            ["--model.init_args.targets=0.attention.self.query"] if "_lora_" in name else []
+        )  # the small one's layer
+        return [*words, *first, f"--data.init_args.root={records}"]
     words += [f"{NETWORK}.{key}={value}" for key, value in {"width": 8, "depth": 1, "heads": 2}.items()]
     if "gpt2" in name:
         return [*words, f"{NETWORK}.vocabulary=768", f"--data.init_args.root={records}"]
