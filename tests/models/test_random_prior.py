@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
+from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy, ExponentialMovingAverage
 from lightning_dp.batches.transforms import Flip
 from lightning_dp.data import RandomProcessImages
+from lightning_dp.data.images import ImageArray
 from lightning_dp.data.random_process import CHUNK, dead_leaves
 from lightning_dp.models import ContrastivePretraining, FrozenBody, HeadFirst, ImageClassifier, StridedCNN
 from lightning_dp.models.contrastive import contrastive_loss
+from tests.models.test_recipes import build, header
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
@@ -152,3 +156,61 @@ def test_the_last_layer_first_and_then_all_of_them_at_one_price() -> None:
 def test_bad_input(make: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
+
+
+OFF = [
+    f"--trainer.{name}=false"
+    for name in ("enable_progress_bar", "enable_checkpointing", "logger", "enable_model_summary")
+]
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")  # of images that nobody validates on
+def test_the_recipes_of_a_cpu_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pre-training writes the file that the private recipe starts from, and its control reads none."""
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "--trainer.max_steps=2",
+        "--data.init_args.examples=8",
+        "--data.init_args.leaves=1",
+        "--data.init_args.batch_size=4",
+    ]
+    cli = build("random_prior/strided_cnn_nonprivate.yaml", monkeypatch, *small, *OFF)
+    assert cli.config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] == 300
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    random = np.random.default_rng(0)
+    few = ImageArray(random.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8), np.arange(12) % 10)
+    for name, start in (("randp_cnn_head_eps1", True), ("randp_cnn_nothing_head_eps1", False)):
+        fields = header(f"cifar10/{name}.yaml")
+        assert set(fields) >= {"command", "source", "published", "obtained", "cost", "note"}
+        assert "not privately" in fields["note"], "the header says how the settings were chosen"
+        cli = build(f"cifar10/{name}.yaml", monkeypatch)
+        (private,) = (c for c in cli.trainer.callbacks if isinstance(c, DifferentialPrivacy))
+        assert (private.epsilon, private.delta, private.clip_norm, private.seed) == (1.0, 1e-5, 1.0, None)
+        steps, examples = re.findall(r"([\d,]+) steps x ([\d,]+) examples", fields["cost"])[0]
+        assert cli.trainer.max_steps == cli.trainer.val_check_interval == int(steps.replace(",", ""))
+        assert private.expected_batch_size == cli.datamodule.batch_size == int(examples.replace(",", ""))
+        body = cli.datamodule.features.network.state_dict()
+        saved = torch.load("checkpoints/random_prior/strided_cnn.pt", weights_only=True)
+        assert torch.equal(body["body.0.0.weight"], saved["body.0.0.weight"]) is start
+    cli = build(
+        "cifar10/randp_cnn_head_eps1.yaml", monkeypatch, "--trainer.max_steps=2", "--trainer.val_check_interval=2", *OFF
+    )
+    (private,) = (c for c in cli.trainer.callbacks if isinstance(c, DifferentialPrivacy))
+    cli.datamodule.images.load = lambda: (few, few, few)
+    cli.datamodule.images.prepare_data = lambda: None
+    cli.datamodule.cache_dir, cli.datamodule.batch_size, private.expected_batch_size = tmp_path, 4, 4
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    assert cli.trainer.global_step == 2
+    assert private.statement().epsilon <= 1.0
+
+
+def test_the_recipes_of_a_gpu_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    cli = build("random_prior/wrn_16_4_nonprivate.yaml", monkeypatch)
+    assert cli.trainer.max_steps == 50_000
+    there = cli.model.network.state_dict()
+    cli = build("cifar10/randp_wrn_16_4_eps1.yaml", monkeypatch, "--model.init_args.init_from=null")
+    here = cli.model.network.state_dict()
+    assert set(here) - set(there) == {"classifier.weight", "classifier.bias"}
+    assert all(here[name].shape == value.shape for name, value in there.items())
+    kinds = [type(c) for c in cli.trainer.callbacks]
+    assert {HeadFirst, DifferentialPrivacy, AugmentationMultiplicity, ExponentialMovingAverage} <= set(kinds)

@@ -122,7 +122,7 @@ def test_no_recipe_and_no_part_is_forgotten() -> None:
     used = {config.removeprefix("recipes/") for name in RECIPES for config in configs(name)}
     assert used >= set(RECIPES)
     assert set(PARTS) <= used
-    assert len(RECIPES) == 69
+    assert len(RECIPES) == 76
 
 
 @pytest.mark.parametrize("name", RECIPES)
