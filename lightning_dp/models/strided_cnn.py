@@ -15,9 +15,11 @@ class StridedCNN(nn.Module):
         width: channels of the first convolution, a multiple of 8.
         num_classes: the number of classes.
         in_channels: channels of the images.
+        feature_groups: groups of a norm without parameters on the features, each image by itself, so that clipping scales all
+            images alike; it must divide 16·width. 0 leaves it out.
 
     Raises:
-        ValueError: ``width`` is no multiple of 8.
+        ValueError: ``width`` is no multiple of 8, or ``feature_groups`` does not divide the features.
 
     Example:
         >>> import torch
@@ -26,10 +28,14 @@ class StridedCNN(nn.Module):
         (torch.Size([3, 10]), 246410)
     """
 
-    def __init__(self, width: int = 32, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(self, width: int = 32, num_classes: int = 10, in_channels: int = 3, feature_groups: int = 0) -> None:
         super().__init__()
         if width < 8 or width % 8:
             raise ValueError(f"width={width}: expected a multiple of 8, such as 32.")
+        if feature_groups < 0 or (feature_groups and 16 * width % feature_groups):
+            raise ValueError(
+                f"feature_groups={feature_groups}: expected a divisor of {16 * width}, such as 16, or 0 for no norm."
+            )
         channels = [in_channels, width, 2 * width, 4 * width, 4 * width]
         self.body = nn.Sequential(
             *[
@@ -38,10 +44,11 @@ class StridedCNN(nn.Module):
             ]
         )
         self.pool = nn.AdaptiveAvgPool2d(2)
+        self.norm = nn.GroupNorm(feature_groups, 16 * width, affine=False) if feature_groups else nn.Identity()
         self.classifier = nn.Linear(16 * width, num_classes)
 
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Map ``(batch, in_channels, height, width)`` to logits ``(batch, num_classes)``."""
-        logits: Tensor = self.classifier(self.pool(self.body(images)).flatten(1))
+        logits: Tensor = self.classifier(self.norm(self.pool(self.body(images)).flatten(1)))
         return logits

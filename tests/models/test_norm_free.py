@@ -110,3 +110,12 @@ def test_timms_own_form_is_there_for_its_weights():
 def test_bad_input(options, text):
     with pytest.raises(ValueError, match=text):
         NormFreeNet(**options)
+
+
+def test_shortcuts_average_or_step() -> None:
+    for average in (False, True):
+        with torch.device("meta"):
+            network = NormFreeNet("nf_resnet26", average_shortcuts=average)
+        shortcut = network.net.get_submodule("stages.1.0.downsample")
+        assert isinstance(shortcut.pool, nn.AvgPool2d) is average
+        assert shortcut.conv.stride == ((1, 1) if average else (2, 2))

@@ -148,6 +148,7 @@ def test_the_last_layer_first_and_then_all_of_them_at_one_price() -> None:
         (lambda: RandomProcessImages(leaves=-1), "^leaves=-1: expected at least 0"),
         (lambda: RandomProcessImages(seed=-1), "^seed=-1: expected at least 0"),
         (lambda: StridedCNN(12), "^width=12: expected a multiple of 8"),
+        (lambda: StridedCNN(8, feature_groups=3), "^feature_groups=3: expected a divisor of 128"),
         (lambda: HeadFirst(0), "^epochs=0: expected at least 1"),
         (lambda: ContrastivePretraining(nn.Linear(2, 2), width=0), "^width=0: expected at least 1"),
         (lambda: ContrastivePretraining(StridedCNN(8), temperature=0), "^temperature=0: expected a number above 0"),
@@ -175,7 +176,7 @@ def test_the_recipes_of_a_cpu_run_one_after_the_other(monkeypatch: pytest.Monkey
         "--data.init_args.batch_size=4",
     ]
     cli = build("random_prior/strided_cnn_nonprivate.yaml", monkeypatch, *small, *OFF)
-    assert cli.config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] == 300
+    assert cli.config["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] == 800
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     random = np.random.default_rng(0)
     few = ImageArray(random.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8), np.arange(12) % 10)
