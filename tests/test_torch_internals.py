@@ -83,8 +83,9 @@ WHERE: dict[str, tuple[Callable[[], Any], str]] = {
 
 NOT_ATTRIBUTES = {
     "_C", "_MEM_FORMAT_ENCODING", "_StorageInfo", "_StoragePrefix", "_autograd", "_bootstrap", "_by_epsilon", "_by_layer",
-    "_functorch", "_fused_sdp_choice", "_get_layout", "_getframe", "_pytest", "_pytree", "_sample_dirichlet", "_simulated_",
-    "_standard_gamma", "_step", "_strip_protocol", "_upon_", "_what",
+    "_functorch", "_fused_sdp_choice", "_get_layout", "_getframe", "_norm_", "_pytest", "_pytorch_model", "_pytree",
+    "_sample_dirichlet", "_simulated_", "_skip_conv", "_skip_norm", "_standard_gamma", "_step", "_strip_protocol", "_upon_",
+    "_what",
 }  # fmt: skip
 """Modules, Python's own, fsspec's, names in files, and ends of words."""
 

@@ -102,11 +102,11 @@ def recurrent(module: nn.Module) -> bool:
 
 
 def _forms(planned: Planned, engine: Engine, forms: Forms, loss_function: LossFunction) -> dict[Key, str]:
-    """The fastest forms of the calls that two examples make."""
+    """The fastest forms of the calls that a micro-batch of at most two examples makes."""
     module, rows = planned.module, planned.loader.physical_batch_size
     try:
         with undone(module) as before, torch.enable_grad(), forms.listening() as seen:
-            _passes(planned, loss_function, rows=2)(engine)
+            _passes(planned, loss_function, min(rows, 2))(engine)
             examples = min(rows, AT_ONCE.get(planned.world.device.type, AT_ONCE_ELSEWHERE))
             found = fastest_forms(forms, dict(seen), examples, planned.world.device)
             if found and not _worth_it(planned, engine, forms, found, loss_function, examples):

@@ -108,7 +108,7 @@ def _read(source: str | Path) -> Mapping[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
         return tensors
     if path.suffix == ".npz":
-        return _from_numpy(path)
+        return _of_numpy_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -125,7 +125,7 @@ def _read(source: str | Path) -> Mapping[str, Tensor]:
     return content
 
 
-def _from_numpy(path: Path) -> Mapping[str, Tensor]:
+def _of_numpy_file(path: Path) -> Mapping[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}

@@ -70,7 +70,7 @@ def page(
             f"<style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1>",
             f'<p class="made">{escape(made)}</p>',
             _table(
-                "Results", ["run", *filter(None, (metric, raw)), *_SPENT], (_result(run, metric, raw) for run in runs)
+                "Results", ["run", *filter(None, (metric, raw)), *_SPENT], (_row_of(run, metric, raw) for run in runs)
             ),
             f'<div class="meaning">{meaning}</div>' if units else "",
             *(_figure(READ[name], caption, png) for name, (caption, png) in pictures.items()),
@@ -85,7 +85,7 @@ def page(
 _SPENT = ("ε ≤", "δ", "risk ≤", "spent")
 
 
-def _result(run: Run, metric: str, raw: str | None) -> list[str]:
+def _row_of(run: Run, metric: str, raw: str | None) -> list[str]:
     name = f"{run.label} (SIMULATION, not private)" if run.is_simulation else run.label
     cells = [name, f"{run.series[metric][-1][1]:.4f}"]
     if raw is not None:
