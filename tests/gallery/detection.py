@@ -8,7 +8,6 @@ from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d, generalized_box_iou_loss
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 class Detector(L.LightningModule):
@@ -48,6 +47,10 @@ data = [record(index) for index in range(8)]
 trainer = L.Trainer(
     max_steps=2,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0, batch_axis={"0": "list", "1": "list"})],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(Detector(), DataLoader(data, batch_size=4, collate_fn=lambda rows: tuple(zip(*rows, strict=True))))

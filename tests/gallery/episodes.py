@@ -7,7 +7,6 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 class Adapting(L.LightningModule):
@@ -37,6 +36,10 @@ data = [{"task": f"task {index}", "support": examples(6), "query": examples(9)} 
 trainer = L.Trainer(
     max_steps=2,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=4, batch_axis="each")],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(Adapting(), DataLoader(data, batch_size=1, collate_fn=lambda episodes: episodes[0]))

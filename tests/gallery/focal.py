@@ -7,7 +7,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.ops import sigmoid_focal_loss
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 class Model(L.LightningModule):
@@ -27,6 +26,10 @@ data = TensorDataset(torch.randn(32, 3, 8, 8), (torch.rand(32, 2, 8, 8) < 0.2).f
 trainer = L.Trainer(
     max_steps=2,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0)],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(Model(), DataLoader(data, batch_size=8))

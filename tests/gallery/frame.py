@@ -1,6 +1,6 @@
 """Every script of the gallery, with the line that makes it private and without it, and the table that says what happens.
 
-A script is an ordinary program: ``python -m tests.gallery.<name>``. What belongs to privacy in it are the lines that name
+A script is an ordinary program that runs anywhere: ``python lstm.py``. What belongs to privacy in it are the lines that name
 ``DifferentialPrivacy`` (the argument of the Trainer, and the import that goes with it); the public version is the same
 text without them.
 """
@@ -12,22 +12,12 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "gallery.md"
-MACHINERY = ("__init__", "frame", "text")
-
-BRIEF: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
-"""Arguments of every Trainer here: nothing is shown and nothing is kept."""
+MACHINERY = ("__init__", "frame")
 
 ROW = re.compile(r"^\| \[`(\w+)`\]\(\S+\) \| (.+?) \| (.+?) \| (.+?) \|$", re.MULTILINE)
 

@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 class GAN(L.LightningModule):
@@ -49,6 +48,10 @@ data = TensorDataset(torch.rand(32, 1, 8, 8))
 trainer = L.Trainer(
     max_steps=4,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0, public_optimizers=[0])],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(GAN(), DataLoader(data, batch_size=8))

@@ -6,8 +6,16 @@ import transformers
 from torch.utils.data import DataLoader
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
-from tests.gallery.text import SENTENCES, VOCABULARY, padded_for_the_next_word
+
+VOCABULARY = 60
+SENTENCES = [{"ids": torch.randint(5, VOCABULARY, (4 + number % 4,)), "label": number % 2} for number in range(32)]
+
+
+def padded(sentences):
+    ids = torch.nn.utils.rnn.pad_sequence([sentence["ids"] for sentence in sentences], batch_first=True)
+    known = (ids != 0).long()
+    labels = ids.masked_fill(known == 0, -100)  # every word is to be predicted, and padding is not
+    return transformers.BatchEncoding({"input_ids": ids, "attention_mask": known, "labels": labels})
 
 
 class LanguageModel(L.LightningModule):
@@ -29,9 +37,13 @@ model = LanguageModel()
 trainer = L.Trainer(
     max_steps=2,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0)],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
-trainer.fit(model, DataLoader(SENTENCES, batch_size=8, collate_fn=padded_for_the_next_word))
+trainer.fit(model, DataLoader(SENTENCES, batch_size=8, collate_fn=padded))
 
 start = SENTENCES[0]["ids"][None]
 written = model.gpt.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=3, pad_token_id=0)

@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 class Graph:
@@ -50,6 +49,10 @@ data = [Graph(torch.randn(3 + index % 4, 4), torch.randint(3, (2, 6)), index % 2
 trainer = L.Trainer(
     max_steps=2,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0)],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(GraphClassifier(), DataLoader(data, batch_size=8, collate_fn=Joined))

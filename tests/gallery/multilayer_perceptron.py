@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 class Classifier(L.LightningModule):
@@ -28,6 +27,10 @@ data = TensorDataset(torch.randn(32, 8), torch.randint(3, (32,)))
 trainer = L.Trainer(
     max_steps=2,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0)],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(Classifier(), DataLoader(data, batch_size=8))

@@ -8,7 +8,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 @dataclass
@@ -49,6 +48,10 @@ trainer = L.Trainer(
         PreProcessor(),
         DifferentialPrivacy(noise_multiplier=1.0),
     ],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(Reconstruction(), DataLoader(data, batch_size=8, collate_fn=collate))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 
@@ -52,3 +53,8 @@ def test_with_the_line_it_ends_as_the_page_says(name: str) -> None:
     engine = engine_of(run(private_text(name), name))
     assert f"`{engine}`" == row.engine
     assert row.result.startswith("slower" if engine == "loop" else "works")
+
+
+@pytest.mark.parametrize("name", scripts())
+def test_it_needs_nothing_of_this_repository_but_the_package(name: str) -> None:
+    assert not re.search(r"^\s*(from|import) tests\b", private_text(name), re.MULTILINE)

@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 class Model(L.LightningModule):
@@ -32,6 +31,10 @@ def time_first(records):
 trainer = L.Trainer(
     max_steps=2,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0, batch_axis=1)],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(Model(), DataLoader(data, batch_size=8, collate_fn=time_first))

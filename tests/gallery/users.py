@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 class Model(L.LightningModule):
@@ -30,6 +29,10 @@ messages = [
 trainer = L.Trainer(
     max_steps=2,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0, privacy_unit="user_id", max_examples_per_unit=4)],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(Model(), DataLoader(messages, batch_size=4))

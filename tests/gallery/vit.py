@@ -6,7 +6,6 @@ import transformers
 from torch.utils.data import DataLoader
 
 from lightning_dp import DifferentialPrivacy
-from tests.gallery.frame import BRIEF
 
 
 class Classifier(L.LightningModule):
@@ -28,6 +27,10 @@ data = [{"pixel_values": torch.randn(3, 8, 8), "labels": number % 2} for number 
 trainer = L.Trainer(
     max_steps=2,
     callbacks=[DifferentialPrivacy(noise_multiplier=1.0)],
-    **BRIEF,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
 )
 trainer.fit(Classifier(), DataLoader(data, batch_size=8))

@@ -20,7 +20,7 @@ from lightning_dp.engines.ghost import GhostEngine
 from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.vmap import VmapEngine
 from tests.conftest import loader, trainer
-from tests.gallery.text import SENTENCES, VOCABULARY, padded, padded_for_the_next_word
+from tests.training.sentences import SENTENCES, VOCABULARY, padded, padded_for_the_next_word
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's own

@@ -1,4 +1,4 @@
-"""Sentences of different lengths, padded and masked as a tokenizer would, for the scripts with language models."""
+"""Sentences of different lengths, padded and masked as a tokenizer would."""
 
 from __future__ import annotations
 
