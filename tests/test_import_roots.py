@@ -23,9 +23,19 @@ from lightning_dp import lightning_internals as internals
 from lightning_dp.look import trainer as look
 from lightning_dp.strategy import TWINS, make_private, twins
 from tests.conftest import PATIENCE, loader
-from tests.gallery.frame import BRIEF, engine_of, private_text, table
+from tests.gallery.frame import engine_of, private_text, table
 from tests.gallery.frame import run as run_script
 from tests.in_the_other_root import renamed, run
+
+BRIEF: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+"""Arguments of every Trainer here: nothing is shown and nothing is kept."""
+
 
 ROOTS = ("lightning.pytorch", "pytorch_lightning")
 
