@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -55,7 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"lightning-dp {__version__}")
     elif command in COMMANDS:
         module, name = COMMANDS[command].split(":")
-        getattr(import_module(f"lightning_dp.cli.{module}"), name)(words[1:])
+        try:
+            getattr(import_module(f"lightning_dp.cli.{module}"), name)(words[1:])
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left goes there when Python ends
+            raise SystemExit(1) from None
     else:
         _lightning(words)
 

@@ -6,6 +6,7 @@ its own folder; a base may have bases. So ``--config`` needs the recipe alone.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def expanded(words: Sequence[str]) -> list[str]:
         SystemExit: a recipe, a file or a base is missing (exit code 2).
     """
     found: list[str] = []
-    left = iter(words)
+    left = iter(_with_nulls(words))
     for word in left:
         option, equals, value = word.partition("=")
         if option not in ("--recipe", "--config", "-c", "--data", "--ckpt_path"):
@@ -135,6 +136,27 @@ def fail(message: str) -> NoReturn:
     """End the command as one that was typed wrong: a sentence on the error stream, exit code 2."""
     print(f"lightning-dp: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _with_nulls(words: Sequence[str]) -> list[str]:
+    """The words with a ``null`` for an argument inside an argument as the text of a configuration.
+
+    jsonargparse hands such a value down as a word once more, and ``None`` is then the string of these four letters.
+    """
+    found: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if not equals and word == "null" and found:
+            option, value = found[-1], word
+        if value != "null" or option.count(".init_args.") < 2 or option.startswith("--trainer.callbacks"):
+            found.append(word)
+            continue
+        del found[len(found) - (not equals) :]
+        content: Any = None
+        for key in reversed(option.removeprefix("--").split(".")):
+            content = {key: content}
+        found += ["--config", json.dumps(content)]
+    return found
 
 
 def _configs(path: Path) -> list[str]:

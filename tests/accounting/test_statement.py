@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_dp.accounting import Ledger, Statement, epsilon_bound
+from lightning_dp.accounting.calibrate import noise_multiplier_for
 from lightning_dp.accounting.risk import risk_of, round_up
 from lightning_dp.plan.privacy_plan import PrivacyPlan
 from lightning_dp.version import __version__
@@ -75,6 +78,21 @@ def test_the_quotable_line() -> None:
         "C = 1.0, 875 steps, PRV accountant (upper bound)"
     )
     assert statement.caveats == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/for_your_privacy_officer.md"])
+def test_pages_show_what_the_digits_recipe_says_today(page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^.*(\(ε = 8\.00, δ = 1e-05\)-DP, add.*)$", text, re.MULTILINE)
+    (risk,) = re.findall(r"^.*(Whoever sees everything released.*of the time)$", text, re.MULTILINE)
+    sigma = noise_multiplier_for(8.0, 1e-5, 512 / 1437, 120)
+    numbers = {"noise_multiplier": sigma, "dataset_size": 1437, "expected_batch_size": 512}
+    statement = Statement.of(make_ledger(120, **numbers), randomness="secret")
+    number = r"\d+\.?\d*(?:e-\d+)?"
+    for told, said in ((shown, str(statement)), (risk, statement.in_words or "")):
+        assert re.sub(number, "", told) == re.sub(number, "", said)
+        told_numbers, said_numbers = ([float(one) for one in re.findall(number, line)] for line in (told, said))
+        assert told_numbers == pytest.approx(said_numbers, rel=1e-3)
 
 
 def test_fields() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +48,30 @@ def test_a_name_a_file_and_data_become_options_of_lightning_cli() -> None:
     assert expanded(["fit", "--data", "lightning_dp.data.CIFARDataModule"])[1] == "--data"
     assert expanded(["fit", "--config", "trainer: {max_steps: 2}"]) == ["fit", "--config", "trainer: {max_steps: 2}"]
     assert expanded(["fit", "--ckpt_path", "last"]) == ["fit", "--ckpt_path", "last"]
+
+
+@pytest.mark.parametrize("word", ["{}=null", "{} null"])
+def test_null_is_nothing_at_any_depth(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """jsonargparse makes the string 'None' of a ``null`` for an argument of an argument."""
+    shallow = word.format("--data.init_args.cache_dir").split()
+    deep = word.format("--data.init_args.features.init_args.init_from").split()
+    assert expanded(["fit", *shallow]) == ["fit", *shallow]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--recipe", "cifar10/efficientnet_lite_last_eps1", *shallow, *deep, "--print_config"])
+    assert not end.value.code
+    data = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert data["cache_dir"] is None
+    assert data["features"]["init_args"]["init_from"] is None
+    assert data["features"]["init_args"]["size"] == 128, "the rest is as the recipe has it"
+
+
+def test_a_list_of_recipes_may_be_cut_short() -> None:
+    command = [sys.executable, "-m", "lightning_dp", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
 
 
 def test_a_base_below_another_comes_first_and_once() -> None:
