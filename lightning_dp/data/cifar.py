@@ -29,7 +29,7 @@ class CIFARDataModule(ImageDataModule):
         root: folder of the data set in the form torchvision keeps it.
         download: fetch it if it is not there. The archive's checksum is verified.
         held_out: training images, the last ones, that are validated on instead of trained on.
-        batch_size: see :class:`~lightning_dp.data.images.ImageDataModule`.
+        batch_size: see :class:`~lightning_dp.data.sets.SetsDataModule`.
         val_batch_size: likewise.
         num_workers: likewise.
         mean: likewise; the paper takes CIFAR-10's for both data sets.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from typing_extensions import override
 
+from lightning_dp.data.sets import SetsDataModule
 from lightning_dp.models.extra import import_extra
 
 VALIDATION_STRIDE = 5
@@ -19,7 +19,7 @@ PIXEL_MAXIMUM = 16.0
 """A pixel counts the inked cells of a 4x4 block, so it lies in 0..16 whatever the data are."""
 
 
-class DigitsDataModule(L.LightningDataModule):
+class DigitsDataModule(SetsDataModule):
     """The 1,797 digits of 8x8 pixels that come with scikit-learn: 1,437 to train on and 360 to validate on.
 
     Nothing is downloaded. The split is fixed: the digits are put in the order of their class, equals in the
@@ -49,14 +49,7 @@ class DigitsDataModule(L.LightningDataModule):
     """
 
     def __init__(self, batch_size: int = 256, val_batch_size: int = 360) -> None:
-        super().__init__()
-        for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1. Give the examples in a batch, such as 256.")
-        self.batch_size = batch_size
-        self.val_batch_size = val_batch_size
-        self.train_set: TensorDataset
-        self.val_set: TensorDataset
+        super().__init__(batch_size, val_batch_size)
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -67,26 +60,6 @@ class DigitsDataModule(L.LightningDataModule):
         train, val = split_indices(digits.target)
         self.train_set = TensorDataset(images[train], labels[train])
         self.val_set = TensorDataset(images[val], labels[val])
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the 1,437 training digits, shuffled."""
-        return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the 360 validation digits, in order."""
-        return DataLoader(self.val_set, batch_size=self.val_batch_size)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the validation digits: there is no third set."""
-        return self.val_dataloader()
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the validation digits: there is no third set."""
-        return self.val_dataloader()
 
 
 def split_indices(labels: np.ndarray[Any, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -16,6 +15,7 @@ from typing_extensions import override
 
 from lightning_dp.data.images import DataError
 from lightning_dp.data.made_up_restaurants import Style, made_up_restaurants
+from lightning_dp.data.sets import SetsDataModule
 from lightning_dp.data.tokenizers import end_of, load_tokenizer
 
 IGNORED = -100
@@ -26,7 +26,7 @@ COLUMNS = ("mr", "ref")
 _SEEDS = {"train": 1, "val": 2, "test": 3}
 
 
-class E2EDataModule(L.LightningDataModule):
+class E2EDataModule(SetsDataModule):
     """Pairs of a meaning and a text, for a language model that is to write the text.
 
     An item is ``(words, labels)``, int64, ``(max_length,)`` each: meaning, line break, text, and the mark of an end as often as
@@ -70,23 +70,10 @@ class E2EDataModule(L.LightningDataModule):
         made_up: int = 8000,
         style: Style = "local",
     ) -> None:
-        super().__init__()
-        numbers = {
-            "batch_size": batch_size,
-            "val_batch_size": val_batch_size,
-            "max_length": max_length,
-            "made_up": made_up,
-        }
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1. Give a number such as 100.")
+        super().__init__(batch_size, val_batch_size, max_length=max_length, made_up=made_up)
         self.root, self.tokenizer_source = root, tokenizer
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size
         self.max_length, self.made_up, self.style = max_length, made_up, style
         self.tokenizer: Any = None
-        self.train_set: TensorDataset
-        self.val_set: TensorDataset
-        self.test_set: Meanings
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -110,16 +97,6 @@ class E2EDataModule(L.LightningDataModule):
         ends = (words == self.end).nonzero()
         text: str = self.tokenizer.decode(words[: int(ends[0])].tolist() if len(ends) else words.tolist())
         return text.strip()
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the records to train on, shuffled."""
-        return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the records to validate on, in order."""
-        return DataLoader(self.val_set, batch_size=self.val_batch_size)
 
     @override
     def test_dataloader(self) -> DataLoader[Any]:

@@ -9,7 +9,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -21,6 +20,7 @@ from typing_extensions import override
 from lightning_dp.data.folder import FolderImages
 from lightning_dp.data.images import DataError, ImageArray, ImageDataModule, normalise
 from lightning_dp.data.kept_array import Array, keep_array
+from lightning_dp.data.sets import SetsDataModule
 
 CHUNK = 20
 """Images held in memory that a CPU transforms at once: few, so that what lies between stays in its cache."""
@@ -53,7 +53,7 @@ class FeatureArray(Dataset[tuple[Tensor, int]]):
         return self.features[index], self.labels[index]
 
 
-class FixedFeatures(L.LightningDataModule):
+class FixedFeatures(SetsDataModule):
     """The images of another data module, seen through a network that is not trained.
 
     Each image is normalised by the other module's ``mean`` and ``std`` and put through ``features`` once, before
@@ -73,7 +73,7 @@ class FixedFeatures(L.LightningDataModule):
         images: where the images come from. Those in memory are told from others by their contents, those in files by names,
             sizes and times of change.
         features: maps float32 images ``(n, channels, height, width)`` to ``(n, ...)``. Used in eval mode.
-        batch_size: see :class:`~lightning_dp.data.images.ImageDataModule`.
+        batch_size: see :class:`~lightning_dp.data.sets.SetsDataModule`.
         val_batch_size: likewise.
         cache_dir: where the features are kept; ``None`` for ``~/.cache/lightning_dp``.
         dtype: of what is kept: ``"float16"``, or ``"float32"`` for the very numbers that ``features`` gives.
@@ -97,20 +97,13 @@ class FixedFeatures(L.LightningDataModule):
         dtype: Literal["float16", "float32"] = "float16",
         device: str = "cpu",
     ) -> None:
-        super().__init__()
-        for name, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1.")
+        super().__init__(batch_size, val_batch_size)
         if dtype not in KEPT_AS:
             raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(map(repr, KEPT_AS))}.")
         self.dtype, self.device = KEPT_AS[dtype], torch.device(device)
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_dp"
         self.images, self.features = images, features.eval()
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size
         self.cache_dir = home if cache_dir is None else Path(cache_dir)
-        self.train_set: Dataset[Any]
-        self.val_set: Dataset[Any]
-        self.test_set: Dataset[Any]
 
     @override
     def prepare_data(self) -> None:
@@ -141,26 +134,6 @@ class FixedFeatures(L.LightningDataModule):
         """Give the features the module's type."""
         features, *rest = batch
         return features.to(self._dtype()), *rest
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training examples, shuffled."""
-        return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the validation examples, in order."""
-        return DataLoader(self.val_set, batch_size=self.val_batch_size)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the test examples, in order."""
-        return DataLoader(self.test_set, batch_size=self.val_batch_size)
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the test examples, in order."""
-        return self.test_dataloader()
 
     def _seen(self, images: Dataset[Any]) -> FeatureArray:
         if not isinstance(images, ImageArray | FolderImages):

@@ -87,7 +87,7 @@ class ImageFolderDataModule(ImageDataModule):
             once in ``prepare_data`` or ``setup``. It changes the number of examples, which is public.
         in_memory: decode all images at the start; ``None`` does so up to 64 pixels.
         cache_dir: where decoded images are kept; ``None`` for ``~/.cache/lightning_dp``.
-        batch_size: see :class:`~lightning_dp.data.images.ImageDataModule`.
+        batch_size: see :class:`~lightning_dp.data.sets.SetsDataModule`.
         val_batch_size: likewise.
         num_workers: likewise.
         mean: likewise.

@@ -1,17 +1,18 @@
-"""What all image data modules share: uint8 images that are normalised on the device, loaders and a split."""
+"""What all image data modules share: uint8 images that are normalised on the device, and a split."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any
 
-import lightning as L
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
+
+from lightning_dp.data.sets import SetsDataModule
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -42,7 +43,7 @@ class ImageArray(Dataset[tuple[Tensor, int]]):
         return self.images[index], self.labels[index]
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(SetsDataModule):
     """Base of the image data modules. A batch on the device is ``(images, labels)``, images float32 and normalised.
 
     Images travel as uint8 and are normalised on the device, for training, validation and prediction alike; augmented
@@ -50,9 +51,8 @@ class ImageDataModule(L.LightningDataModule):
     ``mean`` and ``std`` are public constants: computed from private images they would be outside the guarantee.
 
     Args:
-        batch_size: examples in a training batch: under differential privacy the expected batch size, over all ranks
-            together if ``DifferentialPrivacy(expected_batch_size=...)`` says so.
-        val_batch_size: examples in a batch of the other loaders.
+        batch_size: see :class:`~lightning_dp.data.sets.SetsDataModule`.
+        val_batch_size: likewise.
         num_workers: processes that load images. 0 is best for images in memory.
         mean: per channel, of images scaled to [0, 1].
         std: per channel, likewise.
@@ -62,19 +62,12 @@ class ImageDataModule(L.LightningDataModule):
     """
 
     def __init__(self, *, batch_size: int, val_batch_size: int, num_workers: int, mean: Triple, std: Triple) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1), ("val_batch_size", val_batch_size, 1), ("num_workers", num_workers, 0),
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}.")
+        super().__init__(batch_size, val_batch_size)
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}: expected at least 0.")
         if min(std) <= 0:
             raise ValueError(f"std={std}: expected numbers above 0.")
-        self.batch_size, self.val_batch_size, self.num_workers = batch_size, val_batch_size, num_workers
-        self.mean, self.std = mean, std
-        self.train_set: Dataset[Any]
-        self.val_set: Dataset[Any]
-        self.test_set: Dataset[Any]
+        self.num_workers, self.mean, self.std = num_workers, mean, std
 
     @abstractmethod
     def load(self) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
@@ -95,26 +88,7 @@ class ImageDataModule(L.LightningDataModule):
         return images, *rest
 
     @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the training images, shuffled."""
-        return self._loader(self.train_set, self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the validation images, in order."""
-        return self._loader(self.val_set, self.val_batch_size)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the test images, in order."""
-        return self._loader(self.test_set, self.val_batch_size)
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return the test images, in order."""
-        return self.test_dataloader()
-
-    def _loader(self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False) -> DataLoader[Any]:
+    def loader(self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=batch_size,

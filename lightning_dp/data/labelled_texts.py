@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from typing_extensions import override
 
 from lightning_dp.data.e2e import read_pairs
 from lightning_dp.data.images import DataError
+from lightning_dp.data.sets import SetsDataModule
 from lightning_dp.data.tokenizers import load_tokenizer
 from lightning_dp.models.public_texts import MINILM, folder_of
 
 
-class LabelledTexts(L.LightningDataModule):
+class LabelledTexts(SetsDataModule):
     """Texts and labels from ``train.csv`` and ``val.csv``, each with a header.
 
     An item is ``(words, label)``: int64 of shape ``(max_length,)``, filled up with 0, and a scalar. What is longer is cut off.
@@ -53,21 +53,11 @@ class LabelledTexts(L.LightningDataModule):
         val_batch_size: int = 500,
         max_length: int = 24,
     ) -> None:
-        super().__init__()
-        for name, value in {
-            "batch_size": batch_size,
-            "val_batch_size": val_batch_size,
-            "max_length": max_length,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1. Give a number such as 24.")
+        super().__init__(batch_size, val_batch_size, max_length=max_length)
         if len(set(classes)) != len(classes) or len(classes) < 2:
             raise ValueError(f"classes={classes!r}: expected at least two names, each once. List those of the task.")
         self.root, self.classes, self.columns = Path(root), classes, (text, label)
         self.tokenizer_source, self.max_length = tokenizer, max_length
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size
-        self.train_set: TensorDataset
-        self.val_set: TensorDataset
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -91,21 +81,6 @@ class LabelledTexts(L.LightningDataModule):
             padded([one.ids for one in tokenizer.encode_batch([text for text, _ in pairs])], self.max_length),
             torch.tensor([number[label] for _, label in pairs]),
         )
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return the texts to train on, shuffled."""
-        return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return the texts to validate on, in order."""
-        return DataLoader(self.val_set, batch_size=self.val_batch_size)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return the texts to validate on: there is no third set."""
-        return self.val_dataloader()
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, filling: int = 0) -> torch.Tensor:

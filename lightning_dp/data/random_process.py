@@ -33,7 +33,7 @@ class RandomProcessImages(ImageDataModule):
         size: edge in pixels.
         leaves: shapes in an image.
         seed: of the images. Another one gives other images.
-        batch_size: see :class:`~lightning_dp.data.images.ImageDataModule`.
+        batch_size: see :class:`~lightning_dp.data.sets.SetsDataModule`.
         val_batch_size: likewise.
         num_workers: likewise.
         mean: likewise.

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from lightning_dp import DifferentialPrivacy
 
 VOCABULARY = 60
-SENTENCES = [{"ids": torch.randint(5, VOCABULARY, (4 + number % 4,)), "label": number % 2} for number in range(32)]
+SENTENCES = [{"ids": torch.randint(5, VOCABULARY, (4 + number % 4,))} for number in range(32)]
 
 
 def padded(sentences):
