@@ -39,9 +39,9 @@ def load_tokenizer(source: str | Path) -> Any:
         >>> tokenizer.decode(tokenizer.encode("Zoë's café, 5 €").ids)
         "Zoë's café, 5 €"
     """
-    if str(source) == MADE_UP:
-        return _made_up()
     tokenizers = import_extra("tokenizers", "text", "Texts are split by tokenizers")
+    if str(source) == MADE_UP:
+        return tokenizers.Tokenizer.from_str(_made_up())  # one of its own: whoever has it may have it cut texts off
     path = Path(source)
     path = path / "tokenizer.json" if path.is_dir() else path
     if path.is_file():
@@ -76,7 +76,7 @@ def end_of(tokenizer: Any) -> int:
 
 
 @lru_cache(maxsize=1)
-def _made_up() -> Any:
+def _made_up() -> str:
     tokenizers = import_extra("tokenizers", "text", "Texts are split by tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -89,4 +89,5 @@ def _made_up() -> Any:
     )
     public = made_up_restaurants(1000, seed=0, style="guide") + made_up_restaurants(1000, seed=0, style="local")
     tokenizer.train_from_iterator((f"{meaning}\n{text}" for meaning, text in public), trainer)
-    return tokenizer
+    written: str = tokenizer.to_str()
+    return written

@@ -38,6 +38,14 @@ def test_only_the_text_and_its_end_are_to_be_predicted() -> None:
             assert int(labels[told][-1]) == data.end
 
 
+def test_a_tokenizer_that_cuts_texts_off_does_so_for_its_owner_alone() -> None:
+    text = "Try the Oak, by the quay."
+    whole = load_tokenizer("made-up").encode(text).ids
+    load_tokenizer("made-up").enable_truncation(3)
+    assert load_tokenizer("made-up").encode(text).ids == whole
+    assert len(whole) > 3
+
+
 def test_a_meaning_is_tested_once_with_all_its_texts(tmp_path: Path) -> None:
     for name in ("trainset", "devset", "testset_w_refs"):
         (tmp_path / f"{name}.csv").write_text(
