@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_dp.data.folder import FolderImages
-from lightning_dp.data.images import DataError, ImageArray, ImageDataModule, normalise
+from lightning_dp.data.images import DataError, ImageArray, ImageDataModule, normalise, type_of
 from lightning_dp.data.kept_array import Array, keep_array
 from lightning_dp.data.sets import SetsDataModule
 
@@ -32,25 +32,6 @@ FEW = 4
 
 FORMAT = 2
 """Another number whenever what is kept in the cache changes."""
-
-
-class FeatureArray(Dataset[tuple[Tensor, int]]):
-    """Features in memory or in a mapped file; an item is a tensor and a label.
-
-    Args:
-        features: ``(n, ...)`` float16 or float32.
-        labels: one for each.
-    """
-
-    def __init__(self, features: Tensor, labels: list[int]) -> None:
-        self.features, self.labels = features, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @override
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.features[index], self.labels[index]
 
 
 class FixedFeatures(SetsDataModule):
@@ -133,9 +114,9 @@ class FixedFeatures(SetsDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Give the features the module's type."""
         features, *rest = batch
-        return features.to(self._dtype()), *rest
+        return features.to(type_of(self.trainer)), *rest
 
-    def _seen(self, images: Dataset[Any]) -> FeatureArray:
+    def _seen(self, images: Dataset[Any]) -> TensorDataset:
         if not isinstance(images, ImageArray | FolderImages):
             raise DataError(
                 f"images of type {type(images).__name__}: expected images held in memory or in files, as ImageFolderDataModule "
@@ -146,7 +127,7 @@ class FixedFeatures(SetsDataModule):
         if not cached.is_file():
             self._compute(images, few, cached)
         # copy-on-write: nothing ever writes, and torch wants memory that it could
-        return FeatureArray(torch.from_numpy(np.load(cached, mmap_mode="c")), list(images.labels))
+        return TensorDataset(torch.from_numpy(np.load(cached, mmap_mode="c")), torch.tensor(images.labels))
 
     def _few(self, images: ImageArray | FolderImages) -> Tensor:
         """The features of the first images, found to be their own."""
@@ -236,8 +217,3 @@ class FixedFeatures(SetsDataModule):
         there = images.to(self.device)
         features: Tensor = self.features(normalise(there, self.images.mean, self.images.std))
         return features.to(self.dtype).cpu()
-
-    def _dtype(self) -> torch.dtype:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        parameters = () if module is None else module.parameters()
-        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)

@@ -84,7 +84,7 @@ class ImageDataModule(SetsDataModule):
         """Normalise uint8 images; anything else stays as it is."""
         images, *rest = batch
         if images.dtype == torch.uint8:
-            images = normalise(images, self.mean, self.std).to(self._dtype())
+            images = normalise(images, self.mean, self.std).to(type_of(self.trainer))
         return images, *rest
 
     @override
@@ -98,11 +98,12 @@ class ImageDataModule(SetsDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
-    def _dtype(self) -> torch.dtype:
-        """The floating-point type of the module, which is that of its images."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        parameters = () if module is None else module.parameters()
-        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+
+def type_of(trainer: Any) -> torch.dtype:
+    """The floating-point type of the module in training, which is that of its images."""
+    module = None if trainer is None else trainer.lightning_module
+    parameters = () if module is None else module.parameters()
+    return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
 
 def normalise(images: Tensor, mean: Triple, std: Triple) -> Tensor:

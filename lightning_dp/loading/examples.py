@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from lightning_dp.batches.alike import Alike, kept_apart, put_together
 from lightning_dp.batches.axis import BatchAxis, from_front, to_front
@@ -17,7 +17,7 @@ from lightning_dp.batches.microbatch import Apart, BatchAxisError
 from lightning_dp.errors import PreflightError
 from lightning_dp.loading.kept_by_data import KeptByData
 from lightning_dp.loading.own_generators import NEAR, own_generators, put_back, reseed, seeded_as_torch_is
-from lightning_dp.loading.reading import read, together
+from lightning_dp.loading.reading import columns_of, read, together
 from lightning_dp.loading.repeated_reads import OFTEN, check_repeats, out_of_reach
 from lightning_dp.loading.row_wise import draws_nothing, is_row_wise
 from lightning_dp.mechanism.seeded_globals import globals_put_back, seed_globals
@@ -102,6 +102,9 @@ class Examples(Dataset[Any]):
     def __getitems__(self, drawn: Drawn) -> Any:
         """The micro-batch: of ``collate_fn``, or :class:`OneByOne`."""
         if not self.seeded:
+            columns = None if self.each else columns_of(self.dataset, drawn.indices)
+            if columns is not None and self.collate_fn is default_collate:
+                return columns
             return self.together(read(self.dataset, drawn.indices), drawn.each)
         here = get_worker_info() is None
         while True:

@@ -20,10 +20,10 @@ from lightning_dp.batches.microbatch import Apart, BatchAxisError, Element, chec
 from lightning_dp.batches.units import Units, group, ungroup
 from lightning_dp.batches.views import Views
 from lightning_dp.engines.user_code import no_end_of_the_data
-from lightning_dp.lightning_internals import before_transfer, overridden, transfer
+from lightning_dp.lightning_internals import before_transfer, transfer
 from lightning_dp.loading.examples import OneByOne
 from lightning_dp.loading.own_generators import own_generators, put_back, reseed, seeded_as_torch_is
-from lightning_dp.loading.row_wise import TRANSFER_HOOKS
+from lightning_dp.loading.row_wise import TRANSFER_HOOKS, is_written
 from lightning_dp.loading.rows import check_all_came
 from lightning_dp.mechanism.seeded_globals import globals_put_back, seed_globals
 
@@ -95,7 +95,7 @@ class ExampleForm:
             DroppedExamplesError: some examples are missing.
         """
         given = batch.groups if isinstance(batch, OneByOne) else [Alike(batch, list(range(units)))]
-        written = [name for name in TRANSFER_HOOKS if self._is_written(name)]
+        written = self.written_hooks()
         alone = any(name not in self.row_wise for name in written)
         for alike in given:
             if isinstance(alike.batch, Apart):
@@ -144,7 +144,9 @@ class ExampleForm:
 
     def _one_by_one(self, alike: Alike, each: int, seed: Callable[[int], None], seeds: list[int]) -> list[Any]:
         batch, ones = alike.batch, []
-        if not any(map(self._is_written, _ON_THE_WAY)):  # Lightning moves all that is sent as it is; so it goes at once
+        if not any(
+            name in _ON_THE_WAY for name in self.written_hooks()
+        ):  # Lightning moves all that is sent as it is; so it goes at once
             batch = move_data_to_device(batch, self.device)
         opened = self.opened(batch)
         check_all_came(opened, len(alike.places) * each)
@@ -164,10 +166,12 @@ class ExampleForm:
             found.append(Element(one if self.hooks is None else self.hooks.applied_to_one(one)))
         return Apart(found)
 
-    def _is_written(self, name: str) -> bool:
-        """Whether a transfer hook is the user's own."""
-        data = getattr(self.module.trainer, "datamodule", None)
-        return overridden(name, self.module) or (data is not None and overridden(name, data))
+    def written_hooks(self) -> list[str]:
+        """The batch transfer hooks that are the user's own; see :func:`lightning_dp.loading.row_wise.is_written`."""
+        owners = [self.module, getattr(self.module.trainer, "datamodule", None)]
+        return [
+            name for name in TRANSFER_HOOKS if any(is_written(name, owner) for owner in owners if owner is not None)
+        ]
 
     def to_engine(self, batch: Any, drawn: int | None = None) -> Any:
         """A collated batch on the device, as the engines take it, its hooks run at once: for looks, see :meth:`groups`.

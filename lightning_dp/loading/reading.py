@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch.utils.data import ConcatDataset, Subset
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from lightning_dp.engines.user_code import no_end_of_the_data
 
@@ -26,6 +28,23 @@ def read(dataset: Any, indices: Sequence[int]) -> Any:
     given = [int(index) for index in indices]
     with no_end_of_the_data(f"dataset={type(dataset).__name__}"):
         return several(given) if callable(several) else [dataset[index] for index in given]
+
+
+def columns_of(dataset: Any, indices: Sequence[int]) -> list[Tensor] | None:
+    """What ``default_collate`` makes of these items of a ``TensorDataset``, in one operation for each of its tensors.
+
+    ``None`` for any other data set.
+
+    Example:
+        >>> columns_of(TensorDataset(torch.arange(3.0), torch.tensor([5, 6, 7])), [2, 0])
+        [tensor([2., 0.]), tensor([7, 5])]
+    """
+    if type(dataset) is not TensorDataset or not indices:
+        return None
+    if any(type(tensor) is not Tensor or tensor.layout is not torch.strided for tensor in dataset.tensors):
+        return None
+    chosen = torch.tensor([int(index) for index in indices])
+    return [tensor[chosen.to(tensor.device)] for tensor in dataset.tensors]
 
 
 def item(dataset: Any, index: int) -> Any:

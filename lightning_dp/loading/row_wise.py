@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset, default_collate, default_convert
 from torch.utils.data._utils import collate as torch_collate
 
+from lightning_dp.lightning_internals import overridden
 from lightning_dp.loading.held_records import HeldRecords
 from lightning_dp.validate import shown
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 ROW_WISE = ("__getitem__", "__getitems__", "collate_fn", *TRANSFER_HOOKS)
 """What ``row_wise`` may name."""
+
+OURS = "lightning_dp.data."
+"""Where hooks are made that are known to treat each example by itself."""
 
 
 def check_row_wise(given: object) -> tuple[str, ...]:
@@ -30,6 +35,23 @@ def check_row_wise(given: object) -> tuple[str, ...]:
             "out to have each of them see one example at a time, which is always right."
         )
     return tuple(name for name in ROW_WISE if name in names)
+
+
+def is_written(name: str, owner: Any) -> bool:
+    """Whether a batch transfer hook of a module or data module is the user's own.
+
+    Lightning's are not, and neither are those of ``lightning_dp.data``: they work on each number by itself, draw nothing and
+    leave nothing. Where a function comes from is told by the globals that it runs with; a wrapper can claim any name.
+
+    Args:
+        name: of :data:`TRANSFER_HOOKS`.
+        owner: the module or data module.
+    """
+    if not overridden(name, owner):
+        return False
+    hook = getattr(owner, name)
+    made_in = getattr(hook.__func__, "__globals__", {}).get("__name__", "") if isinstance(hook, MethodType) else ""
+    return not str(made_in).startswith(OURS)
 
 
 def is_row_wise(collate_fn: Any) -> bool:

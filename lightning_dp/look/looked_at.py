@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from lightning_dp.engines.select import Selection
-from lightning_dp.lightning_internals import overridden
-from lightning_dp.loading.row_wise import TRANSFER_HOOKS
 from lightning_dp.look.engine_check import CHECKED_EXAMPLES, tolerance
 from lightning_dp.look.leaks.examples_apart import Company
 from lightning_dp.step.planned import Planned
@@ -41,11 +39,6 @@ def looked_at(planned: Planned, selection: Selection, most: int, company: Compan
 def _alone(planned: Planned) -> list[str]:
     """The user's functions between data set and training_step that see one example at a time."""
     examples, form = planned.loader.examples, planned.form
-    data = getattr(planned.module.trainer, "datamodule", None)
-    hooks = [
-        name
-        for name in TRANSFER_HOOKS
-        if overridden(name, planned.module) or (data is not None and overridden(name, data))
-    ]
+    hooks = form.written_hooks()
     together = set(hooks) <= set(form.row_wise) and not examples.each
     return [*([] if examples.collate_at_once and not examples.each else ["collate_fn"]), *([] if together else hooks)]

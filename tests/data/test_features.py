@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -220,6 +222,51 @@ def test_training_on_kept_features_is_training_the_last_layer(tmp_path: Path) ->
         trained = whole.network.get_parameter(f"classifier.{name}")
         torch.testing.assert_close(head.get_parameter(name), trained, rtol=0, atol=1e-5)
         assert not torch.equal(trained, torch.zeros_like(trained))
+
+
+class Watched(FixedFeatures):
+    """A subclass with a hook of its own, which nobody knows to treat each example by itself."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return super().on_after_batch_transfer(batch, dataloader_idx)
+
+
+def renamed(hook: Any) -> Any:
+    """A function that claims to be another, as every decorator makes it."""
+
+    @functools.wraps(hook)
+    def own(self: Any, batch: Any, dataloader_idx: int) -> Any:
+        return hook(self, batch, dataloader_idx)
+
+    return own
+
+
+Wrapped = type("Wrapped", (FixedFeatures,), {"on_after_batch_transfer": renamed(FixedFeatures.on_after_batch_transfer)})
+
+
+@pytest.mark.parametrize("kind", [FixedFeatures, Watched, Wrapped])
+def test_features_go_together_and_a_hook_of_the_users_sees_one_example(
+    kind: type[FixedFeatures], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is known is known by its code: neither a subclass nor a wrapper inherits the trust."""
+    calls: list[Any] = []
+    after: list[int] = []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            after.append(len(calls))
+
+    def counted(trainer: Any) -> torch.dtype:
+        calls.append(trainer)
+        return torch.float32
+
+    data = kind(FewImages(), Doubled(), batch_size=45, cache_dir=tmp_path)
+    torch.manual_seed(0)
+    module = ImageClassifier(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), 2, optimizer=rate)
+    monkeypatch.setattr("lightning_dp.data.features.type_of", counted)
+    private = DifferentialPrivacy(noise_multiplier=1.0, expected_batch_size=45)
+    trainer(private, Count(), max_steps=2, limit_val_batches=0).fit(module, datamodule=data)
+    assert after[1] - after[0] == (1 if kind is FixedFeatures else 45)
 
 
 def rate(parameters: Any) -> torch.optim.Optimizer:
