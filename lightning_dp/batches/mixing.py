@@ -11,6 +11,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
+from lightning_dp.mechanism.memory import queued_to
 from lightning_dp.validate import number, shown, whole
 
 DEFAULT_ALPHA = 0.2
@@ -41,7 +42,7 @@ class MixViews(ABC):
 
     def __call__(self, views: Tensor, uniforms: Tensor) -> Tensor:
         """``(B, K, *image)`` and ``(B, draws)`` to ``(B, self.views, *image)``, each row from the same row alone."""
-        numbers = self.numbers(uniforms).to(device=views.device, dtype=views.dtype)
+        numbers = queued_to(self.numbers(uniforms), views.device, views.dtype)
         mixed: Tensor = torch.vmap(self.mix)(views, numbers)
         expected = (len(views), self.views, *views.shape[2:])
         if tuple(mixed.shape) != expected:

@@ -15,6 +15,7 @@ from lightning_dp.batches.microbatch import BatchAxisError, check_batch_axis, is
 from lightning_dp.batches.mixing import MixViews
 from lightning_dp.batches.transforms import ViewTransform
 from lightning_dp.mechanism.counters import splitmix64
+from lightning_dp.mechanism.memory import queued_to
 
 IMAGE_DIMENSIONS = 4
 
@@ -83,7 +84,7 @@ class Views:
         leaves, structure = pytree.tree_flatten_with_path(batch, is_leaf=is_list_of_values)
         chosen = self._position(leaves)
         expanded = [
-            self._views(leaf, uniforms.to(leaf.device), for_mixing)
+            self._views(leaf, queued_to(uniforms, leaf.device), for_mixing)
             if position == chosen
             else leaf.unsqueeze(1).expand(-1, self.total, *leaf.shape[1:])
             if isinstance(leaf, Tensor)

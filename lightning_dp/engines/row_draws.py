@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dp.engines.decisions import part_ways
 from lightning_dp.engines.random_operations import Arguments, arguments_of, calculated, draws_nothing, row_by_row
+from lightning_dp.mechanism.memory import queued_to
 from lightning_dp.mechanism.row_bits import keys_of_draw, mixed
 from lightning_dp.mechanism.seeded_globals import torch_seeded
 
@@ -85,7 +86,7 @@ class RowDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
     def _keys_of_draw(self, device: torch.device) -> Tensor:
         self.draws += 1
         if device not in self._on:
-            self._on[device] = self._seeds.to(device)
+            self._on[device] = queued_to(self._seeds, device)
         return keys_of_draw(self._on[device], a_draw())
 
     def _permuted(self, func: Any, args: Any, kwargs: Any) -> Any:

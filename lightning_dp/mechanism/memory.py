@@ -1,4 +1,7 @@
-"""Whether a tensor has the memory that its shape speaks of: reading one whose storage was made smaller ends the process."""
+"""Where a tensor's numbers are: whether it has the memory that its shape speaks of, and how they come to a device.
+
+Reading a tensor whose storage was made smaller ends the process.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,23 @@ def give_memory(tensor: Tensor) -> None:
     """Make the storage of ``tensor`` large enough for it again. What it holds then is for the caller to write."""
     if not has_memory(tensor):
         tensor.untyped_storage().resize_(_needed(tensor))
+
+
+_COPIES_AT_ONCE = {"cpu", "mps"}
+"""Where Lightning's transfer of a batch does not queue copies either."""
+
+
+def queued_to(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of the host on a device, without waiting until that has done what is queued, as ``.to(device)`` does.
+
+    Args:
+        tensor: on the host, not in pinned memory. CUDA has read it when this returns, so it may be written to.
+        device: where to.
+        dtype: of the result; as it is by default.
+
+    Source: CUDA Driver API, "API synchronization behavior", on asynchronous copies from pageable memory.
+    """
+    return tensor.to(device=device, dtype=dtype or tensor.dtype, non_blocking=device.type not in _COPIES_AT_ONCE)
 
 
 def _needed(tensor: Tensor) -> int:
