@@ -170,9 +170,11 @@ class FixedFeatures(SetsDataModule):
         return said.hexdigest()[:32]
 
     def _compute(self, images: ImageArray | FolderImages, few: Tensor, cached: Path) -> None:
-        name = type(self.features).__name__
-        if hasattr(self.features, "network"):
-            name = f"{name} of {type(self.features.network).__name__}"
+        name, within = type(self.features).__name__, self.features
+        while "network" in (parts := dict(within.named_children())):
+            within = parts["network"]
+        if within is not self.features:
+            name = f"{name} of {type(within).__name__}"
 
         def rows(start: int) -> Iterator[Array]:
             with tqdm(initial=start, desc=f"{name}, images", total=len(images), leave=False) as bar:

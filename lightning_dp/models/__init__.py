@@ -10,6 +10,7 @@ from lightning_dp.models.head_first import HeadFirst
 from lightning_dp.models.language_model import LanguageModel
 from lightning_dp.models.least_squares import LeastSquares
 from lightning_dp.models.norm_free import NormFreeNet
+from lightning_dp.models.pooled_layers import PooledLayers
 from lightning_dp.models.scattering import Scattering2d
 from lightning_dp.models.strided_cnn import StridedCNN
 from lightning_dp.models.tanh_cnn import TanhCNN
@@ -28,6 +29,7 @@ __all__ = [
     "LanguageModel",
     "LeastSquares",
     "NormFreeNet",
+    "PooledLayers",
     "Scattering2d",
     "SentenceClassifier",
     "StridedCNN",

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_dp.models.efficientnet_lite import EfficientNetLite
+from lightning_dp.models.pooled_layers import PooledLayers
 from lightning_dp.models.public_weights import classifier_name, load_public_weights
 
 
@@ -27,11 +28,14 @@ class FrozenBody(nn.Module):
         size: edge in pixels to which images are resized first (bicubic), such as that of the images the weights were
             trained on; ``None`` for as they are.
         mirror: give the mean of the features of each image and of its mirror image. It takes twice as long.
+        layers: names of modules in ``network`` whose features are taken instead of what the last layer was given, see
+            :class:`~lightning_dp.models.PooledLayers`: the last blocks of a network say more about other images than its
+            end, which knows its own classes.
         in_bfloat16: compute in that type, on a processor that is faster in it. Features are then those of float32 to a few per
             cent, and another processor's differ by as much.
 
     Raises:
-        ValueError: ``size`` is not above 0.
+        ValueError: ``size`` is not above 0, or ``layers`` names none or what is not there.
         WeightsError: ``network`` has no linear layer, or the weights do not fit.
 
     Example:
@@ -48,6 +52,7 @@ class FrozenBody(nn.Module):
         size: int | None = None,
         mirror: bool = False,
         in_bfloat16: bool = False,
+        layers: list[str] | None = None,
     ) -> None:
         super().__init__()
         if size is not None and size < 1:
@@ -59,7 +64,8 @@ class FrozenBody(nn.Module):
         setattr(network.get_submodule(parent), last, nn.Identity())
         if isinstance(network, EfficientNetLite):
             network.fold()
-        self.network = network.requires_grad_(False).eval().to(torch.bfloat16 if in_bfloat16 else None)
+        taken = network if layers is None else PooledLayers(network, layers)
+        self.network = taken.requires_grad_(False).eval().to(torch.bfloat16 if in_bfloat16 else None)
         self.size, self.mirror, self.in_bfloat16 = size, mirror, in_bfloat16
 
     @override
