@@ -76,6 +76,42 @@ def language_model(depth: int = 2, width: int = 128, heads: int = 4, words: int 
     )
 
 
+class _Lora(nn.Module):
+    """A frozen linear layer and a trained product of rank r beside it (Hu et al. 2021)."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+def with_lora(model: nn.Module, rank: int = 8) -> nn.Module:
+    """Freeze a model, and put a product of rank ``rank`` beside every linear layer of its blocks."""
+    model.requires_grad_(False)
+    for block in (part for part in model.modules() if isinstance(part, _Layer)):
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and not isinstance(parent, _Lora):
+                    setattr(parent, name, _Lora(child, rank))
+    return model
+
+
+class _Recurrent(nn.Module):
+    """An LSTM over a sequence, and a layer on its last output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(32, 64, batch_first=True), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.cells(x)[0][:, -1])
+        return found
+
+
 def perceptron() -> nn.Module:
     """Three layers: what a step does with them is nearly all Python."""
     return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -107,12 +143,18 @@ def _rows(size: int, views: int) -> tuple[Tensor, Tensor]:
     return torch.randn(size, views, 32), torch.randint(10, (size, 1)).expand(size, views)
 
 
+def _series(size: int, views: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, views, 24, 32), torch.randint(10, (size, 1)).expand(size, views)
+
+
 TASKS = {
     "wrn": Task(lambda: WideResNet(16, 4, weight_standardisation=False), _images),
     "wrn-ws": Task(lambda: WideResNet(16, 4), _images),
     "wrn40-ws": Task(lambda: WideResNet(40, 4), _images),
     "vit": Task(vision_transformer, _images),
     "lm": Task(language_model, _sentences),
+    "lm-lora": Task(lambda: with_lora(language_model()), _sentences),
+    "lstm": Task(_Recurrent, _series),
     "mlp": Task(perceptron, _rows),
 }
 

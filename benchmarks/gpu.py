@@ -28,7 +28,7 @@ from typing import Any
 import gpu_models  # noqa: F401  (adds to TASKS)
 import torch
 from gpu_pages import write_pages
-from gpu_slices import Found, Slice, compiled, correct, hush, micro_batch, profile, ratio, same_weights
+from gpu_slices import Found, Slice, compiled, correct, forms, hush, micro_batch, profile, ratio, same_weights
 from gpu_training import train
 
 LONGEST = 9.5
@@ -48,6 +48,7 @@ SLICES = [
         for model in ("wrn", "wrn-ws", "wrn-ws-last", "vit", "lm", "toy-lora")
     ),
     Slice("same weights:toy", 1, same_weights("toy", 4)),
+    *(Slice(f"forms:{model}", 2, forms(model, 64)) for model in ("wrn", "vit", "lm")),
     _ratio("wrn-ws:256", 1.5, "high", *PEERS),
     Slice("micro-batch:wrn40-ws", 1, micro_batch("wrn40-ws", 32, 16_384)),
     _ratio("wrn-ws:256", 1.5, "bf16", *PEERS),
@@ -71,6 +72,7 @@ TOYS = [
     Slice("correct:toy", 1, correct("toy", 2)),
     Slice("correct:toy-last", 1, correct("toy-last", 2)),
     Slice("same weights:toy", 1, same_weights("toy", 2, styles=2)),
+    Slice("forms:toy", 1, forms("toy", 2, rounds=1)),
     Slice("ratio:toy:4:high", 1, ratio("toy:4", "high", PEERS[:1], rounds=1)),
     Slice("micro-batch:toy", 1, micro_batch("toy", 2, 32)),
     Slice("profile:toy:4", 1, profile("toy:4")),

@@ -5,34 +5,21 @@ from __future__ import annotations
 import math
 
 import torch
-from engine_models import TASKS, Task, _images, _Layer, _Pooled, _Positions, _sentences, _Transposed, language_model
+from engine_models import (
+    TASKS,
+    Task,
+    _images,
+    _Layer,
+    _Pooled,
+    _Positions,
+    _sentences,
+    _Transposed,
+    language_model,
+    with_lora,
+)
 from torch import Tensor, nn
 
 from lightning_dp.models import WideResNet
-
-
-class _Lora(nn.Module):
-    """A frozen linear layer and a trained product of rank r beside it (Hu et al. 2021)."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = nn.Linear(base.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
-
-
-def with_lora(model: nn.Module, rank: int = 8) -> nn.Module:
-    """Freeze a model, and put a product of rank ``rank`` beside every linear layer of its blocks."""
-    model.requires_grad_(False)
-    for block in (part for part in model.modules() if isinstance(part, _Layer)):
-        for parent in list(block.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and not isinstance(parent, _Lora):
-                    setattr(parent, name, _Lora(child, rank))
-    return model
 
 
 def vision_transformer_base() -> nn.Module:

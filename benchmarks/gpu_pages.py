@@ -47,6 +47,11 @@ def tables(last: dict[str, Found], found: list[Found], where: str) -> str:
                   "|---|---|---|--:|--:|--:|--:|" + "".join(
             f"\n| {about['case']} | {about['precision']} | `{row['engine']}` | {_cells(row)} |"
             for about in of("ratio") for row in about["rows"])]  # fmt: skip
+    if of("forms"):
+        parts += ["| model | form | layers | time ÷ estimated forms | error | holds |\n|---|---|--:|--:|--:|---|" + "".join(
+            f"\n| {about['model']} | `{row['form']}` | {row['layers']} | {row['ratio']:.2f} | {row['error']:.0e} "
+            f"| {'yes' if row['holds'] else '**no**'} |"
+            for about in of("forms") for row in about["rows"])]  # fmt: skip
     if of("micro-batch"):
         parts += ["| model | views | examples by rule of thumb | that fit | s to find it |\n|---|--:|--:|--:|--:|" + "".join(
             f"\n| {a['model']} | {a['views']} | {a['rule_of_thumb']} | {a['size']} | {a['seconds']:.1f} |"

@@ -18,12 +18,15 @@ import torch
 from compiled import passes
 from engine_models import TASKS, loss_of
 from gpu_models import parameters_of
+from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 from trainer_step import _Module
 
 import lightning_dp.run
 from lightning_dp import AugmentationMultiplicity, DifferentialPrivacy
 from lightning_dp.batches.transforms import Flip
+from lightning_dp.engines.ghost import GhostEngine
+from lightning_dp.engines.loop import LoopEngine
 from lightning_dp.engines.select import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +89,55 @@ def correct(model: str, size: int) -> Callable[[torch.device, float, Path], Foun
             for engine in (one for one in sums if one != "loop"):
                 error = max(float((sums[engine][n] - g).abs().max()) for n, g in sums["loop"].items()) / norm
                 rows.append({"engine": engine, "precision": how, "error": error, "holds": error <= CLOSE[how]})
+        return {"model": model, "examples": size, "rows": rows}
+
+    return work
+
+
+def forms(model: str, size: int, rounds: int = 5) -> Callable[[torch.device, float, Path], Found]:
+    """Each form in which layers' shares can be computed, where it is offered: its clipped sum beside the loop's, and time.
+
+    In full precision, since norms of the form that is a kernel of this package's are in full in any.
+    """
+
+    def work(device: torch.device, seconds: float, folder: Path) -> Found:
+        torch.manual_seed(0)
+        net = TASKS[model].model().to(device)
+        inputs, targets = (t.to(device) for t in TASKS[model].batch(size, 1))
+        parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        engine = GhostEngine(net)
+
+        def loss_function(given: Any, batch: Any) -> tuple[torch.Tensor, Any]:
+            return loss_of(lambda x: functional_call(net, dict(given), (x,)), *batch), []
+
+        def summed(of: Any = engine) -> Found:
+            found: Found = of.clipped_sum(
+                loss_function, parameters, (inputs, targets), size, engines.CLIP_NORM
+            ).gradient
+            return found
+
+        with precision("highest", device):
+            expected = summed(LoopEngine())
+            norm = float(torch.cat([g.flatten() for g in expected.values()]).norm())
+            with engine.forms.listening() as seen:
+                summed()
+            names = dict.fromkeys(form for offer in seen.values() for form in offer.offered)
+            rows: list[Found] = []
+            times: dict[str, list[float]] = {name: [] for name in ("estimated", *names)}
+            for turn in range(rounds + 1):
+                for name, own in times.items():
+                    engine.forms.taken = {key: name for key, offer in seen.items() if name in offer.offered}
+                    found: Found = {}
+                    own.append(engines.seconds(lambda found=found: found.update(summed()), device))
+                    if not turn:
+                        error = max(float((found[n] - g).abs().max()) for n, g in expected.items()) / norm
+                        layers = len(engine.forms.taken)
+                        rows.append(
+                            {"form": name, "layers": layers, "error": error, "holds": error <= CLOSE["highest"]}
+                        )
+        for row in rows:
+            pairs = zip(times[row["form"]][1:], times["estimated"][1:], strict=True)
+            row["ratio"] = statistics.median(own / base for own, base in pairs)
         return {"model": model, "examples": size, "rows": rows}
 
     return work

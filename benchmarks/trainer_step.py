@@ -103,7 +103,7 @@ def trainer_over_engine(
         raise NotImplementedError("several views of an example")
     torch.manual_seed(0)
     net = TASKS[name].model().to(device)
-    parameters = dict(net.named_parameters())
+    parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
 
     def loss_function(given: Any, batch: Any) -> tuple[Tensor, Any]:
         return loss_of(lambda x: functional_call(net, dict(given), (x,)), *batch), []

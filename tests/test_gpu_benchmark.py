@@ -83,6 +83,9 @@ def test_what_a_gpu_would_run_is_there_at_toy_size(gpu: Any, tmp_path: Path) -> 
     }
     assert all(row["holds"] for row in rows)
     assert all(row["holds"] for row in found["same weights:toy"]["rows"])
+    of_forms = {row["form"]: row for row in found["forms:toy"]["rows"]}
+    assert {"estimated", "slices", "groups", "patches"} <= set(of_forms)
+    assert all(row["holds"] and row["ratio"] > 0 for row in of_forms.values())
     assert found["micro-batch:toy"]["size"] > 0
     gpu.write_pages(docs, gpu.read(results), "a toy")
     page = (docs / "performance.md").read_text(encoding="utf-8")

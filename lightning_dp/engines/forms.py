@@ -1,9 +1,10 @@
 """In which of several forms a layer's share of the gradients is computed: by estimate, or the fastest that was measured.
 
 All forms give the same gradients, to rounding: written out one after the other, all in one grouped convolution, as products of
-patches, or never written out and known by inner products of positions. Which is fastest depends on the device, the type and
-the shapes. An estimate is always there. Before the first step a run may time the forms of the layers that it has met
-(:mod:`lightning_dp.look.autotune`), and takes the fastest of those that it has timed; a step itself times nothing.
+patches, or never written out and known by inner products of positions, or by a kernel of our own (:mod:`.triton`). Which is
+fastest depends on the device, the type and the shapes. An estimate is always there. Before the first step a run may time the
+forms of the layers that it has met (:mod:`lightning_dp.look.autotune`), and takes the fastest of those that it has timed; a
+step itself times nothing.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Forms:
         key: Key = (operation, *x.shape[1:], *g.shape[1:], g.dtype, x.device.type)
         if self.seen is not None and key not in self.seen:
             self.seen[key] = Offer(compute, (x[:1].detach(), g[:1].detach()), estimated, tuple(offered))
-        return offered[self.taken.get(key, estimated)](x, g)
+        taken = self.taken.get(key, estimated)  # by rank 0, which may have had what this one has not
+        return offered[taken if taken in offered else estimated](x, g)
 
     @contextmanager
     def listening(self) -> Iterator[dict[Key, Offer]]:

@@ -30,6 +30,7 @@ from lightning_dp.errors import PreflightError
 from lightning_dp.look.batch_size.search import copies
 from lightning_dp.look.engine_check import check_engines
 from lightning_dp.mechanism.complex import as_real_pairs
+from lightning_dp.mechanism.full_precision import full_precision
 from lightning_dp.mechanism.seeded_globals import globals_put_back
 from lightning_dp.mechanism.trainable import trainable
 from lightning_dp.step.contents import check_nothing_written
@@ -52,6 +53,15 @@ AT_ONCE = {"cpu": 16}
 """Examples that are timed at once, if a micro-batch has as many; on a CPU nothing changes beyond."""
 
 AT_ONCE_ELSEWHERE = 64
+
+PREPARING = 20.0
+"""Seconds that trying all forms may take beforehand where kernels are compiled; what is not tried is not timed."""
+
+COMPILING = {"cuda"}
+"""Devices on which forms are tried first: kernels are compiled, and what does not run or gives other norms is left out."""
+
+ALIKE = 0.02
+"""By this part of them norms of two forms may differ, for some are of products rounded to TF32 or bfloat16, as the user set."""
 
 IN_A_RACE = 256
 """Examples that engines are timed with, if a micro-batch has as many."""
@@ -176,14 +186,18 @@ def fastest_forms(
         clock: seconds; ``None`` for those of the device.
     """
     clock = clock or clock_of(device)
-    start, found, before = clock(), dict[Key, str](), forms.taken
+    start, prepared, found, before = clock(), 0.0, dict[Key, str](), forms.taken
     buffers = Buffers(forms)
     try:
         for key, offer in offers.items():
-            if len(offer.offered) < 2 or clock() - start > PATIENCE:
+            if len(offer.offered) < 2 or clock() - start - prepared > PATIENCE or prepared > PREPARING:
                 continue
+            offered, began = offer.offered, clock()
+            if device.type in COMPILING:
+                offered = _that_hold(forms, key, offer, examples, device)
+                prepared += clock() - began
             x, g = (torch.ones(examples, *one.shape[1:], dtype=one.dtype, device=device) for one in offer.like)
-            seconds: dict[str, list[float]] = {name: [] for name in offer.offered}
+            seconds: dict[str, list[float]] = {name: [] for name in offered}
             begun_with, rounds = clock(), 0
             while rounds < ROUNDS or (rounds < MORE_ROUNDS and clock() - begun_with < SHORT):
                 for name, times in seconds.items():
@@ -198,20 +212,53 @@ def fastest_forms(
             best = min(least, key=lambda name: least[name])
             if least[best] < (1 - FASTER) * least[offer.estimated]:
                 found[key] = best
-            told = ", ".join(f"{name} {1e3 * least[name]:.3g} ms" for name in offer.offered)
+            told = ", ".join(f"{name} {1e3 * least[name]:.3g} ms" for name in offered)
             rank_zero_debug(f"lightning_dp: {key}: {told} for {examples} examples; {found.get(key, offer.estimated)}.")
     finally:
         forms.taken = before
     return found
 
 
+def _that_hold(forms: Forms, key: Key, offer: Offer, examples: int, device: torch.device) -> tuple[str, ...]:
+    """The forms that run, and whose norms of random numbers (of a generator of their own) are those of the estimated one."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, g = (
+        torch.randn(examples, *one.shape[1:], generator=generator, device=device).to(one.dtype) for one in offer.like
+    )
+    forms.taken = {key: offer.estimated}
+    expected, holding = _norms_of(offer, x, g, forms), [offer.estimated]
+    for name in offer.offered:
+        if name == offer.estimated:
+            continue
+        forms.taken = {key: name}
+        try:
+            holds = torch.allclose(_norms_of(offer, x, g, forms), expected, rtol=ALIKE, atol=0)
+        except Exception as error:  # no compiler, no memory, a shape that a kernel does not take
+            rank_zero_debug(f"lightning_dp: {key}: {name} does not run: {error}")
+            continue
+        if holds:
+            holding.append(name)
+        else:
+            rank_zero_debug(f"lightning_dp: {key}: {name} gives other norms, and is left out.")
+    return tuple(holding)
+
+
+def _norms_of(offer: Offer, x: torch.Tensor, g: torch.Tensor, forms: Forms) -> torch.Tensor:
+    with torch.no_grad():
+        together = Together({"": offer.compute(x, g)}, {"": ""}, Buffers(forms))
+        with full_precision():
+            return together.norms()[""].values
+
+
 def _compute(offer: Offer, x: torch.Tensor, g: torch.Tensor, buffers: Buffers) -> None:
     """All that a contribution costs: it is made, and its norms and its weighted sum."""
     with torch.no_grad():
-        together = Together({"": offer.compute(x, g)}, {"": ""}, buffers)
-        norms = together.norms()[""].values
-        for _ in together.weighted_sums({"": norms}):
-            pass
+        contribution = offer.compute(x, g)
+        with full_precision():  # as a step does
+            together = Together({"": contribution}, {"": ""}, buffers)
+            norms = together.norms()[""].values
+            for _ in together.weighted_sums({"": norms}):
+                pass
     buffers.take_back()
 
 

@@ -48,6 +48,38 @@ def test_the_setting_is_full_inside_and_as_it_was_outside() -> None:
     assert settings() == before
 
 
+@pytest.fixture
+def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+
+
+CUDNN: Any = torch.backends.cudnn
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize("matmul", ["high", "highest"])
+def test_convolutions_on_a_gpu_are_in_full_inside_too(matmul: str) -> None:
+    """cuDNN rounds factors to 10 bits unless told otherwise, in the sums of gradients whose norms are computed in full."""
+    torch.set_float32_matmul_precision(matmul)
+    assert CUDNN.conv.fp32_precision == "tf32"
+    with full_precision():
+        assert CUDNN.conv.fp32_precision != "tf32"
+        assert CUDNN.allow_tf32 is False
+    assert (CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision, CUDNN.allow_tf32) == ("tf32", "tf32", True)
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+def test_what_was_set_by_the_newer_names_is_there_again() -> None:
+    if not hasattr(CUDNN, "conv"):
+        pytest.skip(f"torch {torch.__version__} has the older name alone")
+    CUDNN.rnn.fp32_precision = "ieee"
+    with full_precision():
+        assert CUDNN.conv.fp32_precision == "ieee"
+    assert (CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision) == ("tf32", "ieee")
+
+
 def test_products_are_in_full_inside() -> None:
     one, other = torch.randn(2, 4, 64, 300, generator=torch.Generator().manual_seed(0))
     exact = one.double() @ other.double().mT

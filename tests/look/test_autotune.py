@@ -135,6 +135,58 @@ def test_what_is_much_slower_is_timed_once_and_all_of_it_ends_after_a_while() ->
     assert clock.computed == ["slices", "groups", "slices", "slices"]
 
 
+def test_a_form_that_does_not_run_or_gives_other_norms_is_left_out_where_kernels_are_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However fast it is: norms that are too small would let an example count for more than C."""
+    monkeypatch.setattr(autotune, "COMPILING", {"cpu"})
+    engine, clock, key = GhostEngine(nn.Linear(1, 1)), _Clock({}), ("a layer",)
+    seconds = {"slices": 1.0, "short": 0.1, "raises": 0.1, "groups": 0.5}
+
+    def compute(x: Tensor, g: Tensor) -> Written:
+        form = engine.forms.taken[key]
+        if form == "raises":
+            raise RuntimeError("no compiler")
+        clock.now += seconds[form]
+        return Written(x * (0.9 if form == "short" else 1.0))
+
+    offer = Offer(compute, (torch.ones(1, 2), torch.ones(1, 2)), "slices", tuple(seconds))
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert fastest_forms(engine.forms, {key: offer}, 3, CPU, clock) == {key: "groups"}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_takes_long_to_compile_does_not_count_as_time_and_ends_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(autotune, "COMPILING", {"cpu"})
+    engine, clock = GhostEngine(nn.Linear(1, 1)), _Clock({})
+    compiled: set[Key] = set()
+
+    def offer(key: Key) -> Offer:
+        def compute(x: Tensor, g: Tensor) -> Written:
+            form = engine.forms.taken[key]
+            clock.now += 0.6 * autotune.PREPARING if form == "fused" and key not in compiled else 0.01
+            clock.now += 0.04 * (form == "groups")
+            compiled.update([key] if form == "fused" else [])
+            return Written(x)
+
+        return Offer(compute, (torch.ones(1, 2), torch.ones(1, 2)), "groups", ("groups", "fused"))
+
+    keys: list[Key] = [(place,) for place in range(4)]
+    found = fastest_forms(engine.forms, {key: offer(key) for key in keys}, 2, CPU, clock)
+    assert found == dict.fromkeys(keys[:2], "fused")
+
+
+def test_a_rank_without_the_form_that_rank_zero_measured_takes_the_estimate() -> None:
+    engine, seen, _ = offered()
+    key = next(iter(seen))
+    engine.forms.taken = {key: "fused"}
+    x, g = seen[key].like
+    assert engine.forms.choose(key[0], x, g, "slices", {"slices": _name("slices")}, 0) == "slices"
+
+
 class _Images(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()

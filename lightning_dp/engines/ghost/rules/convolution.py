@@ -24,10 +24,13 @@ from lightning_dp.engines.ghost.contribution import (
     Written,
     gram,
 )
+from lightning_dp.engines.ghost.fused import FUSED, fused
 from lightning_dp.engines.ghost.lost import of_channels
 from lightning_dp.engines.ghost.registry import Arguments, Reader, function_rule, rule
 from lightning_dp.engines.ghost.rules.linear import HELD, NEAR, of_positions
 from lightning_dp.engines.ghost.rules.written_out import FORMS, PLANE, Form
+from lightning_dp.engines.triton.window import Window
+from lightning_dp.engines.triton.window import offered as kernels_offered
 from lightning_dp.mechanism.clip import accumulation_dtype
 from lightning_dp.mechanism.put_off import is_so
 
@@ -138,6 +141,8 @@ class Convolution:
             offered = written
         else:
             offered = {**factored, **written}
+        if kernels_offered(g) and not self.keeps_output:  # whose norms do not suffice where a weight is standardised
+            offered = {**offered, FUSED: partial(self._fused, weight=weight, buffers=buffers)}
         again = partial(self._of_samples, weight=weight, saved=None, buffers=buffers)
         return buffers.forms.choose((self, *weight.shape), x, g, estimated, offered, again)
 
@@ -149,16 +154,21 @@ class Convolution:
             self._gram_of_patches(x, g, weight, of_patches)
             gram(_rows_of(g), of_gradients)
 
-        def rows(x: Tensor, g: Tensor) -> Tensor:
-            return FORMS["slices" if x.device.type == "cpu" else "groups"](self, x, g, weight.to(g.dtype), buffers)
-
         grams = Grams(lambda _, g: g[0, :, 0].numel(), write, weight[0].numel(), g.shape[2])
 
         def channels(basis: Tensor) -> Channels | None:
             return None if saved is None else self._channels(x, g, weight, saved.view_as(g), basis)
 
-        total = partial(self._total, weight=weight)
+        total, rows = partial(self._total, weight=weight), partial(self._rows, weight=weight, buffers=buffers)
         return Factored(x, g, norms=grams, total=total, rows=rows, channels=channels)
+
+    def _fused(self, x: Tensor, g: Tensor, weight: Tensor, buffers: Buffers) -> Contribution:
+        window = Window(tuple(weight.shape[2:]), self.stride, self.padding, self.dilation, self.groups)
+        total, rows = partial(self._total, weight=weight), partial(self._rows, weight=weight, buffers=buffers)
+        return fused(x, g, window, total=total, rows=rows)
+
+    def _rows(self, x: Tensor, g: Tensor, weight: Tensor, buffers: Buffers) -> Tensor:
+        return FORMS["slices" if x.device.type == "cpu" else "groups"](self, x, g, weight.to(g.dtype), buffers)
 
     def of_bias(self, x: Tensor, g: Tensor) -> Contribution:
         """See :class:`lightning_dp.engines.ghost.call.Operation`."""

@@ -14,8 +14,11 @@ from torch.nn import functional as F
 from lightning_dp.engines.ghost.buffers import Buffers
 from lightning_dp.engines.ghost.call import Operation, Output
 from lightning_dp.engines.ghost.contribution import Contribution, Factored, Grams, Norms, Written, gram
+from lightning_dp.engines.ghost.fused import FUSED, fused
 from lightning_dp.engines.ghost.lost import of_outer
 from lightning_dp.engines.ghost.registry import MATRIX, Arguments, function_rule, rule
+from lightning_dp.engines.triton.window import PIXEL
+from lightning_dp.engines.triton.window import offered as kernels_offered
 from lightning_dp.mechanism.clip import row_norms
 
 
@@ -98,6 +101,7 @@ def of_positions(a: Tensor, g: Tensor, buffers: Buffers) -> Contribution:
     offered: dict[str, Callable[[Tensor, Tensor], Contribution]] = {
         **({"factors": _factored} if share < NEAR else {}),
         **({"written": partial(_written, buffers)} if share >= 1 or numbers <= HELD * of_factors else {}),
+        **({FUSED: _fused} if kernels_offered(g) else {}),
     }
     estimated = "factors" if share < 1 else "written"
     return buffers.forms.choose("positions", a, g, estimated, offered, partial(of_positions, buffers=buffers))
@@ -118,6 +122,16 @@ def _factored(a: Tensor, g: Tensor) -> Contribution:
 def _written(buffers: Buffers, a: Tensor, g: Tensor) -> Contribution:
     rows = buffers.take((len(a), g.shape[2], a.shape[2]), like=g)
     return Written(torch.bmm(g.transpose(1, 2), a, out=rows))
+
+
+def _fused(a: Tensor, g: Tensor) -> Contribution:
+    def total(a: Tensor, g: Tensor) -> Tensor:
+        return _total(a.squeeze(-1), g.squeeze(-1))
+
+    def rows(a: Tensor, g: Tensor) -> Tensor:
+        return _rows(a.squeeze(-1), g.squeeze(-1))
+
+    return fused(a.unsqueeze(-1), g.unsqueeze(-1), PIXEL, total=total, rows=rows)
 
 
 def _rows(a: Tensor, g: Tensor) -> Tensor:
