@@ -18,7 +18,7 @@ usage: lightning-dp {command} --recipe NAME | --config FILE [options]
   --data DIR               where the recipe's data are
   --ckpt_path FILE         {checkpoint}
   --simulate S             the recipe at 1/S of its batch and noise, for choosing settings: NOT PRIVATE
-  --print_config           show all settings, and do nothing
+{seeds}  --print_config           show all settings, and do nothing
   --trainer.ARGUMENT       an argument of the Trainer: --trainer.max_steps 100, --trainer.devices 4
   --data.init_args.NAME    an argument of the data module
   --model.init_args.NAME   an argument of the module
@@ -38,6 +38,12 @@ In a recipe, privacy is a callback:
 Its arguments:
 """
 
+_SEEDS = """\
+  --seeds K                K runs with the seeds 0 to K-1, each a process of its own, and mean ± standard deviation. Each is a
+                           private run on the same data: publishing several costs their composition, which is printed
+  --seeds_file FILE        where their results are kept, so that what was interrupted goes on; default seeds.jsonl
+"""
+
 
 def text(command: str) -> str:
     """The help of one of LightningCLI's commands.
@@ -46,7 +52,7 @@ def text(command: str) -> str:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
     """
     goes_on = "go on with this checkpoint, budget included" if command == "fit" else "whose weights are taken"
-    shown = _OPTIONS.format(command=command, checkpoint=goes_on)
+    shown = _OPTIONS.format(command=command, checkpoint=goes_on, seeds=_SEEDS if command == "fit" else "")
     return shown + _CALLBACK + "\n".join(_lines()) + "\n" if command == "fit" else shown
 
 
@@ -57,7 +63,9 @@ def option_names(command: str) -> list[str]:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
     """
     named = re.findall(
-        r"^  (--[\w.]+?)(?:ARGUMENT|NAME)?(?= )", _OPTIONS.format(command=command, checkpoint=""), re.MULTILINE
+        r"^  (--[\w.]+?)(?:ARGUMENT|NAME)?(?= )",
+        _OPTIONS.format(command=command, checkpoint="", seeds=_SEEDS if command == "fit" else ""),
+        re.MULTILINE,
     )
     return [*dict.fromkeys(named), "--help", "--help.all"]
 

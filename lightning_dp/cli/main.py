@@ -79,7 +79,13 @@ def _lightning(words: list[str]) -> None:
         print(text(words[0]), end="")
         return
     words = ["--help" if word == "--help.all" else word for word in words]
+    from lightning_dp.cli import seeds
+
+    words, count, file = seeds.take_out(words)
     expanded(words)  # a missing file is said before PyTorch is imported
+    if count is not None:
+        seeds.run(words, count, file)
+        return
 
     from lightning_dp.cli.recipes import run
 

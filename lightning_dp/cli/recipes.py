@@ -8,7 +8,7 @@ import warnings
 from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
@@ -16,8 +16,10 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_dp import errors
+from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.cli.recipe_files import expanded, fail
 from lightning_dp.cli.recipe_parser import RecipeParser, said
+from lightning_dp.cli.seeds import left_by
 from lightning_dp.strategy import register_strategies
 
 
@@ -74,6 +76,11 @@ class RecipeCLI(LightningCLI):
         if metrics and self.trainer.is_global_zero:
             values = ", ".join(f"{name} = {float(value):.4f}" for name, value in sorted(metrics.items()))
             print(f"Last validation, after {self.trainer.global_step} steps: {values}")
+        trainer: Any = self.trainer
+        private = [one for one in trainer.callbacks if isinstance(one, DifferentialPrivacy)]
+        if self.trainer.is_global_zero:
+            numbers = {name: float(value) for name, value in sorted(metrics.items())}
+            left_by(numbers, private[0].statement().to_dict() if private else None)
 
 
 def _is_about_a_value(error: BaseException) -> bool:

@@ -69,19 +69,33 @@ def phase_of(file: Path) -> Phase:
     """
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))
-        phase = Phase(found["noise_multiplier"], found["sampling_probability"], found["steps"])
-        composed, sampling = any(c.startswith("composed of") for c in found["caveats"]), found["sampling"]
+        return phase_in(found)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: expected the privacy.json of a finished run ({type(error).__name__}: {error}). Give the file, or the "
             "folder it is in."
         ) from error
-    if composed or sampling != "Poisson":
-        raise ValueError(
-            f"{file}: expected a run with one σ and one q and plain Poisson sampling, since the file does not hold the rest. "
+    except _OtherRunError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def phase_in(found: Any) -> Phase:
+    """The same of what such a file holds.
+
+    Raises:
+        ValueError: σ and q alone do not describe the run.
+    """
+    phase = Phase(found["noise_multiplier"], found["sampling_probability"], found["steps"])
+    if any(caveat.startswith("composed of") for caveat in found["caveats"]) or found["sampling"] != "Poisson":
+        raise _OtherRunError(
+            "expected a run with one σ and one q and plain Poisson sampling, since the file does not hold the rest. "
             "Compose it by hand with lightning_dp.accounting.epsilon_bound."
         )
     return phase
+
+
+class _OtherRunError(ValueError):
+    """A run that σ and q do not describe."""
 
 
 def _parser() -> argparse.ArgumentParser:
