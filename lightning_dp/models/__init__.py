@@ -4,6 +4,7 @@ from lightning_dp.models.classifier import ImageClassifier
 from lightning_dp.models.contrastive import ContrastivePretraining
 from lightning_dp.models.digits_cnn import DigitsCNN
 from lightning_dp.models.efficientnet_lite import EfficientNetLite
+from lightning_dp.models.feature_covariance import FeatureCovariance
 from lightning_dp.models.frozen_body import FrozenBody
 from lightning_dp.models.gpt2 import GPT2
 from lightning_dp.models.head_first import HeadFirst
@@ -23,6 +24,7 @@ __all__ = [
     "ContrastivePretraining",
     "DigitsCNN",
     "EfficientNetLite",
+    "FeatureCovariance",
     "FrozenBody",
     "HeadFirst",
     "ImageClassifier",

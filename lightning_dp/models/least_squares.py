@@ -63,7 +63,7 @@ class LeastSquares(ImageClassifier):
 
     Source: H. Mehta, W. Krichene, A. Thakurta, A. Kurakin and A. Cutkosky, *Differentially Private Image Classification from
     Features*, TMLR 2023 (arXiv 2211.13403): its DP-LS. Its DP-FC uses the noised covariance to precondition the gradient of the
-    logistic loss instead, which is not here.
+    logistic loss instead: :class:`~lightning_dp.models.FeatureCovariance`.
     """
 
     network: Moments
