@@ -16,7 +16,6 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_dp import errors
-from lightning_dp.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.cli.recipe_files import expanded, fail
 from lightning_dp.cli.recipe_parser import RecipeParser, said
 from lightning_dp.cli.seeds import left_by
@@ -77,7 +76,7 @@ class RecipeCLI(LightningCLI):
             values = ", ".join(f"{name} = {float(value):.4f}" for name, value in sorted(metrics.items()))
             print(f"Last validation, after {self.trainer.global_step} steps: {values}")
         trainer: Any = self.trainer
-        private = [one for one in trainer.callbacks if isinstance(one, DifferentialPrivacy)]
+        private = [c for c in trainer.callbacks if any(k.__name__ == "DifferentialPrivacy" for k in type(c).__mro__)]
         if self.trainer.is_global_zero:
             numbers = {name: float(value) for name, value in sorted(metrics.items())}
             left_by(numbers, private[0].statement().to_dict() if private else None)
