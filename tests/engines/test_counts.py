@@ -32,7 +32,7 @@ ON_A_DEVICE = 9
 before the next one, one is Lightning's for what is logged; five are of numbers on the host: seeds, states of generators.
 """
 
-OF_PYTHON = {"mlp": 3.5, "lm": 8.3}
+OF_PYTHON = {"mlp": 3.4, "lm": 7.8}
 """Calls of Python functions in a Trainer's step of small modules ÷ those of one without privacy. There is a tenth of slack,
 since they depend on the versions of Python, torch and Lightning."""
 

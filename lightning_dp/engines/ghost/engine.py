@@ -257,9 +257,11 @@ class GhostEngine(Engine):
                 operands = operands_of(own, parameters, partial(books.deliver, how=kind), self.keeper, kept)
                 forwards[layer] = book_keeping_forward(layer, rule.operation_of, operands, of)
                 continue
-            inside = {part: found for part in layer.modules() if (found := trainable_of(part, names))}
             composite = composite_rule_of(layer)
-            if inside and (composite is not None or computes_its_weight(layer)):
+            if composite is None and not computes_its_weight(layer):
+                continue
+            inside = {part: found for part in layer.modules() if (found := trainable_of(part, names))}
+            if inside:
                 covered.update(layer.modules())
                 all_names = {name for found in inside.values() for name in found.values()}
                 how = f"{kind}, from within" if composite is None else kind
