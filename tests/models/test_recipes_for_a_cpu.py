@@ -77,6 +77,7 @@ def number(text: str) -> int:
 
 def test_fine_tuning_from_public_weights_has_its_recipes_and_they_say_what_they_do() -> None:
     kinds = [f"{kind}_eps{epsilon}" for kind in ("last", "squares") for epsilon in ("0.1", "0.5", "1", "2", "4", "8")]
+    kinds += [f"covariance_eps{epsilon}" for epsilon in ("0.1", "0.5", "1", "8")]
     assert sorted(f"cifar10/efficientnet_lite_{kind}.yaml" for kind in [*kinds, "last_nonprivate"]) == FINE_TUNING
     for name in FINE_TUNING:
         fields = header(name)
@@ -101,6 +102,7 @@ def test_fine_tuning_takes_its_steps_on_a_few_random_images(
 ) -> None:
     steps = 1 if "squares" in name else 2
     small = ["--data.init_args.features.init_args.size=32", f"--trainer.max_steps={steps}"]
+    small += ["--model.init_args.covariance_steps=1"] if "covariance" in name else []
     cli = build(name, monkeypatch, *small, f"--trainer.val_check_interval={steps}", *OFF)
     random = np.random.default_rng(0)
     few = ImageArray(random.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8), np.arange(12) % 10)
