@@ -23,8 +23,8 @@ class FeatureCovariance(ImageClassifier):
     - The first m = ``covariance_steps`` have the loss −zᵀ S z of a parameter S (d × d). Its gradient is −z zᵀ wherever S is,
       of norm 1, so ``clip_norm=1`` clips nothing. From zero they leave S, the mean over the m steps of A / N with
       A = Σ z zᵀ over the step's examples, with 1/√m of a step's noise.
-    - All others have the cross-entropy of the logits W z. The noised gradient g moves the classifier along
-      P g, P = (S₊ + λ)⁻¹, with momentum: W ← W − ``lr`` Σ ``momentum``ⁱ g P. S₊ is S symmetrised, without its negative
+    - All others have the cross-entropy of the logits W z. The noised gradient g moves the classifier by
+      v ← ``momentum`` v + g P and W ← W − ``lr`` v, where P = (S₊ + λ)⁻¹. S₊ is S symmetrised, without its negative
       eigenvalues.
 
     P is made of S alone, and P g of two releases: both are post-processing. What the ledger says of m + T steps is

@@ -62,7 +62,7 @@ def test_null_is_nothing_at_any_depth(word: str, capsys: pytest.CaptureFixture[s
     data = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
     assert data["cache_dir"] is None
     assert data["features"]["init_args"]["init_from"] is None
-    assert data["features"]["init_args"]["size"] == 128, "the rest is as the recipe has it"
+    assert data["features"]["init_args"]["size"] == 192, "the rest is as the recipe has it"
 
 
 def test_a_list_of_recipes_may_be_cut_short() -> None:
