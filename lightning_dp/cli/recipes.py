@@ -18,7 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_dp import errors
 from lightning_dp.cli.recipe_files import expanded, fail
 from lightning_dp.cli.recipe_parser import RecipeParser, said
-from lightning_dp.cli.seeds import left_by
+from lightning_dp.cli.seeds import is_waited_for, left_by
 from lightning_dp.strategy import register_strategies
 
 
@@ -75,9 +75,11 @@ class RecipeCLI(LightningCLI):
         if metrics and self.trainer.is_global_zero:
             values = ", ".join(f"{name} = {float(value):.4f}" for name, value in sorted(metrics.items()))
             print(f"Last validation, after {self.trainer.global_step} steps: {values}")
-        trainer: Any = self.trainer
-        private = [c for c in trainer.callbacks if any(k.__name__ == "DifferentialPrivacy" for k in type(c).__mro__)]
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and is_waited_for():
+            trainer: Any = self.trainer
+            private = [
+                c for c in trainer.callbacks if any(k.__name__ == "DifferentialPrivacy" for k in type(c).__mro__)
+            ]
             numbers = {name: float(value) for name, value in sorted(metrics.items())}
             left_by(numbers, private[0].statement().to_dict() if private else None)
 

@@ -101,11 +101,15 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def is_waited_for() -> bool:
+    """Whether a process that started this one waits for what it comes to."""
+    return bool(os.environ.get(RESULT))
+
+
 def left_by(metrics: dict[str, float], statement: dict[str, Any] | None) -> None:
-    """Leave what a run has come to, where the process that started it looks; nothing if nobody does."""
-    if path := os.environ.get(RESULT):
-        text = json.dumps({"metrics": metrics, "statement": statement}, ensure_ascii=False)
-        Path(path).write_text(text, encoding="utf-8")
+    """Leave what a run has come to, where the process that started it looks."""
+    text = json.dumps({"metrics": metrics, "statement": statement}, ensure_ascii=False)
+    Path(os.environ[RESULT]).write_text(text, encoding="utf-8")
 
 
 def _one(words: Sequence[str], seed: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_dp.models.classifier import ImageClassifier
+from lightning_dp.models.second_moments import MomentsStep, OnSecondMoments, check_count, check_number
 
 
-class FeatureCovariance(ImageClassifier):
+class FeatureCovariance(OnSecondMoments):
     """Logistic regression on features by noised gradients that a noised covariance of the features preconditions (DP-FC).
 
     Each feature vector x becomes z = (x − c) / ‖x − c‖ with the public centre c. Steps are of two kinds, and each is an
@@ -52,7 +51,6 @@ class FeatureCovariance(ImageClassifier):
     """
 
     network: Weights
-    centre: Tensor
     inverse: Tensor
 
     def __init__(
@@ -69,22 +67,13 @@ class FeatureCovariance(ImageClassifier):
         for name, value, least in (
             ("in_features", in_features, 1), ("num_classes", num_classes, 2), ("covariance_steps", covariance_steps, 1),
         ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}.")
-        for name, number, good in (
-            ("lr", lr, lr > 0), ("momentum", momentum, 0 <= momentum < 1), ("ridge", ridge, ridge > 0),
-            ("noise_ridge", noise_ridge, noise_ridge >= 0),
-        ):  # fmt: skip
-            if not math.isfinite(number) or not good:
-                raise ValueError(
-                    f"{name}={number}: expected a finite number above 0 (momentum in [0, 1); noise_ridge may be 0)."
-                )
-        if isinstance(centre, list) and len(centre) != in_features:
-            raise ValueError(f"centre has {len(centre)} numbers: expected one, or in_features={in_features}.")
-        super().__init__(Weights(in_features, num_classes), num_classes)
+            check_count(name, value, least)
+        check_number("lr", lr)
+        check_number("momentum", momentum, zero=True)
+        if momentum >= 1:
+            raise ValueError(f"momentum={momentum}: expected a finite number in [0, 1).")
+        super().__init__(Weights(in_features, num_classes), in_features, num_classes, ridge, noise_ridge, centre)
         self.covariance_steps, self.lr, self.momentum = covariance_steps, lr, momentum
-        self.ridge, self.noise_ridge = ridge, noise_ridge
-        self.register_buffer("centre", torch.tensor(centre, dtype=torch.float32).expand(in_features).clone())
         self.register_buffer("inverse", torch.eye(in_features))
 
     @override
@@ -99,25 +88,18 @@ class FeatureCovariance(ImageClassifier):
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Map features ``(n, d)`` to logits ``(n, k)``."""
-        logits: Tensor = self.network(self._unit(images))
+        logits: Tensor = self.network(self.unit(images))
         return logits
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean of −zᵀ S z in the first steps, and of the cross-entropy in the others."""
         features, labels = batch
-        z = self._unit(features)
+        z = self.unit(features)
         if self.trainer.global_step < self.covariance_steps:
             loss: Tensor = -(self.network.second(z) * z).sum(-1).mean()
             return loss
         return F.cross_entropy(self.network(z), labels)
-
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Make the preconditioner, once the covariance is there."""
-        if self.trainer.global_step == self.covariance_steps:
-            (optimizer,) = self.trainer.optimizers
-            self.precondition(float(optimizer.param_groups[0]["told"]))
 
     @torch.no_grad()
     def precondition(self, noise_std: float) -> None:
@@ -126,19 +108,13 @@ class FeatureCovariance(ImageClassifier):
         Args:
             noise_std: of the noise on each number of the gradient of one step.
         """
-        second = self.network.second.weight.double()
-        radius = noise_std * math.sqrt(2 * len(second) / self.covariance_steps)
-        values, vectors = torch.linalg.eigh((second + second.T) / 2)
-        inverse = 1 / (values.clamp(min=0) + self.ridge + self.noise_ridge * radius)
-        self.inverse.copy_((vectors * inverse) @ vectors.T)
+        noise_of_mean = noise_std / math.sqrt(self.covariance_steps)
+        self.inverse.copy_(self.inverse_of(self.network.second.weight, noise_of_mean))
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer of both kinds of steps."""
-        return Preconditioned(self.network, self.inverse, self.covariance_steps, self.lr, self.momentum)
-
-    def _unit(self, features: Tensor) -> Tensor:
-        return F.normalize(features.to(self.centre.dtype) - self.centre, dim=-1)
+        return Preconditioned(self)
 
 
 class Weights(nn.Module):
@@ -158,37 +134,26 @@ class Weights(nn.Module):
         return logits
 
 
-class Preconditioned(torch.optim.Optimizer):
+class Preconditioned(MomentsStep):
     """See :class:`FeatureCovariance`. What is no part of a step, noise alone in the other parameter's gradient, is left out."""
 
-    def __init__(self, network: Weights, inverse: Tensor, covariance_steps: int, lr: float, momentum: float) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "first": covariance_steps,
-            "taken": 0,
-            "noise_std": 0.0,
-            "told": 0.0,
-        }
-        super().__init__([network.second.weight, network.classifier.weight], defaults)
-        self.inverse = inverse
+    def __init__(self, module: FeatureCovariance) -> None:
+        numbers = {"lr": module.lr, "momentum": module.momentum, "first": module.covariance_steps, "taken": 0}
+        super().__init__(
+            [module.network.second.weight, module.network.classifier.weight], {**numbers, "noise_std": 0.0}
+        )
+        self.module = module
 
-    @torch.no_grad()
     @override
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch's overloads
-        """One step of the kind whose turn it is."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        (group,) = self.param_groups
+    def move(self, group: dict[str, Any], noise_std: float) -> None:
+        """A step of the kind whose turn it is."""
         second, weight = group["params"]
-        group["told"], group["noise_std"] = group["noise_std"], 0.0
         group["taken"] += 1
         if group["taken"] <= group["first"]:
             second.sub_(second.grad / group["first"])
-            return loss
+            if group["taken"] == group["first"]:
+                self.module.precondition(noise_std)
+            return
         moved = self.state[weight].setdefault("moved", torch.zeros_like(weight))
-        moved.mul_(group["momentum"]).add_(weight.grad @ self.inverse)
+        moved.mul_(group["momentum"]).add_(weight.grad @ self.module.inverse)
         weight.sub_(group["lr"] * moved)
-        return loss

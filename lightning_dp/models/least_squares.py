@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_dp.models.classifier import ImageClassifier
+from lightning_dp.models.second_moments import MomentsStep, OnSecondMoments, check_count, check_number
 
 
-class LeastSquares(ImageClassifier):
+class LeastSquares(OnSecondMoments):
     """Ridge regression on the classes, whose statistics are the gradient of one training step.
 
     Each feature vector x becomes z = (x − c) / ‖x − c‖ with the public centre c, each of the k classes the vector
@@ -57,7 +56,6 @@ class LeastSquares(ImageClassifier):
         >>> loss = module.training_step((x, y), 0)
         >>> loss.backward()
         >>> module.configure_optimizers().step()
-        >>> module.solve()
         >>> module(x).argmax(1).tolist()
         [0, 1]
 
@@ -67,7 +65,6 @@ class LeastSquares(ImageClassifier):
     """
 
     network: Moments
-    centre: Tensor
     noise_std: Tensor
 
     def __init__(
@@ -79,20 +76,12 @@ class LeastSquares(ImageClassifier):
         noise_ridge: float = 1.0,
         centre: float | list[float] = 0.0,
     ) -> None:
-        for name, value, least in (("in_features", in_features, 1), ("num_classes", num_classes, 2)):
-            if value < least:
-                raise ValueError(f"{name}={value}: expected at least {least}.")
-        for name, number, zero in (
-            ("label_weight", label_weight, False), ("ridge", ridge, False), ("noise_ridge", noise_ridge, True),
-        ):  # fmt: skip
-            if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-                raise ValueError(f"{name}={number}: expected a finite number {'of at least' if zero else 'above'} 0.")
-        if isinstance(centre, list) and len(centre) != in_features:
-            raise ValueError(f"centre has {len(centre)} numbers: expected one, or in_features={in_features}.")
-        super().__init__(Moments(in_features, num_classes), num_classes)
-        self.label_weight, self.ridge, self.noise_ridge = label_weight, ridge, noise_ridge
+        check_count("in_features", in_features, 1)
+        check_count("num_classes", num_classes, 2)
+        check_number("label_weight", label_weight)
+        super().__init__(Moments(in_features, num_classes), in_features, num_classes, ridge, noise_ridge, centre)
+        self.label_weight = label_weight
         self.scale = 1 / math.sqrt(1 + label_weight**2 * (1 - 1 / num_classes))
-        self.register_buffer("centre", torch.tensor(centre, dtype=torch.float32).expand(in_features).clone())
         self.register_buffer("noise_std", torch.zeros(()))
 
     @override
@@ -107,44 +96,31 @@ class LeastSquares(ImageClassifier):
     @override
     def forward(self, images: Tensor) -> Tensor:
         """Map features ``(n, d)`` to the classes' scores ``(n, k)``."""
-        scores: Tensor = self.network(self._unit(images))
+        scores: Tensor = self.network(self.unit(images))
         return scores
 
     @override
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean of ℓ."""
         features, labels = batch
-        z, k = self._unit(features), self.network.labels.out_features
+        z, k = self.unit(features), self.network.labels.out_features
         y = F.one_hot(labels, k).to(z.dtype) - 1 / k
         second, moments = self.network.second(z), self.network.labels(z)
         each = (second * z).sum(-1) + self.label_weight * (moments * y).sum(-1)
         loss: Tensor = -self.scale * each.mean()
         return loss
 
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Solve for the classifier."""
-        (optimizer,) = self.trainer.optimizers
-        self.noise_std.fill_(optimizer.param_groups[0]["told"])
-        self.solve()
-
     @torch.no_grad()
     def solve(self) -> None:
         """Make the classifier of the two statistics. It reads nothing else of the data."""
-        second = self.network.second.weight.double() / self.scale
         moments = self.network.labels.weight.double() / (self.scale * self.label_weight)
-        radius = float(self.noise_std) * math.sqrt(2 * len(second)) / self.scale
-        values, vectors = torch.linalg.eigh((second + second.T) / 2)
-        inverse = 1 / (values.clamp(min=0) + self.ridge + self.noise_ridge * radius)
-        self.network.weight.copy_(moments @ (vectors * inverse) @ vectors.T)
+        inverse = self.inverse_of(self.network.second.weight / self.scale, float(self.noise_std) / self.scale)
+        self.network.weight.copy_(moments @ inverse)
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the step that leaves the negative gradient in the parameters."""
-        return Whole(self.network.parameters())
-
-    def _unit(self, features: Tensor) -> Tensor:
-        return F.normalize(features.to(self.centre.dtype) - self.centre, dim=-1)
+        """Return the step that leaves the negative gradient in the parameters, and solves for the classifier."""
+        return Whole(self)
 
 
 class Moments(nn.Module):
@@ -166,23 +142,18 @@ class Moments(nn.Module):
         return F.linear(z, self.weight)
 
 
-class Whole(torch.optim.Optimizer):
-    """A single step from zero, θ = −g, that keeps the standard deviation of the noise on g, if it is told, as ``"told"``."""
+class Whole(MomentsStep):
+    """A single step from zero, θ = −g, after which the classifier is solved for."""
 
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 1.0, "noise_std": 0.0, "told": 0.0})
+    def __init__(self, module: LeastSquares) -> None:
+        super().__init__(module.network.parameters(), {"lr": 1.0, "noise_std": 0.0})
+        self.module = module
 
-    @torch.no_grad()
     @override
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # torch's overloads
+    def move(self, group: dict[str, Any], noise_std: float) -> None:
         """See the class."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            group["told"], group["noise_std"] = group["noise_std"], 0.0
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.copy_(-parameter.grad)
-        return loss
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.copy_(-parameter.grad)
+        self.module.noise_std.fill_(noise_std)
+        self.module.solve()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -121,3 +123,16 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             FeatureCovariance(**{"in_features": D, "num_classes": K, **options})
+
+
+def test_a_checkpoint_of_the_last_covariance_step_has_the_preconditioner(tmp_path: Path) -> None:
+    """ModelCheckpoint's hook runs before the module's."""
+    x, y = examples()
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    fit = trainer(private(1.0), saves, max_steps=4, enable_checkpointing=True)
+    fit.fit(FeatureCovariance(D, K, covariance_steps=2), DataLoader(TensorDataset(x, y), batch_size=N))
+    first, last = (
+        torch.load(path, weights_only=False)["state_dict"]["inverse"] for path in sorted(tmp_path.glob("*.ckpt"))
+    )
+    torch.testing.assert_close(first, last)
+    assert not torch.allclose(first, torch.eye(D))

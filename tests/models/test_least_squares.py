@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy.stats import norm
 from torch import Tensor
 from torch.nn import functional as F
@@ -117,3 +119,16 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             LeastSquares(**{"in_features": D, "num_classes": K, **options})
+
+
+def test_a_checkpoint_of_the_step_has_the_classifier(tmp_path: Path) -> None:
+    """ModelCheckpoint's hook runs before the module's."""
+    x, y = examples()
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    module = LeastSquares(D, K)
+    fit = trainer(private(1.0), saves, max_steps=1, enable_checkpointing=True)
+    fit.fit(module, DataLoader(TensorDataset(x, y), batch_size=N))
+    (path,) = tmp_path.glob("*.ckpt")
+    kept = torch.load(path, weights_only=False)["state_dict"]["network.weight"]
+    torch.testing.assert_close(kept, module.network.weight)
+    assert kept.any()
